@@ -1,0 +1,63 @@
+# make install | demo | test | clean. Uses uv where it is there, plain pip otherwise.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := gpu,dev
+TORCH :=
+# make install CPU=1: torch without CUDA, about 1 GB instead of 8. With pip, see "Small install" in the README.
+ifdef CPU
+EXTRAS := dev
+TORCH := --torch-backend=cpu
+endif
+UV := $(shell command -v uv 2>/dev/null)
+ifdef NO_UV
+UV :=
+endif
+DEMO := demo
+# make demo DEMO_SIZE=short: fewer phantoms and epochs, for a machine that only checks that it runs.
+DEMO_SIZE := full
+STUDIES_full := 800
+STUDIES_short := 60
+EPOCHS_full := 8,16,24
+EPOCHS_short := 1,2
+REPEATS_full := 100
+REPEATS_short := 10
+CXR := $(BIN)/cxrfast
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
+ifneq ($(UV),)
+	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS)]'
+else
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]'
+endif
+	@touch $@
+
+demo: install
+	rm -rf $(DEMO)
+	$(CXR) phantom $(DEMO)/data --studies $(STUDIES_$(DEMO_SIZE)) --size 192
+	$(CXR) cache $(DEMO)/data --weights random:0:test_vit --out $(DEMO)/phantom.h5
+	$(CXR) sweep $(DEMO)/phantom.h5 --epochs $(EPOCHS_$(DEMO_SIZE)) --lr 1e-3 --weight-decay 1e-2 --batch-size 32 --dropout 0.3 --precision float32 --out $(DEMO)/run
+	$(CXR) export $(DEMO)/run
+	$(CXR) predict $(DEMO)/run/model.fp32.onnx $(DEMO)/data/images --out $(DEMO)/predictions.csv
+	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE)) || [ $$? -eq 3 ]
+	@echo
+	@echo "report: $(DEMO)/run/report.html"
+	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

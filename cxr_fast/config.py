@@ -1,0 +1,203 @@
+"""Every choice that changes a result, as frozen dataclasses with their defaults, to and from JSON.
+
+Defaults live here and nowhere else: the command line reads them from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from .errors import InputError, SchemaError
+
+T = TypeVar("T")
+
+# Statistics a backbone was trained with; BiomedCLIP uses OpenAI's, the published pipeline ImageNet's.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+VIEWS = ("plain", "flip")
+
+
+def to_dict(spec: Any) -> dict[str, Any]:
+    """The fields of a spec as JSON-ready values."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(spec))))
+
+
+def to_json(spec: Any) -> str:
+    """Canonical JSON of a spec: sorted keys, no spaces; what `digest` hashes."""
+    return json.dumps(dataclasses.asdict(spec), sort_keys=True, separators=(",", ":"))
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a spec, or of any JSON value, in canonical form."""
+    if dataclasses.is_dataclass(value):
+        text = to_json(value)
+    else:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Rebuild a spec; lists become the tuples they were. Raises SchemaError on a field this version lacks."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise SchemaError(f"{cls.__name__} must be a JSON object, not {type(values).__name__}.")
+    if extra := sorted(set(values) - known):
+        raise SchemaError(f"{cls.__name__} has unknown field(s) {', '.join(extra)}: written by a newer cxr-fast.")
+    try:
+        return cls(**{name: _coerce(hints[name], value) for name, value in values.items()})
+    except TypeError as error:
+        raise SchemaError(f"{cls.__name__} holds a value of the wrong type ({error}).") from error
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """`from_dict` on a JSON object. Raises SchemaError on text that is not JSON."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise SchemaError(f"{cls.__name__}: not JSON ({error}).") from error
+    return from_dict(cls, values)
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else _coerce(inner[0], value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value)
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def choices(cls: type, name: str) -> tuple[str, ...]:
+    """The values a `Literal` field takes, in order; click's choices come from here."""
+    hint = typing.get_type_hints(cls)[name]
+    return tuple(str(arg) for arg in typing.get_args(hint))
+
+
+def default(cls: type, name: str) -> Any:
+    """The default of one field of a spec."""
+    for f in dataclasses.fields(cls):
+        if f.name == name:
+            return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    raise KeyError(name)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_choices(spec: Any) -> None:
+    for name, hint in typing.get_type_hints(type(spec)).items():
+        if typing.get_origin(hint) is Literal and getattr(spec, name) not in typing.get_args(hint):
+            allowed = ", ".join(str(arg) for arg in typing.get_args(hint))
+            raise InputError(f"{_flag(name)}: {getattr(spec, name)!r} is not one of {allowed}.")
+
+
+def _require(ok: bool, name: str, value: Any, need: str) -> None:
+    if not ok:
+        raise InputError(f"{_flag(name)}: {value!r} must be {need}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSpec:
+    """File to uint8 grey pixels (size, size). Normalisation is not here: it is part of the model."""
+
+    size: int = 224
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    dicom_policy: Literal["voi", "raw", "minmax"] = "voi"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(8 <= self.size <= 4096, "size", self.size, "between 8 and 4096")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What decides the bytes of an activation file, the weights' own hash aside."""
+
+    weights: str = "biomedclip"
+    unfreeze_blocks: int = 2
+    views: tuple[str, ...] = VIEWS
+    normalize: Literal["model", "imagenet"] = "model"
+    dtype: Literal["float16", "float32"] = "float16"
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.unfreeze_blocks >= 0, "unfreeze_blocks", self.unfreeze_blocks, "0 or more")
+        known = set(self.views) <= set(VIEWS) and len(set(self.views)) == len(self.views)
+        _require(known and self.views[:1] == ("plain",), "views", ",".join(self.views), "'plain' or 'plain,flip'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How one fold is trained: AdamW on focal loss (Lin et al. 2017), the published recipe's defaults."""
+
+    lr: float = 2e-5
+    weight_decay: float = 1e-4
+    batch_size: int = 16
+    clip_norm: float = 1.0
+    loss: Literal["focal", "bce"] = "focal"
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    dropout: float = 0.5
+    flip: bool = True
+    scheduler: Literal["plateau", "none"] = "plateau"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 3
+    patience: int | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(0 < self.lr < math.inf, "lr", self.lr, "positive")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (batch norm needs two samples)")
+        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        _require(0 <= self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "in [0, 1]")
+        _require(0 <= self.focal_gamma < math.inf, "focal_gamma", self.focal_gamma, "0 or more")
+        _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "in (0, 1)")
+        _require(self.plateau_patience >= 0, "plateau_patience", self.plateau_patience, "0 or more")
+        _require(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """The search around the fold: hold-out, folds, epoch budgets."""
+
+    epochs: tuple[int, ...] = (30, 50, 75, 90, 100)
+    folds: int = 5
+    holdout: float = 0.2
+    seed: int = 0
+    split_by: Literal["group", "image"] = "group"
+    train: TrainSpec = field(default_factory=TrainSpec)
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        rising = all(a < b for a, b in zip(self.epochs, self.epochs[1:], strict=False))
+        # A fold trains until it meets its last budget, which no fraction ever is.
+        ok = bool(self.epochs) and rising and self.epochs[0] >= 1 and all(isinstance(e, int) for e in self.epochs)
+        _require(
+            ok,
+            "epochs",
+            ",".join(map(str, self.epochs)),
+            "rising whole numbers of at least 1, such as 30,50,75",
+        )
+        _require(self.folds >= 2, "folds", self.folds, "at least 2")
+        _require(0 <= self.holdout < 1, "holdout", self.holdout, "in [0, 1)")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")

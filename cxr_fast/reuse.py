@@ -1,0 +1,151 @@
+"""What an earlier run already encoded: resume it, keep its rows where the image is the same, name what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import store
+from .errors import ImageError, InputError
+from .preprocess import read_bytes
+
+ASIDE = ".reuse"
+CHUNK = 64
+
+
+def check(header: store.Header, out: Path) -> int:
+    """Rows already in a file at `out` that this run would not encode again, at most; writes nothing.
+
+    Raises InputError naming the field that differs, and both values, when that file was made another way.
+    """
+    rows = 0
+    for path in (out, store.partial_path(out), _aside(out)):
+        if path.exists():
+            refuse_other(store.read_header(path), header, path)
+            file = store.ActivationFile(path, partial=True)
+            known = set(file.header.images) if path == _aside(out) else set(header.images)
+            rows = max(rows, sum(image in known for image, ok in zip(file.header.images, file.ok, strict=True) if ok))
+    return min(rows, header.shape[0])
+
+
+def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
+    """InputError when two files' activations cannot be mixed: the first field of the fingerprint that differs."""
+    mine, theirs = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]
+    for name in mine:
+        if mine[name] != theirs.get(name):
+            raise InputError(
+                f"--out: {path} was made with {name} {_short(theirs.get(name))}, this run has {_short(mine[name])}; "
+                "give another --out, or remove the file."
+            )
+
+
+def prepare(
+    header: store.Header, out: Path, paths: Sequence[Path], *, repair: bool, workers: int, stop: Callable[[], bool]
+) -> bool:
+    """Leave a partial file at `out` in which only what must be encoded is pending; False when nothing is.
+
+    A file of the same rows is continued, a complete one reopened; rows of any other file of this fingerprint are
+    copied where the image's bytes are the same. Images whose bytes changed and images that failed are encoded
+    again, with `repair` also rows that fail their checksum.
+    """
+    partial, aside = store.partial_path(out), _aside(out)
+    for path in (out, partial, aside):
+        if path.exists():
+            refuse_other(store.read_header(path), header, path)
+    if partial.exists() and not _same_rows(store.read_header(partial), header):
+        os.replace(partial, aside)
+    if partial.exists():
+        _forget(out, _stale(partial, paths, repair, workers, stop))
+    elif out.exists() and _same_rows(store.read_header(out), header):
+        stale = _stale(out, paths, repair, workers, stop)
+        if not stale:
+            return False
+        os.replace(out, partial)
+        _forget(out, stale)
+    else:
+        store.create(out, header)
+    for source in (out, aside):
+        if source.exists():
+            _copy(source, out, paths, workers, stop)
+    return True
+
+
+def finish(out: Path) -> None:
+    """Forget the file set aside; what it held is in the new one."""
+    _aside(out).unlink(missing_ok=True)
+
+
+def _same_rows(old: store.Header, new: store.Header) -> bool:
+    """Whether both files hold the same rows with the same description; the size of a block is no part of it."""
+    names = ("images", "groups", "studies", "views", "classes")
+    metas = [{key: value for key, value in header.meta.items() if key != "block"} for header in (old, new)]
+    columns = all(getattr(old, name) == getattr(new, name) for name in names)
+    return columns and np.array_equal(old.labels, new.labels) and metas[0] == metas[1]
+
+
+def _stale(path: Path, paths: Sequence[Path], repair: bool, workers: int, stop: Callable[[], bool]) -> list[int]:
+    """Rows that failed, whose image changed since, or (with `repair`) whose bytes are damaged."""
+    file = store.ActivationFile(path, partial=True)
+    stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
+    rows = np.flatnonzero(file.ok).tolist()
+    stale |= {row for row, found in _hashes(rows, paths, workers, stop) if found != file.sha256[row]}
+    if repair:
+        stale |= {row for row, _ in file.damaged()}
+    return sorted(stale)
+
+
+def _forget(out: Path, stale: list[int]) -> None:
+    if stale:
+        with store.Writer(out) as writer:
+            writer.forget(stale)
+
+
+def _copy(source: Path, out: Path, paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> None:
+    """Copy rows of `source` whose image has the same bytes into the pending rows of the partial file."""
+    file = store.ActivationFile(source, partial=True)
+    known = {file.sha256[row]: int(row) for row in np.flatnonzero(file.ok)}
+    with store.Writer(out) as writer:
+        pending = np.flatnonzero(writer.state == store.PENDING).tolist()
+        for start in range(0, len(pending), CHUNK):
+            hashes = _hashes(pending[start : start + CHUNK], paths, workers, stop)
+            found = [(row, known[h], h) for row, h in hashes if h in known and not file.damage(known[h])]
+            if found:
+                rows, sources, kept = zip(*found, strict=True)
+                writer.rows(rows, file.activations[list(sources)], kept, [None] * len(rows))
+
+
+def _hashes(
+    rows: Sequence[int], paths: Sequence[Path], workers: int, stop: Callable[[], bool]
+) -> list[tuple[int, str]]:
+    """(row, sha256 of the image's bytes); an empty hash for a file that cannot be read. Ends early when told to."""
+    out: list[tuple[int, str]] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(rows), 4 * CHUNK):
+            if stop():
+                break
+            some = rows[start : start + 4 * CHUNK]
+            out += zip(some, pool.map(lambda row: file_hash(paths[row]), some), strict=True)
+    return out
+
+
+def file_hash(path: Path) -> str:
+    """sha256 (hex) of an image file, or an empty string where it cannot be read."""
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except ImageError:
+        return ""
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(out.name + ASIDE)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:12] + "…"

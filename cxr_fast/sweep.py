@@ -1,0 +1,548 @@
+"""Hold-out, folds, epoch search, the final model: from an activation file to a run folder."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import posixpath
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import __version__, metrics, splits, timing
+from .backbone import Backbone, assemble, load, tower_sha256, weights_sha256
+from .config import SweepSpec, to_dict
+from .datasets import Manifest
+from .encode import pick_device
+from .errors import InputError, SchemaError
+from .store import ActivationFile, Header
+from .tail import Head, Tail, count_trainable
+from .train import Activations, Epoch, Fold, Snapshot, fit, precision, predict, sigmoid
+
+SCHEMA = 1
+KIND = "cxr-fast run"
+MIN_POSITIVES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sweep will do, known before it starts; `seconds` is estimated from two timed training steps."""
+
+    cache: Path
+    out: Path
+    images: int
+    failed: int
+    groups: int
+    classes: int
+    folds: int
+    holdout_images: int
+    epochs: tuple[int, ...]
+    trainable: dict[str, int]
+    activation_bytes: int
+    where: str
+    device: str
+    precision: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out."""
+
+    file: ActivationFile
+    header: Header
+    rows: np.ndarray
+    labels: np.ndarray
+    assignment: np.ndarray
+
+    def train(self, fold: int) -> np.ndarray:
+        """Row numbers (in the file) that fold `fold` trains on."""
+        return np.asarray(self.rows[(self.assignment >= 0) & (self.assignment != fold)])
+
+    def valid(self, fold: int) -> np.ndarray:
+        """Row numbers (in the file) that fold `fold` is scored on; -1 is the hold-out."""
+        return np.asarray(self.rows[self.assignment == fold])
+
+
+def read(cache: Path, spec: SweepSpec, manifest: Manifest | None = None) -> Data:
+    """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given."""
+    file = ActivationFile(cache)
+    header, kept = (file.header, file.ok) if manifest is None else relabel(file, manifest)
+    rows = np.flatnonzero(kept)
+    labels = header.labels[rows]
+    groups = [header.groups[i] for i in rows]
+    assignment = splits.split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
+    return Data(file=file, header=header, rows=rows, labels=labels, assignment=assignment)
+
+
+def relabel(file: ActivationFile, manifest: Manifest) -> tuple[Header, np.ndarray]:
+    """The file's header with labels, groups and views of `manifest`, and (N,) which images it names and are encoded.
+
+    Images are told apart by where they lie, else by their name in the cache. InputError when the manifest names an
+    image that the cache does not hold.
+    """
+    root = Path(file.meta["dataset"]["root"])
+    places = {os.path.normpath(root / image): row for row, image in enumerate(file.header.images)}
+    names = {image: row for row, image in enumerate(file.header.images)}
+    # A table that names files without folders, as Indiana's does, means the only file of that name.
+    bare = Counter(map(posixpath.basename, names))
+    alone = {posixpath.basename(image): row for image, row in names.items() if bare[posixpath.basename(image)] == 1}
+    found = [
+        places.get(os.path.normpath(manifest.path(i).absolute()), names.get(image, alone.get(image)))
+        for i, image in enumerate(manifest.images)
+    ]
+    if missing := [image for image, row in zip(manifest.images, found, strict=True) if row is None]:
+        raise InputError(
+            f"--manifest: {len(missing):,} of {len(found):,} images are not in {file.path}: {', '.join(missing[:5])}; "
+            "run `cxrfast cache` on the manifest."
+        )
+    at = {cast(int, row): i for i, row in enumerate(found)}
+    if len(at) < len(found):
+        raise InputError(f"--manifest: {len(found) - len(at):,} of {len(found):,} images are named twice.")
+    labels = np.full((len(names), len(manifest.classes)), -1, np.int8)
+    labels[list(at)] = manifest.labels[list(at.values())]
+
+    def column(values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(values[at[row]] if row in at else "" for row in range(len(names)))
+
+    header = replace(
+        file.header,
+        classes=manifest.classes,
+        labels=labels,
+        groups=column(manifest.groups),
+        studies=column(manifest.studies),
+        views=column(manifest.views),
+    )
+    return header, np.isin(np.arange(len(names)), list(at)) & file.ok
+
+
+def backbone_for(file: ActivationFile, weights: str | None = None) -> Backbone:
+    """The tower the cache was made with, its hash checked against the file's."""
+    source = weights or file.meta["weights"]
+    backbone = load(source)
+    if tower_sha256(backbone.visual) != file.meta["tower_sha256"]:
+        raise InputError(f"--weights {source}: not the weights {file.path} was made with; pass those, or cache again.")
+    return backbone
+
+
+def provenance(meta: Mapping[str, Any]) -> str:
+    """What must be said beside every figure: `random backbone, phantom images`; empty for real ones."""
+    parts = []
+    if meta["random_weights"]:
+        parts.append("random backbone")
+    if meta["dataset"].get("synthetic"):
+        parts.append(f"{meta['dataset']['name']} images")
+    return ", ".join(parts)
+
+
+class Sweep:
+    """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder."""
+
+    def __init__(
+        self,
+        cache: Path,
+        out: Path,
+        spec: SweepSpec,
+        *,
+        device: str = "auto",
+        weights: str | None = None,
+        manifest: Manifest | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if out.exists() and not overwrite:
+            raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
+        if out.exists():
+            _require_replaceable(out)
+        self.out, self.spec = out, spec
+        self.data = read(cache, spec, manifest)
+        self.labels_from = "the cache" if manifest is None else manifest.name
+        self.meta = self.data.file.meta
+        self.unfreeze_blocks = int(self.meta["spec"]["unfreeze_blocks"])
+        self.device = pick_device(device)
+        self.backbone = backbone_for(self.data.file, weights)
+        self.activations = Activations(self.data.file.activations, self.device)
+        self.trainable = count_trainable(self._tail())
+
+    def _tail(self) -> Tail:
+        classes = len(self.data.header.classes)
+        return Tail(
+            self.backbone.visual,
+            unfreeze_blocks=self.unfreeze_blocks,
+            classes=classes,
+            dropout=self.spec.train.dropout,
+        )
+
+    def fold(self, number: int) -> Fold:
+        """Fold `number`, ready to train."""
+        return Fold(
+            self.backbone.visual,
+            self.activations,
+            self.data.header.labels,
+            self.data.train(number),
+            self.data.valid(number),
+            self.spec.train,
+            unfreeze_blocks=self.unfreeze_blocks,
+            seed=self.spec.seed,
+            fold=number,
+        )
+
+    def plan(self) -> Plan:
+        """Counts, memory and expected time."""
+        data, header = self.data, self.data.header
+        return Plan(
+            cache=data.file.path,
+            out=self.out,
+            images=len(data.rows),
+            failed=int((~data.file.ok).sum()),
+            groups=len({header.groups[i] for i in data.rows}),
+            classes=len(header.classes),
+            folds=self.spec.folds,
+            holdout_images=int((data.assignment == -1).sum()),
+            epochs=self.spec.epochs,
+            trainable=self.trainable,
+            activation_bytes=data.file.activations.nbytes,
+            where=self.activations.where,
+            device=str(self.device),
+            precision=precision(self.spec.train, self.device),
+            seconds=self._expected_seconds(),
+        )
+
+    def _expected_seconds(self) -> float:
+        """From the median of a few timed steps on a throw-away fold, two seconds of them at most."""
+        fold = self.fold(0)
+        fold.tail.train()
+        batches = fold.batches()[:12]
+        began, steps = time.perf_counter(), []
+        for rows, views in batches:
+            mark = time.perf_counter()
+            float(fold.step(rows, views))  # float waits for the device
+            steps.append((time.perf_counter() - mark) / len(rows))
+            if len(steps) > 2 and time.perf_counter() - began > 2:
+                break
+        some = fold.valid_rows[:64]
+        score = min(
+            timing.measure(lambda: predict(fold.tail, self.activations, some, kind=fold.kind), warmup=1, repeats=1)
+        )
+        step = timing.median(steps[1:] or steps)
+        an_epoch = sum(
+            step * len(self.data.train(k)) + score / len(some) * len(self.data.valid(k)) for k in range(self.spec.folds)
+        )
+        return an_epoch * self.spec.epochs[-1]
+
+    def run(self, on_epoch: Callable[[int, Epoch], None] | None = None) -> dict[str, Any]:
+        """Train every fold, choose budget and fold on validation alone, score the hold-out once; the run as a dict.
+
+        The folder appears under its final name only when it is complete.
+        """
+        began = time.perf_counter()
+        scratch = self.out.with_name(self.out.name + f".partial.{os.getpid()}")
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"--out: cannot write {self.out}: {error.strerror}.") from error
+        try:
+            run = self._run(scratch, on_epoch, began)
+            if self.out.exists():
+                shutil.rmtree(self.out)
+            os.replace(scratch, self.out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return run
+
+    def _run(self, folder: Path, on_epoch: Callable[[int, Epoch], None] | None, began: float) -> dict[str, Any]:
+        budgets, data = self.spec.epochs, self.data
+        probabilities = np.full((len(budgets), *data.labels.shape), np.nan, np.float32)
+        history: list[tuple[int, Epoch]] = []
+        stopped_at = np.zeros((self.spec.folds, len(budgets)), int)
+        for number in range(self.spec.folds):
+            place = np.flatnonzero(data.assignment == number)
+
+            def keep(snapshot: Snapshot, number: int = number, place: np.ndarray = place) -> None:
+                which = budgets.index(snapshot.budget)
+                probabilities[which, place] = snapshot.probabilities
+                stopped_at[number, which] = snapshot.epoch
+                save_file(dict(snapshot.state), _snapshot_path(folder, number, snapshot.budget))
+
+            def tell(epoch: Epoch, number: int = number) -> None:
+                history.append((number, epoch))
+                if on_epoch is not None:
+                    on_epoch(number, epoch)
+
+            fit(self.fold(number), budgets, on_epoch=tell, on_snapshot=keep)
+        scores, defined = self._scores(probabilities)
+        budget, best = choose(scores)
+        final = self._tail()
+        final.load_state_dict(load_file(_snapshot_path(folder, best, budgets[budget])))
+        final.to(self.device)
+        everywhere = sigmoid(predict(final, self.activations, data.rows))
+        _save_model(folder / "model.safetensors", self.backbone, final)
+        shutil.rmtree(folder / "snapshots")
+        run = self._describe(probabilities, scores, defined, stopped_at, budget, best, everywhere, folder)
+        run["seconds"] = time.perf_counter() - began
+        _write(folder, run, history)
+        self._save_predictions(folder, probabilities, everywhere)
+        return run
+
+    def _scores(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Validation macro AUC (budgets, folds) of the float32 snapshots, and how many classes each is a mean of."""
+        shape = (len(self.spec.epochs), self.spec.folds)
+        scores, defined = np.zeros(shape), np.zeros(shape, int)
+        for b, k in np.ndindex(shape):
+            place = self.data.assignment == k
+            scores[b, k], defined[b, k] = metrics.macro(metrics.auc(self.data.labels[place], probabilities[b, place]))
+        return scores, defined
+
+    def _describe(
+        self,
+        probabilities: np.ndarray,
+        scores: np.ndarray,
+        defined: np.ndarray,
+        stopped_at: np.ndarray,
+        budget: int,
+        best: int,
+        everywhere: np.ndarray,
+        folder: Path,
+    ) -> dict[str, Any]:
+        data, header = self.data, self.data.header
+        classes = header.classes
+        dev = data.assignment >= 0
+        out_of_fold, labels = probabilities[budget][dev], data.labels[dev]
+        found = metrics.best_f1_thresholds(labels, out_of_fold)
+        thresholds = np.where(np.isnan(found), 0.5, found)
+        held = data.assignment == -1
+        groups = [header.groups[i] for i in data.rows]
+        described = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "written_by": f"cxr-fast {__version__}",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "provenance": provenance(self.meta),
+            "random_weights": self.meta["random_weights"],
+            "spec": to_dict(self.spec),
+            "precision": precision(self.spec.train, self.device),
+            "cache": {
+                "path": str(data.file.path),
+                "labels_from": self.labels_from,
+                **{
+                    key: self.meta[key]
+                    for key in ("spec", "fingerprint", "fingerprint_parts", "weights", "tower_sha256", "dataset")
+                },
+            },
+            "backbone": self.meta["backbone"],
+            "mean": self.meta["mean"],
+            "std": self.meta["std"],
+            "preprocess": self.meta["spec"]["preprocess"],
+            "unfreeze_blocks": self.unfreeze_blocks,
+            "trainable": self.trainable,
+            "classes": list(classes),
+            "thresholds": [float(t) for t in thresholds],
+            "threshold_source": "F1 on out-of-fold predictions; 0.5 where a class had no positive or no negative",
+            "images": {
+                "in": len(header.images),
+                "failed": int((~data.file.ok).sum()),
+                "used": len(data.rows),
+                "holdout": int(held.sum()),
+                "groups": len(set(groups)),
+            },
+            "folds": [
+                {
+                    "fold": k,
+                    "images": int((data.assignment == k).sum()),
+                    "classes_defined": int(defined[budget, k]),
+                    "best": k == best,
+                    **{f"auc_{b}": (scores[i, k]) for i, b in enumerate(self.spec.epochs)},
+                    **{f"stopped_{b}": int(stopped_at[k, i]) for i, b in enumerate(self.spec.epochs)},
+                }
+                for k in range(self.spec.folds)
+            ],
+            "budgets": [
+                {
+                    "epochs": b,
+                    "mean_auc": (np.nanmean(scores[i])),
+                    "std_auc": (np.nanstd(scores[i])),
+                    "chosen": i == budget,
+                }
+                for i, b in enumerate(self.spec.epochs)
+            ],
+            "chosen": {
+                "epochs": self.spec.epochs[budget],
+                "fold": best,
+                "rule": "mean validation macro AUC, best fold",
+            },
+            "split_table": splits.fold_table(data.labels, data.assignment, classes, groups),
+            "metrics": {
+                "out_of_fold": _figures(labels, out_of_fold, thresholds),
+                "holdout": _figures(data.labels[held], everywhere[held], thresholds) if held.any() else None,
+            },
+            "per_class": (
+                metrics.per_class(data.labels[held], everywhere[held], thresholds, classes) if held.any() else []
+            ),
+            "model_sha256": weights_sha256(tensors := load_file(folder / "model.safetensors"), tensors),
+            "machine": timing.machine(),
+            "device": device_name(self.device),
+            "toolchain": {"cxr-fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        }
+        return cast(dict[str, Any], _clean(described))
+
+    def _save_predictions(self, folder: Path, probabilities: np.ndarray, everywhere: np.ndarray) -> None:
+        header, rows = self.data.header, self.data.rows
+        np.savez_compressed(
+            folder / "predictions.npz",
+            labels=self.data.labels,
+            fold=self.data.assignment,
+            out_of_fold=probabilities,
+            final=everywhere,
+            image=np.array([header.images[i] for i in rows]),
+            group=np.array([header.groups[i] for i in rows]),
+            study=np.array([header.studies[i] for i in rows]),
+            view=np.array([header.views[i] for i in rows]),
+            sha256=np.array([self.data.file.sha256[i] for i in rows]),
+        )
+
+
+def choose(scores: np.ndarray) -> tuple[int, int]:
+    """Budget of the highest mean validation AUC over folds, then the best fold there; (budgets, folds) -> indices.
+
+    Ties go to the smaller budget and the lower fold.
+    """
+    budget = int(np.nanargmax(np.nanmean(scores, axis=1)))
+    return budget, int(np.nanargmax(scores[budget]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run folder: its description, and the model rebuilt from it."""
+
+    folder: Path
+    info: dict[str, Any]
+    visual: Any
+    head: Head
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Slow trusted path: normalised (B, 3, S, S) through open_clip's whole tower and the head, (B, C) float32."""
+        with torch.inference_mode():
+            out: torch.Tensor = self.head(torch.nn.functional.normalize(self.visual(pixels), dim=-1))
+        return out
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """`run.json` of a run folder. InputError or SchemaError with one line when it is not one."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a run folder (no run.json); `cxrfast sweep` makes one.")
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(info, dict) or info.get("kind") != KIND:
+        raise InputError(f"{path}: not written by `cxrfast sweep`.")
+    if info.get("schema") != SCHEMA:
+        raise SchemaError(
+            f"{path}: schema {info.get('schema')} (written by {info.get('written_by')}); cxr-fast {__version__} "
+            f"reads schema {SCHEMA}."
+        )
+    return info
+
+
+def read_run(folder: Path) -> Run:
+    """The run's description and its model, the weights' hash checked."""
+    info = read_info(folder)
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot read the model ({str(error)[:120]}).") from error
+    if weights_sha256(tensors, tensors) != info["model_sha256"]:
+        raise InputError(f"{path}: not the weights run.json was written with (hash differs); run the sweep again.")
+    visual = assemble(info["backbone"], {k[7:]: v for k, v in tensors.items() if k.startswith("visual.")})
+    state = {k[5:]: v for k, v in tensors.items() if k.startswith("head.")}
+    head = Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
+    head.load_state_dict(state)
+    return Run(folder=folder, info=info, visual=visual, head=head.eval().requires_grad_(False))
+
+
+def _require_replaceable(out: Path) -> None:
+    """Only a run, or an empty folder, may be replaced: `--out DATA --overwrite` must not cost the data."""
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "run.json").is_file()):
+        raise InputError(f"--overwrite: {out} is not a run folder and is left alone; give another --out.")
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _figures(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
+    """The published six at the thresholds, the same at 0.5, and the AUC of classes with enough positives."""
+    aucs = metrics.auc(labels, probabilities)
+    enough = (labels == 1).sum(axis=0) >= MIN_POSITIVES
+    frequent, count = metrics.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
+    figures = metrics.headline(labels, probabilities, thresholds)
+    half = metrics.headline(labels, probabilities, np.full(len(thresholds), 0.5))
+    return {
+        **figures,
+        "at_0.5": half,
+        "frequent_auc": (frequent),
+        "frequent_classes": count,
+        "frequent_min_positives": MIN_POSITIVES,
+    }
+
+
+def _clean(value: Any) -> Any:
+    """JSON-ready: numpy numbers become Python's, NaN becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _save_model(path: Path, backbone: Backbone, tail: Tail) -> None:
+    """The whole tower with the trained blocks in place, and the head: nothing else is needed to build the model."""
+    tower = backbone.visual.state_dict()
+    kept = backbone.depth - len(tail.blocks)
+    for name, tensor in tail.state_dict().items():
+        kind, _, rest = name.partition(".")
+        if kind == "blocks":
+            number, _, rest = rest.partition(".")
+            tower[f"trunk.blocks.{kept + int(number)}.{rest}"] = tensor
+    tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
+    tensors |= {f"head.{name}": tensor for name, tensor in tail.head.state_dict().items()}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod((path.parent / "..").stat().st_mode & 0o666)  # safetensors writes for the owner alone
+
+
+def _snapshot_path(folder: Path, fold: int, budget: int) -> Path:
+    path = folder / "snapshots" / f"fold{fold}_epochs{budget}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def _write(folder: Path, run: dict[str, Any], history: list[tuple[int, Epoch]]) -> None:
+    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    _csv(folder / "folds.csv", run["folds"])
+    _csv(folder / "split.csv", run["split_table"])
+    _csv(folder / "history.csv", [{"fold": k, **vars(epoch)} for k, epoch in history])
+    _csv(folder / "per_class.csv", run["per_class"])
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,192 @@
+"""A latency figure that says what it rests on, and a verdict that can be no."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_fast import bench, timing
+from cxr_fast.errors import DeviceError, ImageError, InputError
+
+ALL = ("file to probabilities", "model only", *bench.STAGES)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images of different sizes."""
+    folder = tmp_path_factory.mktemp("films")
+    for k, size in enumerate([(90, 120), (60, 60), (50, 200)]):
+        image = np.random.default_rng(k).integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(toy_model: Path, films: Path) -> dict[str, Any]:
+    return bench.latency(toy_model, images=films, repeats=64, warmup=2, budget_ms=1e6, device="cpu", threads=1)
+
+
+def test_every_stage_is_timed_as_often_as_asked(result: dict[str, Any]) -> None:
+    assert tuple(sorted(result["samples"])) == tuple(sorted(ALL))
+    assert all(len(values) == 64 and min(values) > 0 for values in result["samples"].values())
+    assert result["n"] == 64
+    assert result["images"] == {"given": True, "files": 3, "first_size": [90, 120]}
+    assert (result["provider"], result["threads"], result["variant"]) == ("CPUExecutionProvider", 1, "fp32")
+    assert result["cold"]["load"] > 0
+    assert result["cold"]["first_run"] > 0
+    assert result["provenance"] == "phantom images"
+
+
+def test_the_summary_is_of_the_samples(result: dict[str, Any]) -> None:
+    for name, found in result["summary"].items():
+        samples = result["samples"][name]
+        assert found["n"] == 64
+        assert found["percentiles"] == {str(q): timing.percentile(samples, q) for q in (50, 90)}, "64 speak of no p95"
+        assert found["bounds"] == {str(q): timing.bound(samples, q) for q in (50, 90)}
+        thirds = (samples[:22], samples[22:43], samples[43:])
+        assert found["window_medians"] == [timing.percentile(part, 50) for part in thirds]
+
+
+def test_the_result_is_json(result: dict[str, Any], tmp_path: Path) -> None:
+    bench.write_json(result, tmp_path / "r.json")
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == json.loads(json.dumps(result))
+    assert json.loads(text)["machine"]["cores"] >= 1
+    for out in (tmp_path, tmp_path / "r.json" / "below.json"):
+        with pytest.raises(InputError, match="--json: cannot write"):
+            bench.write_json(result, out)
+
+
+def test_each_stage_is_the_work_it_names(toy_model: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each slowed in turn by 20 ms: that stage shows it, the verdict names it, and the others do not."""
+    for stage, (owner, name) in {
+        "read": (bench, "read_bytes"),
+        "decode": (bench, "decode_grey"),
+        "resize": (bench, "resize"),
+        "model": (bench.Predictor, "run"),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, slowed(getattr(owner, name)))
+            found = bench.latency(toy_model, images=films, repeats=4, warmup=0, device="cpu", threads=1)
+        assert min(found["samples"][stage]) >= 0.02
+        assert found["verdict"]["slowest_stage"] == stage
+        others = [min(found["samples"][other]) for other in bench.STAGES if other != stage]
+        assert max(others) < 0.02
+        if stage == "model":
+            assert min(found["samples"]["model only"]) >= 0.02
+            assert min(found["samples"]["file to probabilities"]) >= 0.02
+            assert found["cold"]["first_run"] >= 0.02
+
+
+def slowed(fn: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return fn(*args, **kwargs)
+
+    return slow
+
+
+def test_the_stages_add_up(result: dict[str, Any]) -> None:
+    """The real call does nothing that no stage shows; the fastest of 64 each, so that noise is out of it."""
+    fastest = {name: min(values) for name, values in result["samples"].items()}
+    total = sum(fastest[stage] for stage in bench.STAGES)
+    assert total / 5 < fastest["file to probabilities"] < 5 * total
+    assert fastest["model only"] < 5 * fastest["model"]
+
+
+def test_warm_up_is_not_counted_and_images_take_turns(
+    toy_model: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    read = bench.read_bytes
+    monkeypatch.setattr(bench, "read_bytes", lambda path: (seen.append(Path(path).name), read(path))[1])
+    found = bench.latency(toy_model, images=films, repeats=4, warmup=3, device="cpu", threads=1)
+    assert seen == ["0.png", "1.png", "2.png", "0.png", "1.png", "2.png", "0.png"]
+    assert len(found["samples"]["read"]) == 4
+
+
+# ------------------------------------------------------------------------------------------------- verdict
+
+
+def test_a_generous_budget_passes(result: dict[str, Any]) -> None:
+    assert result["verdict"]["result"] == "PASS"
+    assert result["verdict"]["bound"] == timing.bound(result["samples"]["file to probabilities"], 90)
+    assert bench.EXIT["PASS"] == 0
+
+
+@pytest.mark.parametrize("percentile", [50, 90])
+def test_an_absurd_budget_fails(toy_model: Path, films: Path, percentile: int) -> None:
+    found = bench.latency(
+        toy_model, images=films, repeats=12, warmup=0, budget_ms=1e-6, percentile=percentile, device="cpu", threads=1
+    )
+    assert found["verdict"]["result"] == "FAIL"
+    assert found["verdict"]["over"] == 12
+    assert bench.EXIT["FAIL"] == 1
+    assert f"FAIL: p{percentile} under 1e-06 ms" in bench.describe_latency(found)
+    assert "slowest stage: " in bench.describe_latency(found)
+
+
+def test_too_few_samples_settle_nothing(toy_model: Path, films: Path) -> None:
+    found = bench.latency(toy_model, images=films, repeats=5, warmup=0, budget_ms=1e6, device="cpu", threads=1)
+    assert found["verdict"]["result"] == "INCONCLUSIVE"
+    assert bench.EXIT["INCONCLUSIVE"] == 3
+    text = bench.describe_latency(found)
+    assert "INCONCLUSIVE: p90 under 1e+06 ms, file to probabilities; give --repeats 64" in text
+    assert "not shown, n is too small: p90, p95, p99" in text
+
+
+# -------------------------------------------------------------------------------------------- the text, inputs
+
+
+def test_the_text_says_what_was_measured(result: dict[str, Any]) -> None:
+    text = bench.describe_latency(result)
+    table = {line.split("  ")[0] or line.split()[0]: line for line in text.splitlines() if line}
+    medians = result["summary"]["file to probabilities"]["percentiles"]
+    assert table["file to probabilities"].split()[-2:] == [f"{1000 * medians[q]:.1f}" for q in ("50", "90")]
+    assert [line.split()[0] for line in text.splitlines()[3:8]] == list(bench.STAGES)
+    assert "n 64, 3 file(s), CPUExecutionProvider, 1 thread(s), variant fp32" in text
+    assert "cold start: load " in text
+    assert "not shown, n is too small: p95, p99" in text
+    assert "PASS: p90 under 1e+06 ms, file to probabilities; 99 % bound " in text
+    assert "note: PHANTOM IMAGES" in text
+
+
+@pytest.mark.parametrize(("share", "noisy"), [(0.5, True), (0.01, False), (None, False)])
+def test_a_noisy_machine_is_said(result: dict[str, Any], share: float | None, noisy: bool) -> None:
+    text = bench.describe_latency({**result, "noise": {"share": share, "noisy": noisy}})
+    assert ("NOISY: other processes took 50% of the machine" in text) == noisy
+
+
+def test_without_images_phantoms_are_drawn(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "FILM", (120, 100))
+    found = bench.latency(toy_model, repeats=7, warmup=0, device="cpu", threads=1)
+    assert found["images"] == {"given": False, "files": 6, "first_size": [120, 100]}
+    assert "6 phantoms at acquisition size" in bench.describe_latency(found)
+
+
+def test_phantoms_are_of_acquisition_size(tmp_path: Path) -> None:
+    (path,) = bench._films(tmp_path, count=1)
+    with Image.open(path) as image:
+        assert (image.height, image.width, image.mode) == (*bench.FILM, "L")
+        assert bench._size(path, given=True) == [2400, 2000]
+
+
+def test_inputs_that_cannot_be_timed_are_refused(toy_model: Path, films: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such model"):
+        bench.latency(tmp_path / "m.onnx", images=films)
+    with pytest.raises(InputError, match="a folder without images"):
+        bench.latency(toy_model, images=tmp_path, device="cpu")
+    with pytest.raises(DeviceError, match="--device"):
+        bench.latency(toy_model, images=films, device="gpu")
+    with pytest.raises(ImageError, match=r"gone\.png: no such file"):
+        bench.latency(toy_model, images=tmp_path / "gone.png", device="cpu")
+    (tmp_path / "broken.png").write_bytes((films / "0.png").read_bytes()[:100])
+    with pytest.raises(ImageError, match=r"broken\.png") as caught:
+        bench.latency(toy_model, images=tmp_path, device="cpu")
+    assert caught.value.exit_code == 2

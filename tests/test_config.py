@@ -1,0 +1,211 @@
+"""Specs to JSON and back, refusals that name the flag, stable digests, and the published recipe as the default."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cxr_fast import config
+from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec
+from cxr_fast.errors import InputError, SchemaError
+
+SPECS = (PreprocessSpec, CacheSpec, TrainSpec, SweepSpec)
+POSITIVE = st.floats(min_value=0, max_value=1e6, exclude_min=True, allow_subnormal=False)
+SHARE = st.floats(min_value=0, max_value=1, exclude_max=True, allow_subnormal=False)
+
+PREPROCESS = st.builds(
+    PreprocessSpec,
+    size=st.integers(8, 4096),
+    resize=st.sampled_from(config.choices(PreprocessSpec, "resize")),
+    dicom_policy=st.sampled_from(config.choices(PreprocessSpec, "dicom_policy")),
+)
+CACHE = st.builds(
+    CacheSpec,
+    weights=st.text(max_size=20),
+    unfreeze_blocks=st.integers(0, 12),
+    views=st.sampled_from([("plain",), ("plain", "flip")]),
+    normalize=st.sampled_from(config.choices(CacheSpec, "normalize")),
+    dtype=st.sampled_from(config.choices(CacheSpec, "dtype")),
+    preprocess=PREPROCESS,
+)
+TRAIN = st.builds(
+    TrainSpec,
+    lr=POSITIVE,
+    weight_decay=SHARE,
+    batch_size=st.integers(2, 4096),
+    clip_norm=POSITIVE,
+    loss=st.sampled_from(config.choices(TrainSpec, "loss")),
+    focal_alpha=SHARE,
+    focal_gamma=POSITIVE,
+    dropout=SHARE,
+    flip=st.booleans(),
+    scheduler=st.sampled_from(config.choices(TrainSpec, "scheduler")),
+    plateau_factor=st.floats(0.01, 0.99),
+    plateau_patience=st.integers(0, 99),
+    patience=st.none() | st.integers(1, 99),
+    precision=st.sampled_from(config.choices(TrainSpec, "precision")),
+)
+SWEEP = st.builds(
+    SweepSpec,
+    epochs=st.sets(st.integers(1, 999), min_size=1).map(lambda found: tuple(sorted(found))),
+    folds=st.integers(2, 20),
+    holdout=SHARE,
+    seed=st.integers(0, 2**32 - 1),
+    split_by=st.sampled_from(config.choices(SweepSpec, "split_by")),
+    train=TRAIN,
+)
+
+
+def shuffled(value: Any, order: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    items = [(key, shuffled(item, order)) for key, item in value.items()]
+    order.shuffle(items)
+    return dict(items)
+
+
+def test_the_strategies_cover_every_field() -> None:
+    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 14, SweepSpec: 6}
+    assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
+
+
+@given(st.one_of(PREPROCESS, CACHE, TRAIN, SWEEP))
+def test_a_spec_comes_back_from_json_as_it_was(spec: Any) -> None:
+    again = config.from_json(type(spec), config.to_json(spec))
+    assert again == spec
+    assert type(again) is type(spec)
+    assert hash(again) == hash(spec)
+    assert config.digest(again) == config.digest(spec)
+    assert config.from_dict(type(spec), json.loads(json.dumps(config.to_dict(spec), indent=1))) == spec
+
+
+@given(st.one_of(PREPROCESS, CACHE, TRAIN, SWEEP), st.randoms())
+def test_a_digest_does_not_depend_on_the_order_of_keys(spec: Any, order: Any) -> None:
+    values = shuffled(config.to_dict(spec), order)
+    assert config.digest(values) == config.digest(spec)
+    assert config.digest(config.from_dict(type(spec), values)) == config.digest(spec)
+
+
+@given(st.one_of(CACHE, SWEEP), st.one_of(CACHE, SWEEP))
+def test_digests_are_equal_only_for_equal_specs(one: Any, other: Any) -> None:
+    assert (config.digest(one) == config.digest(other)) == (one == other)
+
+
+@pytest.mark.parametrize("cls", SPECS)
+def test_an_unknown_field_is_refused_by_name(cls: type) -> None:
+    with pytest.raises(SchemaError, match=rf"{cls.__name__} has unknown field.*colour, zoom: .*newer"):
+        config.from_dict(cls, {**config.to_dict(cls()), "zoom": 2, "colour": "red"})
+
+
+def test_an_unknown_field_of_an_inner_spec_is_refused() -> None:
+    values = config.to_dict(SweepSpec())
+    values["train"]["momentum"] = 0.9
+    with pytest.raises(SchemaError, match=r"TrainSpec has unknown field.*momentum"):
+        config.from_dict(SweepSpec, values)
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [(TrainSpec, "[1]"), (TrainSpec, "nothing"), (TrainSpec, '{"lr": "fast"}'), (SweepSpec, '{"train": 3}')],
+)
+def test_damaged_json_is_an_error_of_ours(cls: type, text: str) -> None:
+    with pytest.raises(SchemaError) as caught:
+        config.from_json(cls, text)
+    assert "\n" not in str(caught.value)
+
+
+BAD = [
+    (PreprocessSpec, "size", (0, 7, 4097, -1)),
+    (PreprocessSpec, "resize", ("stretch", "", None)),
+    (PreprocessSpec, "dicom_policy", ("VOI",)),
+    (CacheSpec, "unfreeze_blocks", (-1,)),
+    (CacheSpec, "views", ((), ("flip",), ("flip", "plain"), ("plain", "plain"), ("plain", "rotated"), "plain")),
+    (CacheSpec, "normalize", ("openai",)),
+    (CacheSpec, "dtype", ("bfloat16",)),
+    (TrainSpec, "lr", (0.0, -1e-5, math.nan, math.inf)),
+    (TrainSpec, "weight_decay", (-1e-9, math.nan, math.inf)),
+    (TrainSpec, "batch_size", (0, 1)),
+    (TrainSpec, "clip_norm", (0.0, -1.0, math.nan)),
+    (TrainSpec, "loss", ("mse",)),
+    (TrainSpec, "focal_alpha", (-0.1, 1.1, math.nan)),
+    (TrainSpec, "focal_gamma", (-1.0, math.nan, math.inf)),
+    (TrainSpec, "dropout", (-0.1, 1.0, math.nan)),
+    (TrainSpec, "scheduler", ("cosine",)),
+    (TrainSpec, "plateau_factor", (0.0, 1.0, math.nan)),
+    (TrainSpec, "plateau_patience", (-1,)),
+    (TrainSpec, "patience", (0, -1)),
+    (TrainSpec, "precision", ("float16",)),
+    (SweepSpec, "epochs", ((), (0,), (5, 5), (10, 5), (1.5,), (1, 2.5))),
+    (SweepSpec, "folds", (0, 1)),
+    (SweepSpec, "holdout", (-0.1, 1.0, math.nan)),
+    (SweepSpec, "seed", (-1, 2**32)),
+    (SweepSpec, "split_by", ("study",)),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), [(cls, name, value) for cls, name, bad in BAD for value in bad])
+def test_a_bad_value_is_refused_with_its_flag(cls: type, name: str, value: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        cls(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"--{name.replace('_', '-')}: ")
+    assert "\n" not in message
+    assert (repr(value) if not isinstance(value, tuple) else ",".join(map(str, value))) in message
+
+
+def test_specs_cannot_be_changed_or_given_by_position() -> None:
+    for cls in SPECS:
+        name = dataclasses.fields(cls)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cls(), name, None)
+        with pytest.raises(TypeError):
+            cls(None)
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    sweep, cache = SweepSpec(), CacheSpec()
+    train = dataclasses.asdict(sweep.train)
+    assert train == {
+        "lr": 2e-5,
+        "weight_decay": 1e-4,
+        "batch_size": 16,
+        "clip_norm": 1.0,
+        "loss": "focal",
+        "focal_alpha": 0.25,
+        "focal_gamma": 2.0,
+        "dropout": 0.5,
+        "flip": True,
+        "scheduler": "plateau",
+        "plateau_factor": 0.5,
+        "plateau_patience": 3,
+        "patience": None,
+        "precision": "auto",
+    }
+    assert (sweep.epochs, sweep.folds, sweep.holdout, sweep.split_by) == ((30, 50, 75, 90, 100), 5, 0.2, "group")
+    assert (cache.weights, cache.unfreeze_blocks, cache.views) == ("biomedclip", 2, ("plain", "flip"))
+    assert (cache.normalize, cache.dtype, cache.preprocess.size) == ("model", "float16", 224)
+
+
+@pytest.mark.parametrize("cls", SPECS)
+def test_default_is_what_the_constructor_gives(cls: type) -> None:
+    spec = cls()
+    assert {f.name: config.default(cls, f.name) for f in dataclasses.fields(cls)} == vars(spec)
+    with pytest.raises(KeyError):
+        config.default(cls, "no_such_field")
+
+
+@pytest.mark.parametrize("cls", SPECS)
+def test_every_choice_can_be_chosen(cls: type) -> None:
+    several = 0
+    for f in dataclasses.fields(cls):
+        if "Literal" in str(f.type):
+            for value in config.choices(cls, f.name):
+                assert getattr(cls(**{f.name: value}), f.name) == value
+                several += 1
+    assert several >= 2

@@ -1,0 +1,380 @@
+"""The exported graph against torch's own tower, what the file says of itself, and that a bad one is not kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+
+from cxr_fast import backbone, export
+from cxr_fast.errors import InputError, ParityError, SchemaError
+from cxr_fast.predict import Predictor
+from cxr_fast.sweep import Run, read_run
+from cxr_fast.tail import Head
+
+SIZE = 160
+CLASSES = 35
+
+
+@pytest.fixture(scope="module", params=["class token", "average"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """A finished run of each kind of pooling."""
+    return read_run(request.getfixturevalue({"class token": "toy_run", "average": "toy_run_average"}[request.param]))
+
+
+@pytest.fixture(scope="module")
+def model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, exported."""
+    return export.export(run.folder, out=tmp_path_factory.mktemp("export") / "model.onnx")[0]
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    """Pixels that differ more than phantoms do."""
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE), dtype=np.uint8)
+
+
+def slow(run: Run, pixels: np.ndarray) -> np.ndarray:
+    """Logits by hand: grey to three channels, the run's own statistics, open_clip's tower, the head; one at a time."""
+    mean, std = (np.array(run.info[key], np.float32).reshape(3, 1, 1) for key in ("mean", "std"))
+    out = []
+    for image in pixels:
+        x = (np.repeat(image[None].astype(np.float32) / 255, 3, axis=0) - mean) / std
+        out.append(run.logits(torch.from_numpy(x[None])))
+    return torch.cat(out).numpy()
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    with np.load(run / "predictions.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+# ------------------------------------------------------------------------------------------------ the graph
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_the_graph_is_torchs_tower(run: Run, model: Path, batch: int) -> None:
+    pixels = noise(min(batch, 7), seed=batch)
+    pixels = pixels[np.arange(batch) % len(pixels)]
+    logits, probabilities = session(model).run(["logits", "probabilities"], {"pixels": pixels})
+    expected = slow(run, pixels[:7])[np.arange(batch) % 7]
+    assert logits.shape == probabilities.shape == (batch, CLASSES)
+    assert logits.dtype == probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-expected)), atol=export.LIMIT, rtol=0)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    # That means something only where images differ by far more than the limit.
+    if batch > 1:
+        assert np.abs(probabilities[0] - probabilities[1]).max() > 100 * export.LIMIT
+
+
+def test_the_checker_accepts_it(model: Path) -> None:
+    proto = onnx.load(model)
+    onnx.checker.check_model(proto, full_check=False)
+    assert {o.domain: o.version for o in proto.opset_import} == {"": export.OPSET, "com.microsoft": 1}
+    assert onnx.defs.onnx_opset_version() >= export.OPSET
+    inputs, outputs = proto.graph.input, proto.graph.output
+    assert [value.name for value in inputs] == ["pixels"]
+    assert inputs[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [value.name for value in outputs] == ["logits", "probabilities"]
+    names = [node.name for node in proto.graph.node]
+    assert len(set(names)) == len(names)
+    assert {name for node in proto.graph.node for name in node.input} >= {w.name for w in proto.graph.initializer}
+
+
+def test_the_last_block_computes_the_class_token_alone(toy_run: Path, toy_run_average: Path, tmp_path: Path) -> None:
+    """From the shapes that ONNX Runtime really computes: query, projection and MLP of block 5 see one token of 101."""
+    shapes = computed(export.build(read_run(toy_run)), tmp_path)
+    for name in ("blocks.5.proj.product", "blocks.5.fc1.product", "blocks.5.residual2"):
+        assert shapes[name][:2] == (3, 1)
+    assert shapes["blocks.5.q.product"] == (3, 1, 64)
+    assert shapes["blocks.5.k.product"] == shapes["blocks.5.v.product"] == (3, 101, 64)
+    assert shapes["blocks.4.fc1.product"][:2] == (3, 101)
+    whole = computed(export.build(read_run(toy_run_average)), tmp_path)
+    assert {shape[1] for name, shape in whole.items() if name.startswith("blocks.")} == {101}
+
+
+def computed(proto: onnx.ModelProto, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every node's output on three images."""
+    names = [name for node in proto.graph.node for name in node.output]
+    known = {value.name for value in proto.graph.output}
+    for name in names:
+        if name not in known:
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    path = folder / "open.onnx"
+    path.write_bytes(proto.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return dict(zip(names, (a.shape for a in opened.run(names, {"pixels": noise(3)})), strict=True))
+
+
+def test_the_embedding_is_an_output_when_asked_for(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.build(run, embedding=True).SerializeToString())
+    pixels = noise(3)
+    (embedding,) = session(path).run(["embedding"], {"pixels": pixels})
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
+    with torch.inference_mode():
+        logits = run.head(torch.from_numpy(embedding)).numpy()
+    np.testing.assert_allclose(logits, slow(run, pixels), atol=1e-4)
+
+
+def test_a_run_of_embeddings_exports_the_whole_tower(toy_run: Path, tmp_path: Path) -> None:
+    """A run with nothing unfrozen holds the tower as it was; its graph is no special case."""
+    run = read_run(toy_run)
+    plain = dataclasses.replace(run, visual=backbone.load(run.info["cache"]["weights"]).visual)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.build(plain).SerializeToString())
+    (logits,) = session(path).run(["logits"], {"pixels": noise(2)})
+    np.testing.assert_allclose(logits, slow(plain, noise(2)), atol=1e-4)
+    assert np.abs(logits - slow(run, noise(2))).max() > 1e-2
+
+
+def test_black_and_white_are_read_as_torch_reads_them(run: Run, model: Path) -> None:
+    """The folded normalisation has no rounding trouble at the ends of the grey scale."""
+    pixels = np.stack([np.full((SIZE, SIZE), g, np.uint8) for g in (0, 1, 128, 255)])
+    (found,) = session(model).run(["probabilities"], {"pixels": pixels})
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-slow(run, pixels))), atol=export.LIMIT)
+
+
+# ------------------------------------------------------------------------------- what the file says of itself
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    found = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    assert all(key.startswith("cxr.") for key in found)
+    return {key.removeprefix("cxr."): json.loads(value) for key, value in found.items()}
+
+
+def test_the_metadata_is_json_and_complete(run: Run, model: Path) -> None:
+    found = metadata(model)
+    assert set(found) >= {
+        *("schema", "written_by", "variant", "labels", "thresholds", "threshold_source", "calibration", "preprocess"),
+        *("dicom_policy", "mean", "std", "weights", "provenance", "backbone", "tower_sha256", "model_sha256"),
+        *("trainable", "cache_fingerprint", "data", "nodes", "toolchain", "intended_use", "parity", "golden"),
+    }
+    assert found["labels"] == run.info["classes"]
+    assert found["thresholds"] == run.info["thresholds"]
+    assert found["preprocess"] == {"size": SIZE, "resize": "squash", "dicom_policy": "voi"}
+    assert (found["mean"], found["std"]) == (run.info["mean"], run.info["std"])
+    assert found["model_sha256"] == run.info["model_sha256"]
+    assert found["data"]["metrics"]["holdout"] == run.info["metrics"]["holdout"]
+    assert "not a medical device" in found["intended_use"].lower()
+    assert str(run.folder.parent) not in json.dumps({k: v for k, v in found.items() if k != "weights"})
+
+
+def test_the_nodes_are_counted(run: Run, model: Path) -> None:
+    nodes = [node.op_type for node in onnx.load(model).graph.node]
+    found = metadata(model)["nodes"]
+    assert found == {op: nodes.count(op) for op in set(nodes)}
+    assert found["MultiHeadAttention"] == found["Gelu"] == len(run.visual.trunk.blocks)
+    assert "BatchNormalization" not in found
+
+
+def test_the_golden_pair_is_reproduced(run: Run, model: Path) -> None:
+    """From the recipe's words alone, evaluated pixel by pixel."""
+    pair = metadata(model)["golden"]
+    recipe = pair["recipe"].partition("=")[2]
+    assert re.fullmatch(r"[ij0-9 +*/%()]+", recipe)
+    code = compile(recipe.strip(), "recipe", "eval")
+    pixels = [[eval(code, {"__builtins__": {}}, {"i": i, "j": j}) for j in range(SIZE)] for i in range(SIZE)]
+    image = np.array(pixels, np.uint8)[None]
+    np.testing.assert_array_equal(image, export.golden_pixels(SIZE))
+    (found,) = session(model).run(["probabilities"], {"pixels": image})
+    np.testing.assert_allclose(found[0], pair["probabilities"], atol=pair["tolerance"], rtol=0)
+    # Another image gives another answer, by more than the tolerance.
+    (other,) = session(model).run(["probabilities"], {"pixels": image[:, ::-1].copy()})
+    assert np.abs(other[0] - pair["probabilities"]).max() > 3 * pair["tolerance"]
+
+
+def test_the_parity_found_is_in_the_file(toy_run: Path, tmp_path: Path) -> None:
+    path, parity, info = export.export(toy_run, out=tmp_path / "m.onnx")
+    found = metadata(path)
+    assert found == json.loads(json.dumps(info))
+    assert found["parity"]["max_probability_difference"] == parity.largest <= found["parity"]["limit"] == 1e-5
+    assert found["parity"]["by_batch"].keys() == {"1", "2", "7", "64"}
+    assert parity.largest == max(parity.by_batch.values())
+    assert parity.images == 64
+    # What the sweep said of these images, from activations rounded to float16.
+    assert parity.cached is not None
+    assert parity.largest < parity.cached < 1e-2
+
+
+def test_it_is_written_beside_the_run_by_default(toy_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_run, tmp_path / "run")
+    before = {p.name for p in (tmp_path / "run").iterdir()}
+    path, _, _ = export.export(tmp_path / "run")
+    assert path == tmp_path / "run" / "model.fp32.onnx"
+    assert {p.name for p in (tmp_path / "run").iterdir()} - before == {"model.fp32.onnx"}
+
+
+def test_the_same_run_gives_the_same_graph(run: Run) -> None:
+    assert export.build(run).SerializeToString() == export.build(run).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_random", "said"),
+    [("random:0:test_vit", True, "random"), ("/a/b/weights", False, "weights"), ("biomedclip", False, "biomedclip")],
+)
+def test_random_weights_are_carried_through(toy_run: Path, weights: str, is_random: bool, said: str) -> None:
+    run = read_run(toy_run)
+    run.info["cache"]["weights"], run.info["random_weights"] = weights, is_random
+    assert export.metadata(run, export.build(run))["weights"] == said
+
+
+# ----------------------------------------------------------------------------------------- what is not kept
+
+
+def break_weight(monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """One number of one matrix of the graph, changed after the graph was built."""
+    build = export.build
+
+    def damaged(run: Run, **kwargs: Any) -> onnx.ModelProto:
+        proto = build(run, **kwargs)
+        weight = next(w for w in proto.graph.initializer if w.name == "logits.weight")
+        weight.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weight).copy()), weight.name))
+        return proto
+
+    monkeypatch.setattr(export, "build", damaged)
+
+
+@pytest.mark.parametrize("kind", ["off by a little", "not a number"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_graph_that_disagrees_is_not_kept(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, existing: bool
+) -> None:
+    def change(weight: np.ndarray) -> np.ndarray:
+        weight[:, 0] = np.nan if kind == "not a number" else weight[:, 0] + 1e-3
+        return weight
+
+    break_weight(monkeypatch, change)
+    out = tmp_path / "model.onnx"
+    if existing:
+        out.write_bytes(b"of before")
+    with pytest.raises(ParityError, match=r"model\.onnx was not kept.*limit 1e-05") as caught:
+        export.export(toy_run, out=out)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == (["model.onnx"] if existing else [])
+    assert not existing or out.read_bytes() == b"of before"
+
+
+def test_not_a_number_in_one_batch_size_alone_is_not_kept(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest of 1e-7 and NaN is NaN, whatever Python's `max` says."""
+    run = Predictor.run
+
+    def sometimes(self: Predictor, pixels: np.ndarray) -> np.ndarray:
+        out = run(self, pixels)
+        return np.full_like(out, np.nan) if len(pixels) == 7 else out
+
+    monkeypatch.setattr(Predictor, "run", sometimes)
+    with pytest.raises(ParityError, match="nan"):
+        export.export(toy_run, out=tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_moved_are_asked_for(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    run = read_run(toy_run)
+    run.info["cache"]["dataset"]["root"] = str(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"none of the 79 is readable under .*gone.*--images DIR"):
+        export.check_images(run, None)
+    pixels, cached = export.check_images(run, toy_data)
+    assert pixels.shape == (64, SIZE, SIZE)
+    assert cached.shape == (64, CLASSES)
+
+
+def test_images_that_changed_are_not_compared(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    """The hold-out comes first; a changed file gives its place to the next one."""
+    run, saved = read_run(toy_run), arrays(toy_run)
+    held = [str(image) for image in saved["image"][saved["fold"] == -1]]
+    shutil.copytree(toy_data, tmp_path / "data")
+    shutil.copy(tmp_path / "data" / held[1], tmp_path / "data" / held[0])
+    (tmp_path / "data" / held[2]).unlink()
+    _, cached = export.check_images(run, tmp_path / "data", most=3)
+    names = [str(saved["image"][np.flatnonzero((saved["final"] == row).all(axis=1))[0]]) for row in cached]
+    assert names == [held[1], held[3], held[4]]
+    for path in (tmp_path / "data" / "images").iterdir():
+        path.write_bytes(b"changed")
+    with pytest.raises(InputError, match="--images DIR"):
+        export.check_images(run, tmp_path / "data")
+
+
+def test_fewer_images_than_the_largest_batch_are_repeated(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    saved = arrays(toy_run)
+    (tmp_path / "some" / "images").mkdir(parents=True)
+    for image in saved["image"][:3]:
+        shutil.copy(toy_data / str(image), tmp_path / "some" / str(image))
+    _, parity, _ = export.export(toy_run, out=tmp_path / "m.onnx", images=tmp_path / "some")
+    assert parity.images == 3
+    assert set(parity.by_batch) == {1, 2, 7, 64}
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, toy_run: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        export.export(tmp_path)
+    shutil.copytree(toy_run, tmp_path / "run")
+    (tmp_path / "run" / "predictions.npz").unlink()
+    with pytest.raises(InputError, match=r"predictions\.npz"):
+        export.export(tmp_path / "run")
+    text = (tmp_path / "run" / "run.json").read_text().replace('"schema": 1', '"schema": 7', 1)
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(SchemaError, match="schema 7"):
+        export.export(tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["below a file", "a folder"])
+def test_an_output_that_cannot_be_written_is_named(toy_run: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "file" / "m.onnx" if where == "below a file" else tmp_path / "folder"
+    with pytest.raises(InputError, match="--out: cannot write"):
+        export.export(toy_run, out=out)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_in_a_folder_that_is_not_there_makes_it(toy_run: Path, tmp_path: Path) -> None:
+    """As `cache`, `sweep` and `predict` do."""
+    path, _, _ = export.export(toy_run, out=tmp_path / "a" / "b" / "m.onnx")
+    assert path.is_file()
+
+
+# ---------------------------------------------------------------------------------- batch norm, folded
+
+
+def test_the_folded_head_is_the_head(tmp_path: Path, toy_run: Path) -> None:
+    """With statistics far from the initial ones, a constant feature included."""
+    head = Head(512, CLASSES, dropout=0.3)
+    draw = torch.Generator().manual_seed(3)
+    for layer in head:
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.normal_(0, 2, generator=draw)
+            layer.running_var.uniform_(0.01, 4, generator=draw)
+            layer.running_var[0] = 0
+            torch.nn.init.normal_(layer.weight, 1, 0.5, generator=draw)
+            torch.nn.init.normal_(layer.bias, 0, 0.5, generator=draw)
+    run = dataclasses.replace(read_run(toy_run), head=head.eval().requires_grad_(False))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(export.build(run).SerializeToString())
+    (found,) = session(path).run(["logits"], {"pixels": noise(4)})
+    expected = slow(run, noise(4))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    assert np.ptp(expected, axis=0).max() > 1e-2
