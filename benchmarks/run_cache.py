@@ -30,9 +30,9 @@ from cxr_fast.preprocess import IMAGE_SUFFIXES, load
 def dataset(folder: Path, images: Path | None, count: int) -> datasets.Manifest:
     """`count` full-size files: copies of those in `images` in turn, or phantoms."""
     if images is None:
-        from cxr_fast.bench import _films
+        from cxr_fast.bench import films
 
-        sources = [Path(path) for path in _films(folder)]
+        sources = [Path(path) for path in films(folder)]
     else:
         sources = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     with open(folder / "manifest.csv", "w", newline="") as file:

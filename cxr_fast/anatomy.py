@@ -92,6 +92,7 @@ def edge(distance: Any, soft: float) -> Map:
 
 
 def bump(v: Any, centre: float, spread: float) -> Map:
+    """A Gaussian of height 1 around `centre`."""
     return np.exp(-np.square((v - np.float32(centre)) / np.float32(spread)))
 
 
@@ -103,6 +104,7 @@ def bands(phase: Any, share: float) -> Map:
 
 
 def frontal(p: Patient, u: Map, y: Map) -> Field:
+    """The chest from the front, at coordinates u (across) and y (down)."""
     spine = u - p.bend * np.sin(np.pi * (y - p.apex) / 1.15, dtype=np.float32) * edge(y + 0.8, 0.3)
     a, left = np.abs(spine), spine > 0
     wall_at = p.width * (1 - 0.43 * np.square(np.clip(0.3 - y, 0, 1.2))) + 0.02 * bump(y, 0.55, 0.3)
@@ -166,6 +168,7 @@ def _girdle(density: Map, a: Map, y: Map, body: Map, wall: Map) -> None:
 
 
 def lateral(p: Patient, u: Map, y: Map) -> Field:
+    """The chest from the side, at coordinates u (front to back) and y (down)."""
     bow = 1 - np.square((y + 0.12) / 0.85)
     axis = 0.40 + 1.1 * p.hunch * bow + 0.4 * p.bend * np.sin(5.5 * y, dtype=np.float32)
     spine = u - axis

@@ -46,7 +46,7 @@ def latency(
     predictor = Predictor(model, device=device, threads=threads)
     load = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as scratch:
-        paths = expand([str(images)]) if images is not None else _films(Path(scratch))
+        paths = expand([str(images)]) if images is not None else films(Path(scratch))
         fixed = predictor.pixels(paths[0])[None]
         began = time.perf_counter()
         predictor.run(fixed)
@@ -170,7 +170,8 @@ def write_json(result: dict[str, Any], out: Path) -> None:
         raise InputError(f"--json: cannot write {out}: {error.strerror}.") from error
 
 
-def _films(folder: Path, count: int = 6) -> list[str]:
+def films(folder: Path, count: int = 6) -> list[str]:
+    """Draw phantoms at acquisition size into `folder`; their paths."""
     from PIL import Image
 
     from .phantom import draw

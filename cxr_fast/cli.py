@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ class Group(click.Group):
             click.echo(f"error: {error.format_message()}\n`{usage} --help` lists what it takes.", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("interrupted; no unfinished file has a final name, run the same command again", err=True)
             ctx.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +74,11 @@ def setting(cls: type, name: str, help: str, flag: str | None = None, **kwargs: 
     return click.option(flag, name, default=value, show_default=value is not None, type=kind, help=help, **kwargs)
 
 
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 source_argument = click.argument("source", type=PATH)
 images_option = click.option("--images", type=PATH, help="Folder to look for the images in, where it is not SOURCE.")
@@ -196,6 +202,7 @@ def duration(seconds: float) -> str:
     "--batch-size", type=click.IntRange(1, 4096), help="Images a model call.  [default: 8 on CPU, 64 on CUDA]"
 )
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
+@threads_option
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option(
     "--on-error",
@@ -221,6 +228,7 @@ def cache(
     device: str,
     batch_size: int | None,
     workers: int | None,
+    threads: int | None,
     limit: int | None,
     on_error: str,
     repair: bool,
@@ -244,9 +252,10 @@ def cache(
     from . import encode
 
     encode.pick_device(device)
+    use_threads(threads)
     tower = backbones.load(weights)
     spec = encode.with_size(spec, tower)
-    path = out or Path("cache") / f"{manifest.name}.h5"
+    path = out or Path("cache") / f"{file_name(manifest.name)}.h5"
     plan = encode.plan(manifest, tower, spec, path, device=device, batch_size=batch_size, workers=workers)
     click.echo(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}: {gigabytes(plan.bytes_needed)} "
@@ -287,6 +296,20 @@ def cache(
         for image, error in outcome.failed[:5]:
             click.echo(f"  {image}: {error}", err=True)
         sys.exit(1)
+
+
+def file_name(name: str) -> str:
+    """A dataset's name as part of a path: separators and what hides a file become a dash."""
+    return re.sub(r"[/\\\0]+|^\.+", "-", name).strip() or "dataset"
+
+
+def use_threads(threads: int | None) -> None:
+    """Size torch's thread pool from affinity and cgroup quota, not from the host."""
+    import torch
+
+    from . import timing
+
+    torch.set_num_threads(threads or timing.cpu_count())
 
 
 def gigabytes(count: float) -> str:
@@ -351,6 +374,7 @@ def verify(file: Path, reencode: int, images: Path | None, weights: str | None, 
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @device_option
+@threads_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 def sweep(
     cache: Path | None,
@@ -358,6 +382,7 @@ def sweep(
     manifest: Path | None,
     weights: str | None,
     device: str,
+    threads: int | None,
     overwrite: bool,
     epochs: str,
     **flags: Any,
@@ -365,16 +390,14 @@ def sweep(
     """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/)."""
     own = {name: flags.pop(name) for name in ("folds", "holdout", "seed", "split_by")}
     spec = SweepSpec(epochs=parse_epochs(epochs), train=TrainSpec(**flags), **own)
-    from . import store, timing
+    from . import store
     from . import sweep as sweeps
 
     if cache is None:
         cache = store.newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     path = out or free_name(Path("exports") / cache.stem)
-    import torch
-
-    torch.set_num_threads(timing.cpu_count())
+    use_threads(threads)
     labels = None
     if manifest is not None:
         from . import datasets
@@ -383,11 +406,10 @@ def sweep(
     job = sweeps.Sweep(cache, path, spec, device=device, weights=weights, manifest=labels, overwrite=overwrite)
     plan = job.plan()
     echo_plan(plan, spec)
-    bar, best = Progress(), {"auc": 0.0}
+    bar = Progress()
     whole = spec.folds * spec.epochs[-1]
 
     def show(fold: int, epoch: Any) -> None:
-        best["auc"] = max(best["auc"], epoch.valid_auc)
         text = f"fold {fold + 1}/{spec.folds} epoch {epoch.epoch}/{spec.epochs[-1]}, validation macro AUC "
         bar.show(fold * spec.epochs[-1] + epoch.epoch, whole, text + f"{epoch.valid_auc:.4f} ({epoch.classes} classes)")
 
@@ -513,7 +535,7 @@ def export(run: Path, out: Path | None, images: Path | None) -> None:
 @click.option("--out", type=PATH, required=True, help="CSV of path, status, reason and one probability a class.")
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
 @device_option
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the model.  [default: usable cores]")
+@threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
 def predict(
@@ -542,7 +564,8 @@ def predict(
     bar.done()
     good, rate = summary["images"] - summary["failed"], summary["images"] / max(summary["seconds"], 1e-9)
     click.echo(
-        f"{good:,} of {summary['images']:,} images predicted in {summary['seconds']:.1f} s ({rate:.1f}/s): {out}"
+        f"{good:,} of {summary['images']:,} images predicted in {summary['seconds']:.1f} s ({rate:.1f}/s) "
+        f"on {predictor.where}: {out}"
     )
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
@@ -561,10 +584,22 @@ def bench() -> None:
 @click.option("--images", type=PATH, help="Folder of images to time.  [default: phantoms at acquisition size]")
 @click.option("--repeats", type=click.IntRange(1), default=100, show_default=True, help="Timed images.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Untimed images first.")
-@click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, show_default=True)
-@click.option("--percentile", type=click.Choice(["50", "90", "95", "99"]), default="90", show_default=True)
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100.0,
+    show_default=True,
+    help="Milliseconds from file to probabilities.",
+)
+@click.option(
+    "--percentile",
+    type=click.Choice(["50", "90", "95", "99"]),
+    default="90",
+    show_default=True,
+    help="The percentile that must keep it.",
+)
 @device_option
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the model.  [default: usable cores]")
+@threads_option
 @click.option("--json", "json_out", type=PATH, help="Write the result here.")
 def latency(
     model: Path,
@@ -619,7 +654,7 @@ def info(file: Path) -> None:
 @click.argument("out", type=PATH)
 @click.option("--studies", type=click.IntRange(1), default=300, show_default=True, help="Studies to draw.")
 @click.option("--size", type=click.IntRange(32, 4096), default=256, show_default=True, help="Pixels a side.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other images.")
 def phantom(out: Path, studies: int, size: int, seed: int) -> None:
     """Draw synthetic radiographs with planted findings into a folder of the Indiana layout."""
     from . import phantom as phantoms

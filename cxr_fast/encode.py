@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import threading
 import time
@@ -360,14 +361,16 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 
 def write_errors(path: Path, failed: tuple[tuple[str, str], ...]) -> Path:
     """`NAME.errors.csv` beside the cache: image, reason code, message; removed where nothing failed."""
-    out = path.with_suffix(".errors.csv")
+    out = path.with_name(path.name.removesuffix(".h5") + ".errors.csv")
     if not failed:
         out.unlink(missing_ok=True)
         return out
-    with open(out, "w", newline="", encoding="utf-8") as file:
+    scratch = out.with_name(out.name + f".{os.getpid()}")
+    with open(scratch, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "reason", "message"])
         rows.writerows([image, *error.split(": ", 1)] for image, error in failed)
+    os.replace(scratch, out)
     return out
 
 

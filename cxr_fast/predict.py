@@ -57,6 +57,7 @@ class Predictor:
         self.threads = threads or timing.cpu_count()
         self.session = _session(self.path, device, self.threads)
         self.provider = self.session.get_providers()[0]
+        self.wanted_gpu = device == "auto" and _gpu_present()
         self.info = read_metadata(self.session, self.path)
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
@@ -66,6 +67,14 @@ class Predictor:
     def warning(self) -> str:
         """What must be said beside every figure of this model, such as `random backbone`; empty for a real one."""
         return str(self.info.get("provenance", ""))
+
+    @property
+    def where(self) -> str:
+        """What runs the model, said aloud because a CUDA provider that cannot load falls back without a word."""
+        if self.provider != "CPUExecutionProvider":
+            return self.provider.removesuffix("ExecutionProvider")
+        lost = "; a GPU is here but CUDA did not load: pip install 'cxr-fast[gpu]'" if self.wanted_gpu else ""
+        return f"CPU, {self.threads} thread(s){lost}"
 
     def pixels(self, image: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
         """uint8 (S, S) as the model wants them, by the same code that made the training pixels."""
@@ -182,6 +191,8 @@ def write_csv(
     """
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a CSV file.")
+    if out.exists() and out.samefile(predictor.path):
+        raise InputError(f"--out: {out} is the model itself; give the name of a CSV file.")
     scratch = out.with_name(out.name + f".partial.{os.getpid()}")
     began, failed = time.perf_counter(), 0
     try:

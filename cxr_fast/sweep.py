@@ -253,9 +253,7 @@ class Sweep:
             raise InputError(f"--out: cannot write {self.out}: {error.strerror}.") from error
         try:
             run = self._run(scratch, on_epoch, began)
-            if self.out.exists():
-                shutil.rmtree(self.out)
-            os.replace(scratch, self.out)
+            _put_in_place(scratch, self.out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return run
@@ -409,6 +407,15 @@ class Sweep:
             view=np.array([header.views[i] for i in rows]),
             sha256=np.array([self.data.file.sha256[i] for i in rows]),
         )
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Give a finished folder its name; one of that name is set aside first and removed last."""
+    old = out.with_name(out.name + f".old.{os.getpid()}")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(folder, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def choose(scores: np.ndarray) -> tuple[int, int]:

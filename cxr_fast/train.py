@@ -188,6 +188,8 @@ class Fold:
             )
         if len(train_rows) < 2:
             raise InputError(f"fold {fold} would train on {len(train_rows)} image(s); use more images.")
+        if (labels[train_rows] < 0).all():
+            raise InputError(f"fold {fold}: every label of its {len(train_rows)} training images is unknown.")
 
     @property
     def stopped(self) -> bool:

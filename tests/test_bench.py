@@ -171,7 +171,7 @@ def test_without_images_phantoms_are_drawn(toy_model: Path, monkeypatch: pytest.
 
 
 def test_phantoms_are_of_acquisition_size(tmp_path: Path) -> None:
-    (path,) = bench._films(tmp_path, count=1)
+    (path,) = bench.films(tmp_path, count=1)
     with Image.open(path) as image:
         assert (image.height, image.width, image.mode) == (*bench.FILM, "L")
         assert bench._size(path, given=True) == [2400, 2000]

@@ -353,7 +353,7 @@ CASES: list[tuple[list[object], str]] = [
     (["sweep", "toy.h5", *TRAIN, "--weights", RANDOM], f"--weights {RANDOM}: not the weights"),
     (["sweep", "toy.h5", *TRAIN, "--weights", "empty"], "--weights: empty must hold"),
     (["sweep", "toy.h5", *TRAIN, "--manifest", "gone.csv"], "gone.csv"),
-    (["sweep", "toy.h5", *TRAIN, "--manifest", "absent.csv"], "8 of 8 images are not in toy.h5"),
+    (["sweep", "toy.h5", *TRAIN, "--manifest", "absent.csv"], "7 of 8 images are not in toy.h5"),
     # what comes after
     (["export", "gone"], "gone: not a run folder"),
     (["export", "empty"], "empty: not a run folder"),
@@ -621,3 +621,33 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
     bar.show(10, 10, "all", force=True)
     bar.done()
     assert capsys.readouterr().err.startswith("\r100.0 %  all, 0 s left")
+
+
+def test_verify_names_a_damaged_row_and_repair_mends_it(phantoms: Path, here: Path) -> None:
+    arguments = ["cache", phantoms, "--weights", RANDOM, "--device", "cpu", "--limit", 12, "--out", "c.h5"]
+    done(cxr(*arguments))
+    assert "PASS" in done(cxr("verify", "c.h5", "--reencode", 3)).stdout
+    file = store.ActivationFile("c.h5")
+    name, size = file.header.images[7], file.activations[0].nbytes
+    with open("c.h5", "r+b") as raw:
+        raw.seek(file.offset + 7 * size + 3)
+        raw.write(b"\x55\xaa")
+    result = done(cxr("verify", "c.h5", "--reencode", 0), code=1)
+    assert f"{name}: checksum" in result.stderr
+    assert "PASS" not in result.stdout
+    assert "reused 11, encoded 1 images" in done(cxr(*arguments, "--repair")).stdout
+    assert "PASS" in done(cxr("verify", "c.h5", "--reencode", 12)).stdout
+
+
+def test_predictions_never_overwrite_the_model(pantry: Path, toy_model: Path) -> None:
+    shutil.copy(toy_model, "m.onnx")
+    before = Path("m.onnx").read_bytes()
+    assert "is the model itself" in refused(cxr("predict", "m.onnx", "a.png", "--out", "m.onnx", "--device", "cpu"))
+    assert Path("m.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("iu", "iu"), ("a/b", "a-b"), ("../x", "--x"), (".hidden", "-hidden"), ("", "dataset")]
+)
+def test_a_datasets_name_is_one_file_name(name: str, expected: str) -> None:
+    assert cli.file_name(name) == expected
