@@ -25,7 +25,7 @@ from .encode import normalise
 from .errors import ImageError, InputError, ParityError
 from .predict import PREFIX, SCHEMA, Predictor
 from .preprocess import load
-from .sweep import Run, read_run
+from .runs import Run, read_run
 
 OPSET = 20
 IR_VERSION = 10

@@ -49,7 +49,7 @@ def _cache(path: Path) -> str:
 
 
 def _run(path: Path) -> str:
-    from .sweep import read_info
+    from .runs import read_info
 
     run = read_info(path)
     held = run["metrics"]["holdout"]

@@ -6,14 +6,14 @@ import base64
 import contextlib
 import html
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import InputError, SchemaError
+from .errors import InputError
+from .runs import read_info
 
 PUBLISHED = {
     "label_accuracy": "Label-wise accuracy",
@@ -24,7 +24,6 @@ PUBLISHED = {
     "map": "mAP",
 }
 NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
-KIND, SCHEMA = "cxr-fast run", 1  # of run.json; `sweep` writes it, and cannot be imported without torch
 INK, ACCENT, GREY = "#1b2a3a", "#2f6f9f", "#8a97a5"
 
 STYLE = """
@@ -69,17 +68,9 @@ def _put(path: Path, data: bytes) -> None:
 def _load(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     import pandas as pd
 
-    path, table = folder / "run.json", folder / "history.csv"
-    if not path.is_file() or not table.is_file():
-        raise InputError(f"{folder}: not a run folder (needs run.json and history.csv); `cxrfast sweep` makes one.")
-    try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(run, dict) or run.get("kind") != KIND:
-        raise InputError(f"{path}: not written by `cxrfast sweep`.")
-    if run.get("schema") != SCHEMA:
-        raise SchemaError(f"{path}: schema {run.get('schema')} (written by {run.get('written_by')}) is not known here.")
+    run, table = read_info(folder), folder / "history.csv"
+    if not table.is_file():
+        raise InputError(f"{folder}: history.csv is missing; run the sweep again.")
     return run, pd.read_csv(table).to_records(index=False)
 
 

@@ -17,21 +17,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import __version__, metrics, splits, timing
-from .backbone import Backbone, assemble, load, tower_sha256, weights_sha256
+from .backbone import Backbone, load, tower_sha256, weights_sha256
 from .config import SweepSpec, to_dict
 from .datasets import Manifest
 from .encode import pick_device
-from .errors import InputError, SchemaError
+from .errors import InputError
+from .runs import KIND, SCHEMA, save_model
 from .store import ActivationFile, Header
-from .tail import Head, Tail, count_trainable
+from .tail import Tail, count_trainable
 from .train import Activations, Epoch, Fold, Snapshot, fit, precision, predict, sigmoid
 
-SCHEMA = 1
-KIND = "cxr-fast run"
 MIN_POSITIVES = 10
 
 
@@ -284,7 +282,7 @@ class Sweep:
         final.load_state_dict(load_file(_snapshot_path(folder, best, budgets[budget])))
         final.to(self.device)
         everywhere = sigmoid(predict(final, self.activations, data.rows))
-        _save_model(folder / "model.safetensors", self.backbone, final)
+        save_model(folder / "model.safetensors", self.backbone, final)
         shutil.rmtree(folder / "snapshots")
         run = self._describe(probabilities, scores, defined, stopped_at, budget, best, everywhere, folder)
         run["seconds"] = time.perf_counter() - began
@@ -312,15 +310,35 @@ class Sweep:
         everywhere: np.ndarray,
         folder: Path,
     ) -> dict[str, Any]:
-        data, header = self.data, self.data.header
-        classes = header.classes
-        dev = data.assignment >= 0
+        """`run.json`: where everything came from, what was chosen and why, and every figure."""
+        data, classes = self.data, self.data.header.classes
+        dev, held = data.assignment >= 0, data.assignment == -1
         out_of_fold, labels = probabilities[budget][dev], data.labels[dev]
         found = metrics.best_f1_thresholds(labels, out_of_fold)
         thresholds = np.where(np.isnan(found), 0.5, found)
-        held = data.assignment == -1
-        groups = [header.groups[i] for i in data.rows]
+        on_holdout = (data.labels[held], everywhere[held], thresholds)
         described = {
+            **self._origin(),
+            "classes": list(classes),
+            "thresholds": thresholds.tolist(),
+            "threshold_source": "F1 on out-of-fold predictions; 0.5 where a class had no positive or no negative",
+            **self._search(scores, defined, stopped_at, budget, best),
+            "metrics": {
+                "out_of_fold": _figures(labels, out_of_fold, thresholds),
+                "holdout": _figures(*on_holdout) if held.any() else None,
+            },
+            "per_class": metrics.per_class(*on_holdout, classes) if held.any() else [],
+            "model_sha256": weights_sha256(tensors := load_file(folder / "model.safetensors"), tensors),
+        }
+        return cast(dict[str, Any], _clean(described))
+
+    def _origin(self) -> dict[str, Any]:
+        """What made the run: program, recipe, cache, backbone, data, machine."""
+        data, header = self.data, self.data.header
+        groups = [header.groups[i] for i in data.rows]
+        keys = ("spec", "fingerprint", "fingerprint_parts", "weights", "tower_sha256", "dataset")
+        cache = {key: self.meta[key] for key in keys}
+        return {
             "kind": KIND,
             "schema": SCHEMA,
             "written_by": f"cxr-fast {__version__}",
@@ -329,69 +347,48 @@ class Sweep:
             "random_weights": self.meta["random_weights"],
             "spec": to_dict(self.spec),
             "precision": precision(self.spec.train, self.device),
-            "cache": {
-                "path": str(data.file.path),
-                "labels_from": self.labels_from,
-                **{
-                    key: self.meta[key]
-                    for key in ("spec", "fingerprint", "fingerprint_parts", "weights", "tower_sha256", "dataset")
-                },
-            },
+            "cache": {"path": str(data.file.path), "labels_from": self.labels_from, **cache},
             "backbone": self.meta["backbone"],
             "mean": self.meta["mean"],
             "std": self.meta["std"],
             "preprocess": self.meta["spec"]["preprocess"],
             "unfreeze_blocks": self.unfreeze_blocks,
             "trainable": self.trainable,
-            "classes": list(classes),
-            "thresholds": [float(t) for t in thresholds],
-            "threshold_source": "F1 on out-of-fold predictions; 0.5 where a class had no positive or no negative",
             "images": {
                 "in": len(header.images),
                 "failed": int((~data.file.ok).sum()),
                 "used": len(data.rows),
-                "holdout": int(held.sum()),
+                "holdout": int((data.assignment == -1).sum()),
                 "groups": len(set(groups)),
             },
-            "folds": [
-                {
-                    "fold": k,
-                    "images": int((data.assignment == k).sum()),
-                    "classes_defined": int(defined[budget, k]),
-                    "best": k == best,
-                    **{f"auc_{b}": (scores[i, k]) for i, b in enumerate(self.spec.epochs)},
-                    **{f"stopped_{b}": int(stopped_at[k, i]) for i, b in enumerate(self.spec.epochs)},
-                }
-                for k in range(self.spec.folds)
-            ],
-            "budgets": [
-                {
-                    "epochs": b,
-                    "mean_auc": (np.nanmean(scores[i])),
-                    "std_auc": (np.nanstd(scores[i])),
-                    "chosen": i == budget,
-                }
-                for i, b in enumerate(self.spec.epochs)
-            ],
-            "chosen": {
-                "epochs": self.spec.epochs[budget],
-                "fold": best,
-                "rule": "mean validation macro AUC, best fold",
-            },
-            "split_table": splits.fold_table(data.labels, data.assignment, classes, groups),
-            "metrics": {
-                "out_of_fold": _figures(labels, out_of_fold, thresholds),
-                "holdout": _figures(data.labels[held], everywhere[held], thresholds) if held.any() else None,
-            },
-            "per_class": (
-                metrics.per_class(data.labels[held], everywhere[held], thresholds, classes) if held.any() else []
-            ),
-            "model_sha256": weights_sha256(tensors := load_file(folder / "model.safetensors"), tensors),
+            "split_table": splits.fold_table(data.labels, data.assignment, header.classes, groups),
             "machine": timing.machine(),
             "device": device_name(self.device),
             "toolchain": {"cxr-fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
         }
-        return cast(dict[str, Any], _clean(described))
+
+    def _search(
+        self, scores: np.ndarray, defined: np.ndarray, stopped_at: np.ndarray, budget: int, best: int
+    ) -> dict[str, Any]:
+        """The fold table, the budget table and the choice, from validation scores (budgets, folds) alone."""
+        epochs, assignment = self.spec.epochs, self.data.assignment
+        folds = [
+            {
+                "fold": k,
+                "images": int((assignment == k).sum()),
+                "classes_defined": int(defined[budget, k]),
+                "best": k == best,
+                **{f"auc_{b}": scores[i, k] for i, b in enumerate(epochs)},
+                **{f"stopped_{b}": int(stopped_at[k, i]) for i, b in enumerate(epochs)},
+            }
+            for k in range(self.spec.folds)
+        ]
+        budgets = [
+            {"epochs": b, "mean_auc": np.nanmean(scores[i]), "std_auc": np.nanstd(scores[i]), "chosen": i == budget}
+            for i, b in enumerate(epochs)
+        ]
+        rule = "mean validation macro AUC, best fold"
+        return {"folds": folds, "budgets": budgets, "chosen": {"epochs": epochs[budget], "fold": best, "rule": rule}}
 
     def _save_predictions(self, folder: Path, probabilities: np.ndarray, everywhere: np.ndarray) -> None:
         header, rows = self.data.header, self.data.rows
@@ -427,58 +424,6 @@ def choose(scores: np.ndarray) -> tuple[int, int]:
     return budget, int(np.nanargmax(scores[budget]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run folder: its description, and the model rebuilt from it."""
-
-    folder: Path
-    info: dict[str, Any]
-    visual: Any
-    head: Head
-
-    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Slow trusted path: normalised (B, 3, S, S) through open_clip's whole tower and the head, (B, C) float32."""
-        with torch.inference_mode():
-            out: torch.Tensor = self.head(torch.nn.functional.normalize(self.visual(pixels), dim=-1))
-        return out
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """`run.json` of a run folder. InputError or SchemaError with one line when it is not one."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: not a run folder (no run.json); `cxrfast sweep` makes one.")
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(info, dict) or info.get("kind") != KIND:
-        raise InputError(f"{path}: not written by `cxrfast sweep`.")
-    if info.get("schema") != SCHEMA:
-        raise SchemaError(
-            f"{path}: schema {info.get('schema')} (written by {info.get('written_by')}); cxr-fast {__version__} "
-            f"reads schema {SCHEMA}."
-        )
-    return info
-
-
-def read_run(folder: Path) -> Run:
-    """The run's description and its model, the weights' hash checked."""
-    info = read_info(folder)
-    path = folder / "model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot read the model ({str(error)[:120]}).") from error
-    if weights_sha256(tensors, tensors) != info["model_sha256"]:
-        raise InputError(f"{path}: not the weights run.json was written with (hash differs); run the sweep again.")
-    visual = assemble(info["backbone"], {k[7:]: v for k, v in tensors.items() if k.startswith("visual.")})
-    state = {k[5:]: v for k, v in tensors.items() if k.startswith("head.")}
-    head = Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
-    head.load_state_dict(state)
-    return Run(folder=folder, info=info, visual=visual, head=head.eval().requires_grad_(False))
-
-
 def _require_replaceable(out: Path) -> None:
     """Only a run, or an empty folder, may be replaced: `--out DATA --overwrite` must not cost the data."""
     if not out.is_dir() or (any(out.iterdir()) and not (out / "run.json").is_file()):
@@ -500,7 +445,7 @@ def _figures(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarr
     return {
         **figures,
         "at_0.5": half,
-        "frequent_auc": (frequent),
+        "frequent_auc": frequent,
         "frequent_classes": count,
         "frequent_min_positives": MIN_POSITIVES,
     }
@@ -515,21 +460,6 @@ def _clean(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def _save_model(path: Path, backbone: Backbone, tail: Tail) -> None:
-    """The whole tower with the trained blocks in place, and the head: nothing else is needed to build the model."""
-    tower = backbone.visual.state_dict()
-    kept = backbone.depth - len(tail.blocks)
-    for name, tensor in tail.state_dict().items():
-        kind, _, rest = name.partition(".")
-        if kind == "blocks":
-            number, _, rest = rest.partition(".")
-            tower[f"trunk.blocks.{kept + int(number)}.{rest}"] = tensor
-    tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
-    tensors |= {f"head.{name}": tensor for name, tensor in tail.head.state_dict().items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod((path.parent / "..").stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
 def _snapshot_path(folder: Path, fold: int, budget: int) -> Path:

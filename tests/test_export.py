@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from cxr_fast import backbone, export
 from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.predict import Predictor
-from cxr_fast.sweep import Run, read_run
+from cxr_fast.runs import Run, read_run
 from cxr_fast.tail import Head
 
 SIZE = 160

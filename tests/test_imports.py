@@ -22,8 +22,8 @@ FLOORS = {
     2: ("layouts", "splits", "preprocess", "findings", "metrics", "timing"),
     3: ("datasets", "phantom", "store", "predict", "backbone"),
     4: ("tail", "reuse"),
-    5: ("encode", "train", "report"),
-    6: ("sweep", "verify"),
+    5: ("encode", "train", "runs"),
+    6: ("sweep", "verify", "report"),
     7: ("export", "bench", "info"),
     8: ("cli",),
 }

@@ -25,7 +25,7 @@ from cxr_fast import export, predict
 from cxr_fast.errors import DeviceError, ImageError, InputError, SchemaError
 from cxr_fast.predict import Predictor, Result, expand, read_metadata, write_csv
 from cxr_fast.preprocess import load
-from cxr_fast.sweep import read_run
+from cxr_fast.runs import read_run
 
 GPU = predict._gpu_present()
 SPEC_SIZE = 160

@@ -212,7 +212,7 @@ def test_a_page_written_twice_is_the_same(folder: Path) -> None:
     ("break_it", "match"),
     [
         (lambda f: (f / "run.json").unlink(), "not a run folder"),
-        (lambda f: (f / "history.csv").unlink(), "not a run folder"),
+        (lambda f: (f / "history.csv").unlink(), "history.csv is missing"),
         (lambda f: (f / "run.json").write_text("{"), "not JSON"),
         (lambda f: (f / "run.json").write_text("[]"), "not written by|not a run"),
         (lambda f: (f / "run.json").write_text('{"kind": "other", "schema": 1}'), "not written by"),

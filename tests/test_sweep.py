@@ -25,8 +25,9 @@ from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, fro
 from cxr_fast.encode import normalise, with_size
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.preprocess import load
+from cxr_fast.runs import read_run
 from cxr_fast.store import ActivationFile
-from cxr_fast.sweep import Sweep, choose, read_run
+from cxr_fast.sweep import Sweep, choose
 from cxr_fast.tail import Tail, block_parameters, head_parameters
 from cxr_fast.train import Activations, Snapshot
 
@@ -452,7 +453,7 @@ def test_the_folder_appears_only_when_complete(
     def fails(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweeps, "_save_model", fails)
+    monkeypatch.setattr(sweeps, "save_model", fails)
     with pytest.raises(OSError, match="No space"):
         Sweep(toy_cache, tmp_path / "out" / "run", SMALL, device="cpu").run()
     assert list((tmp_path / "out").iterdir()) == []
