@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Map = NDArray[np.float32]
+Map = NDArray[np.floating[Any]]
 Points = NDArray[np.float64]
 # M polylines of K points each (M, K, 2) and their widths (M,), in patient space; one grey of 0-255 for all.
 Strokes = tuple[Points, Points, int]

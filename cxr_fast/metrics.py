@@ -280,7 +280,7 @@ def _best_f1(truth: np.ndarray, probs: np.ndarray) -> float:
     tp = positives - np.concatenate([[0], np.cumsum(truth, dtype=np.int64)])[start]
     # 2 TP / (2 TP + FP + FN) = 2 TP / (called + positives)
     f1 = 2 * tp / (len(truth) - start + positives)
-    return _between(scores, int(np.flatnonzero(f1 == f1.max())[-1]))
+    return _between(scores, int(np.flatnonzero(f1 == np.max(f1))[-1]))
 
 
 def thresholds_for(

@@ -65,7 +65,7 @@ def fold_table(
     if groups is not None:
         ids = np.unique(np.asarray(list(groups), dtype=str), return_inverse=True)[1].reshape(-1)
         counts = {name: len(np.unique(ids[part])) for name, part in columns.items()}
-        rows.append(_row("(groups)", int(ids.max()) + 1, counts))
+        rows.append(_row("(groups)", int(np.max(ids)) + 1, counts))
     positive = np.asarray(labels) == 1
     for c, name in enumerate(classes):
         counts = {column: int(positive[part, c].sum()) for column, part in columns.items()}
@@ -136,8 +136,8 @@ def _fill_empty(place: np.ndarray, parts: list[int]) -> np.ndarray:
         counts = np.array([(place == part).sum() for part in parts])
         if counts.min() > 0:
             return place
-        largest = parts[int(counts.argmax())]
-        place[np.flatnonzero(place == largest)[0]] = parts[int(counts.argmin())]
+        largest = parts[int(np.argmax(counts))]
+        place[np.flatnonzero(place == largest)[0]] = parts[int(np.argmin(counts))]
 
 
 def _parts_of_each(unit: np.ndarray, assignment: np.ndarray) -> np.ndarray:
