@@ -16,7 +16,7 @@ endif
 DEMO := demo
 # make demo DEMO_SIZE=short: fewer phantoms and epochs, for a machine that only checks that it runs.
 DEMO_SIZE := full
-STUDIES_full := 700
+STUDIES_full := 800
 STUDIES_short := 60
 EPOCHS_full := 8,16,24
 EPOCHS_short := 1,2
