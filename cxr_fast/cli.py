@@ -255,12 +255,18 @@ def cache(
     use_threads(threads)
     tower = backbones.load(weights)
     spec = encode.with_size(spec, tower)
-    path = out or Path("cache") / f"{file_name(manifest.name)}.h5"
+    first = f"-first{limit}" if limit else ""
+    path = out or Path("cache") / f"{file_name(manifest.name)}{first}.h5"
     plan = encode.plan(manifest, tower, spec, path, device=device, batch_size=batch_size, workers=workers)
+    if limit and plan.rows_dropped:
+        raise InputError(
+            f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
+        )
     click.echo(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}: {gigabytes(plan.bytes_needed)} "
         f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
+        + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
         + f"; expected time {duration(plan.seconds)}"
     )
     if tower.random:

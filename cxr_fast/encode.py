@@ -46,6 +46,7 @@ class Plan:
     bytes_needed: int
     bytes_free: int
     rows_done: int
+    rows_dropped: int
     device: str
     seconds: float
 
@@ -176,6 +177,7 @@ def plan(
         bytes_needed=store.row_bytes(header.shape, header.dtype) * header.shape[0],
         bytes_free=shutil.disk_usage(folder).free,
         rows_done=done,
+        rows_dropped=reuse.dropped(header, out),
         device=str(target),
         seconds=_expected(Encoder(backbone, spec, target, block=block), manifest, header.shape[0] - done, workers),
     )

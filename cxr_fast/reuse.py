@@ -34,6 +34,15 @@ def check(header: store.Header, out: Path) -> int:
     return min(rows, header.shape[0])
 
 
+def dropped(header: store.Header, out: Path) -> int:
+    """Images encoded in the complete file at `out` that are not in this run's list: their rows would go."""
+    if not out.exists():
+        return 0
+    old = store.ActivationFile(out, partial=True)
+    kept = set(header.images)
+    return sum(ok and image not in kept for image, ok in zip(old.header.images, old.ok, strict=True))
+
+
 def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
     """InputError when two files' activations cannot be mixed: the first field of the fingerprint that differs."""
     mine, theirs = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]

@@ -651,3 +651,14 @@ def test_predictions_never_overwrite_the_model(pantry: Path, toy_model: Path) ->
 )
 def test_a_datasets_name_is_one_file_name(name: str, expected: str) -> None:
     assert cli.file_name(name) == expected
+
+
+def test_a_trial_run_never_costs_a_finished_cache(phantoms: Path, here: Path) -> None:
+    flags = ["--weights", RANDOM, "--device", "cpu", "--limit"]
+    done(cxr("cache", phantoms, *flags, 9))
+    assert Path("cache/phantom-first9.h5").exists()
+    before = Path("cache/phantom-first9.h5").read_bytes()
+    text = refused(cxr("cache", phantoms, *flags, 4, "--out", "cache/phantom-first9.h5"))
+    assert "--limit 4 would take 5 encoded images out of" in text
+    assert Path("cache/phantom-first9.h5").read_bytes() == before
+    assert "reused 9, encoded 2" in done(cxr("cache", phantoms, *flags, 11, "--out", "cache/phantom-first9.h5")).stdout
