@@ -65,7 +65,8 @@ def create(path: Path, header: Header) -> None:
     Raises InputError when the folder cannot be written or the disk is too small.
     """
     target = partial_path(path)
-    scratch = target.with_name(target.name + f".{os.getpid()}")
+    # One name for every process: the lock keeps others away, and what a killed one left is written over.
+    scratch = target.with_name(target.name + ".new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         need = row_bytes(header.shape, header.dtype) * header.shape[0]

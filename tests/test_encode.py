@@ -375,6 +375,14 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def holder(lock: Path) -> str:
+    """What the lock file says; nothing when it is gone, which may happen between any two looks."""
+    try:
+        return lock.read_text()
+    except FileNotFoundError:
+        return ""
+
+
 @pytest.mark.timeout(300)
 def test_killed_at_thirty_random_moments_the_file_is_the_same(
     server: multiprocessing.context.ForkServerContext, phantoms: Path, spec: CacheSpec, tmp_path: Path
@@ -386,7 +394,7 @@ def test_killed_at_thirty_random_moments_the_file_is_the_same(
         process = server.Process(target=_child, args=(str(phantoms), str(path), spec))
         process.start()
         lock = path.with_name(path.name + ".lock")
-        while process.is_alive() and not (lock.exists() and lock.read_text().startswith(f'{{"pid": {process.pid},')):
+        while process.is_alive() and f'"pid": {process.pid},' not in holder(lock):
             time.sleep(0.001)
         return process, time.monotonic()
 

@@ -230,3 +230,12 @@ def test_newest_takes_the_last_complete_file(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("not hdf5")
     store.create(tmp_path / "unfinished.h5", header())
     assert store.newest(tmp_path).name == "new.h5"
+
+
+def test_what_a_process_killed_while_creating_leaves_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    left = store.partial_path(path).with_name("a.h5.partial.new")
+    left.write_bytes(b"half a header")
+    write(path, values())
+    assert np.array_equal(store.ActivationFile(path).activations, values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5"]
