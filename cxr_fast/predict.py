@@ -191,6 +191,8 @@ def write_csv(
     """
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a CSV file.")
+    if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in paths):
+        raise InputError(f"--out: {out} is one of the images; give the name of a CSV file.")
     if out.exists() and out.samefile(predictor.path):
         raise InputError(f"--out: {out} is the model itself; give the name of a CSV file.")
     scratch = out.with_name(out.name + f".partial.{os.getpid()}")

@@ -103,7 +103,8 @@ def _stale(path: Path, paths: Sequence[Path], repair: bool, workers: int, stop: 
     file = store.ActivationFile(path, partial=True)
     stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
     rows = np.flatnonzero(file.ok).tolist()
-    stale |= {row for row, found in _hashes(rows, paths, workers, stop) if found != file.sha256[row]}
+    # An image that cannot be read now says nothing against its row: a network disk that stutters must not cost it.
+    stale |= {row for row, found in _hashes(rows, paths, workers, stop) if found and found != file.sha256[row]}
     if repair:
         stale |= {row for row, _ in file.damaged()}
     return sorted(stale)

@@ -662,3 +662,11 @@ def test_a_trial_run_never_costs_a_finished_cache(phantoms: Path, here: Path) ->
     assert "--limit 4 would take 5 encoded images out of" in text
     assert Path("cache/phantom-first9.h5").read_bytes() == before
     assert "reused 9, encoded 2" in done(cxr("cache", phantoms, *flags, 11, "--out", "cache/phantom-first9.h5")).stdout
+
+
+def test_predictions_never_overwrite_an_image(pantry: Path, toy_model: Path, phantoms: Path) -> None:
+    shutil.copy(next((phantoms / "images").iterdir()), "film.png")
+    before = Path("film.png").read_bytes()
+    text = refused(cxr("predict", toy_model, "film.png", "--out", "film.png", "--device", "cpu"))
+    assert "is one of the images" in text
+    assert Path("film.png").read_bytes() == before

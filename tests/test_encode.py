@@ -436,3 +436,13 @@ def test_a_failing_image_hash_is_recorded(tower: Backbone, spec: CacheSpec, imag
     file = store.ActivationFile(tmp_path / "a.h5")
     assert len(file.sha256[2]) == 64
     assert file.errors[2].startswith("not_an_image")
+
+
+def test_an_image_that_cannot_be_read_now_keeps_its_row(
+    tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tower, spec, images, tmp_path / "a.h5")
+    before = (tmp_path / "a.h5").read_bytes()
+    monkeypatch.setattr(encode.reuse, "file_hash", lambda path: "")
+    assert run(tower, spec, images, tmp_path / "a.h5").reused == 13
+    assert (tmp_path / "a.h5").read_bytes() == before
