@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := gpu,dev
 TORCH :=
-# make install CPU=1: torch without CUDA, about 1 GB instead of 8. With pip, see "Small install" in the README.
+# make install CPU=1: torch without CUDA. With pip, see "Small install" in the README.
 ifdef CPU
 EXTRAS := dev
 TORCH := --torch-backend=cpu

@@ -222,8 +222,7 @@ def _random(source: str) -> Backbone:
 def _spread(trunk: Any) -> None:
     """Draw class token and positions with standard deviation 1, from torch's generator.
 
-    timm's 0.02 is a fraction of what the patch embedding gives, so that a random tower hardly knows where anything is:
-    on phantoms the tail then learns half as fast.
+    timm's 0.02 is a fraction of what the patch embedding gives, so that a random tower hardly knows where anything is.
     """
     for tensor in (trunk.cls_token, trunk.pos_embed):
         if tensor is not None:
