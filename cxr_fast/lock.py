@@ -1,4 +1,4 @@
-"""One writer a file, and a clean stop: a lock that names its holder and dies with it, and signals as an event."""
+"""One writer a file and no reader beside it: locks that die with their holder; and signals as an event."""
 
 from __future__ import annotations
 
@@ -17,6 +17,31 @@ from types import TracebackType
 from .errors import InputError
 
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+def share(fd: int) -> bool:
+    """Take the kernel's shared lock on an open file, or False while a writer has it.
+
+    Kept until every copy of `fd`, a memory map's own included, is closed or its process dies. True as well where the
+    file system has no locks: nothing can be known there.
+    """
+    return _flock(fd, fcntl.LOCK_SH)
+
+
+def exclude(fd: int) -> bool:
+    """Take the kernel's exclusive lock on a file open for writing, or False while anybody reads or writes it."""
+    return _flock(fd, fcntl.LOCK_EX)
+
+
+def _flock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, *TAKEN):
+            raise
+        return error.errno in UNSUPPORTED
+    return True
 
 
 class FileLock:
@@ -55,7 +80,7 @@ class FileLock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(fd, 4096, 0)
-            if error.errno not in (*UNSUPPORTED, errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno not in (*UNSUPPORTED, *TAKEN):
                 os.close(fd)
                 raise
             if error.errno not in UNSUPPORTED or _alive(holder):

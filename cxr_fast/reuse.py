@@ -75,7 +75,7 @@ def prepare(
         stale = _stale(out, paths, repair, workers, stop)
         if not stale:
             return False
-        os.replace(out, partial)
+        store.reopen(out)
         _forget(out, stale)
     else:
         store.create(out, header)

@@ -21,6 +21,7 @@ import numpy as np
 
 from . import __version__
 from .errors import InputError, SchemaError
+from .lock import exclude, share
 
 SCHEMA = 1
 KIND = "cxr-fast activations"
@@ -109,7 +110,7 @@ def _write_header(file: h5py.File, header: Header) -> None:
 
 
 class Writer:
-    """Rows into a partial file, from one thread, without the HDF5 library.
+    """Rows into a partial file, from one thread, without the HDF5 library, while nobody else has it open to read.
 
     `rows` writes the bytes, waits until they are on disk, and only then marks them done. `state` (N,) holds PENDING,
     DONE or FAILED a row.
@@ -125,7 +126,7 @@ class Writer:
             self._offsets = {name: _offset(file[name]) for name in names}
             self.state = np.array(file["done"])
             self.sha256 = [_text(value) for value in file["sha256"][:]]
-        self._fd = os.open(partial, os.O_RDWR)
+        self._fd = _alone(partial, path)
 
     def rows(
         self, indices: Sequence[int], values: np.ndarray, sha256: Sequence[str], errors: Sequence[str | None]
@@ -198,15 +199,42 @@ class Writer:
         self.close()
 
 
+def reopen(path: Path) -> None:
+    """Give a complete file its unfinished name back, so that its rows can be written again.
+
+    Raises InputError, changing nothing, while anybody has its rows mapped or its HDF5 file open.
+    """
+    fd = _alone(path, path)
+    try:
+        # Under the lock: whoever opened the file and waits for its turn sees afterwards that the name is gone.
+        os.replace(path, partial_path(path))
+    finally:
+        os.close(fd)
+
+
+def _alone(path: Path, name: Path) -> int:
+    """A descriptor for writing, with the exclusive lock on it; `name` is what the user calls the file."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path}: {error.strerror}.") from error
+    if not exclude(fd):
+        os.close(fd)
+        raise InputError(f"{name} is being read by another process; wait for it, or give another --out.")
+    return fd
+
+
 class ActivationFile:
     """An activation file read through a memory map; refused while incomplete unless `partial`.
 
     `activations` is a read-only (N, V, T, D) or (N, V, E) map; `ok` (N,) bool tells which images were encoded. The map
-    opens on first use, so that the object pickles.
+    opens on first use, so that the object pickles. As long as it, or any array cut from it, lives, no writer touches
+    the file: the map keeps a shared lock that the kernel drops with it.
     """
 
     def __init__(self, path: Path | str, *, partial: bool = False) -> None:
         self.path = Path(path)
+        self._version = _version(self.path) if self.path.is_file() else ()
         with open_file(self.path) as file:
             self.header = _read_header(file)
             self.offset = _offset(file["activations"])
@@ -232,10 +260,22 @@ class ActivationFile:
 
     @property
     def activations(self) -> np.memmap:
-        """Read-only map, (N, V, T, D) or (N, V, E)."""
+        """Read-only map, (N, V, T, D) or (N, V, E). InputError when the file is no longer the one that was opened."""
         if self._map is None:
-            self._map = np.memmap(self.path, self.header.dtype, mode="r", offset=self.offset, shape=self.header.shape)
+            self._map = self._open_map()
         return self._map
+
+    def _open_map(self) -> np.memmap:
+        try:
+            with open(self.path, "rb") as file:
+                # The map holds a copy of this descriptor, and the lock with it.
+                if not share(file.fileno()):
+                    raise InputError(f"{self.path} is being written by another process; wait for it.")
+                if _version(self.path) != self._version or _version(file.fileno()) != self._version:
+                    raise InputError(f"{self.path} was written again since it was opened; run the same command again.")
+                return np.memmap(file, self.header.dtype, mode="r", offset=self.offset, shape=self.header.shape)
+        except FileNotFoundError:
+            raise InputError(f"{self.path} is gone since it was opened; run the same command again.") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}
@@ -260,7 +300,9 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise InputError(f"{path}: no such cache; `cxrfast cache DATASET` makes one.")
     try:
-        file = h5py.File(path, "r", locking="best-effort")
+        # Nothing of HDF5's own is written after the file has a name, so its lock protects nothing, and it would keep
+        # `info` from a file in the making. Rows are guarded by the map's lock.
+        file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise InputError(f"{path}: not an HDF5 file, or damaged ({str(error).splitlines()[0][:120]}).") from error
     with file:
@@ -314,6 +356,12 @@ def _offset(dataset: h5py.Dataset) -> int:
     if offset is None:
         raise InputError(f"{dataset.file.filename}: dataset {dataset.name} is not contiguous; not written by cxr-fast.")
     return int(offset)
+
+
+def _version(file: Path | int) -> tuple[int, ...]:
+    """What tells two states of a file apart on every host that mounts it: inode, size and time of the last write."""
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _text(value: bytes) -> str:

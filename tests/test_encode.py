@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -296,8 +298,8 @@ def test_the_fingerprint_leaves_paths_and_labels_out(
 def test_damage_is_proved_and_repaired(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     run(tower, spec, images, out)
-    file = store.ActivationFile(out)
-    reference, name = np.array(file.activations), file.header.images[5]
+    file, reference = store.ActivationFile(out), rows_of(out)[0]
+    name = file.header.images[5]
     assert verify.cache(out, reencode=13).bad == ()
     with open(out, "r+b") as raw:
         raw.seek(file.offset + 5 * reference[0].nbytes + 11)
@@ -311,11 +313,38 @@ def test_damage_is_proved_and_repaired(tower: Backbone, spec: CacheSpec, images:
     assert np.array_equal(store.ActivationFile(out).activations, reference)
 
 
+READ = """
+import sys
+from cxr_fast.store import ActivationFile
+rows = ActivationFile(sys.argv[1]).activations
+print("reading", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_rows_never_change_under_a_reader(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "a.h5", sorted(path.name for path in images.glob("*.png"))
+    run(tower, spec, images, out)
+    before = out.read_bytes()
+    command = [sys.executable, "-c", READ, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
+        assert run(tower, spec, images, out).encoded == 0, "nothing to write, nothing in the way"
+        shutil.copy(images / names[0], images / names[6])
+        with pytest.raises(InputError, match="is being read by another process"):
+            run(tower, spec, images, out)
+        assert out.read_bytes() == before
+        assert sorted(path.name for path in tmp_path.glob("a.h5*")) == ["a.h5"]
+        reader.communicate("\n", timeout=60)
+    assert run(tower, spec, images, out).encoded == 1
+
+
 def test_verify_finds_rows_of_another_image(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     run(tower, spec, images, out)
-    file = store.ActivationFile(out)
-    names, rows = file.header.images, np.array(file.activations)
+    file, rows = store.ActivationFile(out), rows_of(out)[0]
+    names = file.header.images
     os.replace(out, store.partial_path(out))
     with store.Writer(out) as writer:  # a row that is sound but wrong: checksums cannot tell
         writer.rows([2], rows[8:9], [file.sha256[2]], [None])
@@ -418,6 +447,7 @@ def test_killed_at_thirty_random_moments_the_file_is_the_same(
             seen.add(len(done))
             assert np.array_equal(file.activations[done], expected[0][done]), "a row was marked before it was written"
             assert np.array_equal(file.header.labels, expected[2])
+            del file  # what is mapped here would stop the next writer
         if out.exists():
             assert all(np.array_equal(a, b) for a, b in zip(rows_of(out), expected, strict=True))
             out.unlink()

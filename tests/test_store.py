@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,3 +242,90 @@ def test_what_a_process_killed_while_creating_leaves_is_written_over(tmp_path: P
     write(path, values())
     assert np.array_equal(store.ActivationFile(path).activations, values())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5"]
+
+
+# ------------------------------------------------------------------ readers and writers
+
+READ = """
+import sys
+import numpy as np
+from cxr_fast.store import ActivationFile
+rows = ActivationFile(sys.argv[1]).activations[2:4]
+print(rows.sum(), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has part of a complete file mapped, and nothing else of it."""
+    write(tmp_path / "a.h5", values())
+    command = [sys.executable, "-c", READ, str(tmp_path / "a.h5")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip()
+        yield process
+        process.kill()
+
+
+def test_a_file_that_another_process_reads_is_not_reopened(tmp_path: Path, reader: subprocess.Popen[str]) -> None:
+    path = tmp_path / "a.h5"
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is being read by another process; wait for it") as caught:
+        store.reopen(path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert (path.read_bytes(), [p.name for p in tmp_path.iterdir()]) == (before, ["a.h5"])
+    assert np.array_equal(store.ActivationFile(path).activations, values()), "other readers are welcome"
+    reader.kill()
+    reader.wait()
+    store.reopen(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5.partial"]
+
+
+def test_h5py_alone_counts_as_a_reader(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", values())
+    with h5py.File(tmp_path / "a.h5"), pytest.raises(InputError, match="is being read"):
+        store.reopen(tmp_path / "a.h5")
+    store.reopen(tmp_path / "a.h5")
+
+
+def test_the_lock_lives_as_long_as_the_last_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path, values())
+    file = store.ActivationFile(path)
+    part = file.activations[1:3, 0]
+    del file
+    with pytest.raises(InputError, match="is being read"):
+        store.reopen(path)
+    del part
+    store.reopen(path)
+
+
+def test_what_only_looks_at_the_header_stops_nobody_and_is_not_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path, values())
+    looked = store.ActivationFile(path)
+    store.reopen(path)
+    with store.Writer(path) as writer:
+        writer.forget([3])
+        assert store.ActivationFile(store.partial_path(path), partial=True).ok.sum() == 5
+        with pytest.raises(InputError, match="is being written"):
+            _ = store.ActivationFile(store.partial_path(path), partial=True).activations
+        with pytest.raises(InputError, match="is gone since"):
+            _ = looked.activations
+        writer.rows([3], values(1, seed=1), [HASH], [None])
+        writer.finish()
+    with pytest.raises(InputError, match="written again since"):
+        _ = looked.activations
+    assert np.array_equal(store.ActivationFile(path).activations[3], values(1, seed=1)[0])
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    write(tmp_path / "a.h5", values())
+    held = store.ActivationFile(tmp_path / "a.h5").activations
+    store.reopen(tmp_path / "a.h5")
+    assert held.shape == values().shape
