@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +25,12 @@ def check(header: store.Header, out: Path) -> int:
 
     Raises InputError naming the field that differs, and both values, when that file was made another way.
     """
-    rows = 0
-    for path in (out, store.partial_path(out), _aside(out)):
-        if path.exists():
-            refuse_other(store.read_header(path), header, path)
-            file = store.ActivationFile(path, partial=True)
-            known = set(file.header.images) if path == _aside(out) else set(header.images)
-            rows = max(rows, sum(image in known for image, ok in zip(file.header.images, file.ok, strict=True) if ok))
-    return min(rows, header.shape[0])
+    encoded: set[str] = set()
+    for path in _existing(out):
+        refuse_other(store.read_header(path), header, path)
+        file = store.ActivationFile(path, partial=True)
+        encoded.update(image for image, ok in zip(file.header.images, file.ok, strict=True) if ok)
+    return len(encoded.intersection(header.images))
 
 
 def dropped(header: store.Header, out: Path) -> int:
@@ -63,31 +62,31 @@ def prepare(
     copied where the image's bytes are the same. Images whose bytes changed and images that failed are encoded
     again, with `repair` also rows that fail their checksum.
     """
-    partial, aside = store.partial_path(out), _aside(out)
-    for path in (out, partial, aside):
-        if path.exists():
-            refuse_other(store.read_header(path), header, path)
+    partial = store.partial_path(out)
+    for path in _existing(out):
+        refuse_other(store.read_header(path), header, path)
     if partial.exists() and not _same_rows(store.read_header(partial), header):
-        os.replace(partial, aside)
+        _set_aside(partial, out)
     if partial.exists():
         _forget(out, _stale(partial, paths, repair, workers, stop))
     elif out.exists() and _same_rows(store.read_header(out), header):
         stale = _stale(out, paths, repair, workers, stop)
         if not stale:
+            finish(out)  # a run killed between the last rename and this may have left files aside
             return False
         store.reopen(out)
         _forget(out, stale)
     else:
         store.create(out, header)
-    for source in (out, aside):
-        if source.exists():
-            _copy(source, out, paths, workers, stop)
+    if sources := [path for path in _existing(out) if path != partial]:
+        _copy(sources, out, paths, workers, stop)
     return True
 
 
 def finish(out: Path) -> None:
-    """Forget the file set aside; what it held is in the new one."""
-    _aside(out).unlink(missing_ok=True)
+    """Forget the files set aside; what they held is in the new one."""
+    for path in _asides(out):
+        path.unlink()
 
 
 def _same_rows(old: store.Header, new: store.Header) -> bool:
@@ -116,18 +115,25 @@ def _forget(out: Path, stale: list[int]) -> None:
             writer.forget(stale)
 
 
-def _copy(source: Path, out: Path, paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> None:
-    """Copy rows of `source` whose image has the same bytes into the pending rows of the partial file."""
-    file = store.ActivationFile(source, partial=True)
-    known = {file.sha256[row]: int(row) for row in np.flatnonzero(file.ok)}
+def _copy(sources: Sequence[Path], out: Path, paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> None:
+    """Copy rows of `sources` whose image has the same bytes into the pending rows of the partial file."""
+    known: dict[str, list[tuple[store.ActivationFile, int]]] = {}
+    for file in (store.ActivationFile(path, partial=True) for path in sources):
+        for row in np.flatnonzero(file.ok).tolist():
+            known.setdefault(file.sha256[row], []).append((file, row))
     with store.Writer(out) as writer:
         pending = np.flatnonzero(writer.state == store.PENDING).tolist()
         for start in range(0, len(pending), CHUNK):
             hashes = _hashes(pending[start : start + CHUNK], paths, workers, stop)
-            found = [(row, known[h], h) for row, h in hashes if h in known and not file.damage(known[h])]
+            found = [(row, values, h) for row, h in hashes if (values := _sound(known.get(h, ()))) is not None]
             if found:
-                rows, sources, kept = zip(*found, strict=True)
-                writer.rows(rows, file.activations[list(sources)], kept, [None] * len(rows))
+                rows, kept, names = zip(*found, strict=True)
+                writer.rows(rows, np.stack(kept), names, [None] * len(rows))
+
+
+def _sound(copies: Sequence[tuple[store.ActivationFile, int]]) -> np.ndarray | None:
+    """The first undamaged of several copies of a row, (V, ...)."""
+    return next((file.activations[row] for file, row in copies if not file.damage(row)), None)
 
 
 def _hashes(
@@ -152,8 +158,29 @@ def file_hash(path: Path) -> str:
         return ""
 
 
-def _aside(out: Path) -> Path:
-    return out.with_name(out.name + ASIDE)
+def _set_aside(partial: Path, out: Path) -> None:
+    """Give a partial file of another list a name of its own: several lists may change before one is finished."""
+    if not store.ActivationFile(partial, partial=True).ok.any():
+        partial.unlink()
+        return
+    taken, number = set(_asides(out)), 1
+    while (aside := out.with_name(f"{out.name}{ASIDE}{number}")) in taken:
+        number += 1
+    os.replace(partial, aside)
+
+
+def _asides(out: Path) -> list[Path]:
+    """Files set aside by runs that were stopped, `NAME.h5.reuse1` and so on."""
+    start = out.name + ASIDE
+    if not out.parent.is_dir():
+        return []
+    names = (path.name for path in out.parent.iterdir() if path.name.startswith(start))
+    return [out.with_name(name) for name in sorted(names) if re.fullmatch(r"\d*", name[len(start) :])]
+
+
+def _existing(out: Path) -> list[Path]:
+    """Every file that may hold rows for `out`: the complete one, the unfinished one, those set aside."""
+    return [path for path in (out, store.partial_path(out)) if path.exists()] + _asides(out)
 
 
 def _short(value: Any) -> str:
