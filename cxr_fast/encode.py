@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 
 from . import reuse, store, timing
@@ -27,7 +28,7 @@ from .config import CacheSpec, digest, to_dict
 from .datasets import Manifest
 from .errors import DeviceError, ImageError, InputError, Interrupted
 from .lock import FileLock, graceful
-from .preprocess import flip, load
+from .preprocess import flip, load, self_check
 
 # Images a model call, unless --batch-size says otherwise; kept in the file, so that a resume uses the same.
 BLOCKS = {"cpu": 8, "cuda": 64}
@@ -121,6 +122,7 @@ def header_for(manifest: Manifest, backbone: Backbone, spec: CacheSpec, *, block
         "prefix_sha256": parts["prefix_sha256"],
         "cut": parts["cut"],
         **to_dict(spec.preprocess),
+        reuse.PIXEL_CHECK: self_check(),
         "mean": list(mean),
         "std": list(std),
         "views": list(spec.views),
@@ -135,6 +137,7 @@ def header_for(manifest: Manifest, backbone: Backbone, spec: CacheSpec, *, block
         "backbone": backbone.config,
         "weights": backbone.source,
         "random_weights": backbone.random,
+        "pillow": PIL.__version__,
         "mean": list(mean),
         "std": list(std),
         "dataset": {"name": manifest.name, "root": str(manifest.root.resolve()), **manifest.info},

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import store
+from .config import digest
 from .errors import ImageError, InputError
 from .preprocess import read_bytes
 
 ASIDE = ".reuse"
+# The part of the fingerprint that older files of this schema lack; see `_as_old`.
+PIXEL_CHECK = "pixel_check"
+# What may differ between a file and a run that goes on with it.
+NO_IDENTITY = ("block", "pillow")
 CHUNK = 64
 
 
@@ -43,14 +49,30 @@ def dropped(header: store.Header, out: Path) -> int:
 
 
 def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
-    """InputError when two files' activations cannot be mixed: the first field of the fingerprint that differs."""
+    """InputError when two files' activations cannot be mixed: the first field of the fingerprint that differs.
+
+    A file from before the pixel check cannot fail it.
+    """
     mine, theirs = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]
     for name in mine:
-        if mine[name] != theirs.get(name):
+        if mine[name] != theirs.get(name) and not (name == PIXEL_CHECK and name not in theirs):
             raise InputError(
                 f"--out: {path} was made with {name} {_short(theirs.get(name))}, this run has {_short(mine[name])}; "
-                "give another --out, or remove the file."
+                f"{_pillows(old, new) if name == PIXEL_CHECK else ''}give another --out, or remove the file."
             )
+
+
+def _pillows(old: store.Header, new: store.Header) -> str:
+    made, here = (header.meta.get("pillow", "unknown") for header in (old, new))
+    return f"Pillow {made} gave other pixels than Pillow {here} does here: install that one, "
+
+
+def _as_old(new: store.Header, olds: Iterable[store.Header]) -> store.Header:
+    """The header without the pixel check when rows may come from a file that has none: it would vouch for them."""
+    if all(PIXEL_CHECK in old.meta["fingerprint_parts"] for old in olds):
+        return new
+    parts = {name: value for name, value in new.meta["fingerprint_parts"].items() if name != PIXEL_CHECK}
+    return replace(new, meta={**new.meta, "fingerprint_parts": parts, "fingerprint": digest(parts)})
 
 
 def prepare(
@@ -63,8 +85,10 @@ def prepare(
     again, with `repair` also rows that fail their checksum.
     """
     partial = store.partial_path(out)
-    for path in _existing(out):
-        refuse_other(store.read_header(path), header, path)
+    olds = {path: store.read_header(path) for path in _existing(out)}
+    for path, old in olds.items():
+        refuse_other(old, header, path)
+    header = _as_old(header, olds.values())
     if partial.exists() and not _same_rows(store.read_header(partial), header):
         _set_aside(partial, out)
     if partial.exists():
@@ -90,9 +114,9 @@ def finish(out: Path) -> None:
 
 
 def _same_rows(old: store.Header, new: store.Header) -> bool:
-    """Whether both files hold the same rows with the same description; the size of a block is no part of it."""
+    """Whether both files hold the same rows with the same description, how they are made aside."""
     names = ("images", "groups", "studies", "views", "classes")
-    metas = [{key: value for key, value in header.meta.items() if key != "block"} for header in (old, new)]
+    metas = [{k: v for k, v in header.meta.items() if k not in NO_IDENTITY} for header in (old, new)]
     columns = all(getattr(old, name) == getattr(new, name) for name in names)
     return columns and np.array_equal(old.labels, new.labels) and metas[0] == metas[1]
 

@@ -275,6 +275,15 @@ def test_a_mismatch_names_the_field_and_both_values(
     assert not store.partial_path(out).exists()
 
 
+def test_another_pillow_is_a_mismatch(
+    tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tower, spec, images, tmp_path / "a.h5")
+    monkeypatch.setattr(encode, "self_check", lambda: "f" * 64)
+    with pytest.raises(InputError, match=r"made with pixel_check .* this run has ffffffffffff…; Pillow"):
+        run(tower, spec, images, tmp_path / "a.h5")
+
+
 def test_other_weights_are_a_mismatch(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     run(tower, spec, images, tmp_path / "a.h5")
     with pytest.raises(InputError, match="prefix_sha256"):

@@ -564,6 +564,16 @@ def test_self_check_is_stable_and_notices_another_resize(monkeypatch):
     assert preprocess.self_check() != value
 
 
+def test_self_check_notices_another_jpeg_decoder(monkeypatch):
+    value, decode = preprocess.self_check(), preprocess.decode_grey
+
+    def off_by_one(data, *, spec):
+        return decode(data, spec=spec) ^ np.uint8(data[:2] == b"\xff\xd8")
+
+    monkeypatch.setattr(preprocess, "decode_grey", off_by_one)
+    assert preprocess.self_check() != value
+
+
 # ---- fuzzing
 
 

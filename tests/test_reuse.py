@@ -132,3 +132,55 @@ def test_an_aside_made_another_way_is_refused_by_field(folder: Path) -> None:
     other = replace(header([0, 1]), meta=header([0, 1], cut="blocks.3").meta)
     with pytest.raises(InputError, match=r"a\.h5\.reuse1 was made with cut blocks.4, this run has blocks.3"):
         reuse.check(other, folder / "a.h5")
+
+
+# ------------------------------------------------------------------ the pixel check
+
+
+def with_check(value: str, images: list[int]) -> store.Header:
+    new = header(images, pixel_check=value)
+    return replace(new, meta={**new.meta, "pillow": f"of {value}"})
+
+
+def run(folder: Path, head: store.Header) -> bool:
+    paths = [folder / image for image in head.images]
+    return reuse.prepare(head, folder / "a.h5", paths, repair=False, workers=1, stop=lambda: False)
+
+
+def test_another_pillow_is_refused_by_field_and_version(folder: Path) -> None:
+    run(folder, with_check("one", [0, 1, 2]))
+    encode(folder, [0, 1, 2], 2)
+    before = store.partial_path(folder / "a.h5").read_bytes()
+    with pytest.raises(
+        InputError, match="made with pixel_check one, this run has two; Pillow of one gave other pixels"
+    ):
+        run(folder, with_check("two", [0, 1, 2]))
+    assert store.partial_path(folder / "a.h5").read_bytes() == before
+
+
+def test_another_pillow_of_the_same_pixels_goes_on(folder: Path) -> None:
+    run(folder, with_check("one", [0, 1, 2]))
+    encode(folder, [0, 1, 2], 2)
+    newer = with_check("one", [0, 1, 2])
+    run(folder, replace(newer, meta={**newer.meta, "pillow": "99"}))
+    assert encode(folder, [0, 1, 2], 9) == [2]
+
+
+def test_a_file_from_before_the_check_goes_on_and_never_claims_it(folder: Path) -> None:
+    run(folder, header([0, 1, 2]))
+    encode(folder, [0, 1, 2], 2)
+    partial = store.partial_path(folder / "a.h5")
+    inode = partial.stat().st_ino
+    run(folder, with_check("one", [0, 1, 2]))
+    assert partial.stat().st_ino == inode, "continued in place"
+    assert encode(folder, [0, 1, 2], 9) == [2]
+    assert not run(folder, with_check("one", [0, 1, 2])), "complete: nothing to do"
+    run(folder, with_check("one", [2, 3]))  # another list: a new file, and a row of the old one in it
+    assert encode(folder, [2, 3], 9) == [3]
+    meta = store.ActivationFile(folder / "a.h5").meta
+    assert "pixel_check" not in meta["fingerprint_parts"]
+    assert meta["fingerprint"] == digest(meta["fingerprint_parts"])
+    (folder / "a.h5").unlink()
+    run(folder, with_check("one", [2, 3]))
+    encode(folder, [2, 3], 9)
+    assert store.ActivationFile(folder / "a.h5").meta["fingerprint_parts"]["pixel_check"] == "one"
