@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cxr_fast import store, timing
+from cxr_fast.config import digest
 from cxr_fast.train import Activations
 
 BATCH = 16
@@ -27,7 +28,7 @@ BATCH = 16
 def make(path: Path, rows: int) -> None:
     """A complete file of random rows."""
     header = store.Header(
-        meta={"fingerprint": "benchmark", "block": 64},
+        meta={"fingerprint": digest({}), "fingerprint_parts": {}, "block": 64},
         shape=(rows, 1, 197, 768),
         dtype="float16",
         images=tuple(map(str, range(rows))),

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -408,10 +408,11 @@ def sweep(
     if manifest is not None:
         from . import datasets
 
-        labels = datasets.read(manifest, labels_only=True)
+        labels = datasets.read(manifest, keep_missing=True)
     job = sweeps.Sweep(cache, path, spec, device=device, weights=weights, manifest=labels, overwrite=overwrite)
     plan = job.plan()
     echo_plan(plan, spec)
+    echo_notes(job.data.notes)
     bar = Progress()
     whole = spec.folds * spec.epochs[-1]
 
@@ -440,6 +441,12 @@ def echo_plan(plan: Any, spec: SweepSpec) -> None:
         f"epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; "
         f"expected time {duration(plan.seconds)}"
     )
+
+
+def echo_notes(notes: Iterable[str]) -> None:
+    """What a user should know of the data and nothing went wrong with."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def parse_epochs(text: str) -> tuple[int, ...]:

@@ -114,8 +114,8 @@ def _walk(root: Path) -> Iterator[str]:
         yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
 
 
-def _find(rows: Rows, wanted: Sequence[str], root: Path) -> list[str | None]:
-    """Each wanted image as a path below `root`, None where there is none. Raises InputError where two fit."""
+def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
+    """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
     if rows.key is None:
         return [image if os.path.isfile(root / image) else None for image in wanted]
     keys = [rows.key(image) for image in wanted]
@@ -126,11 +126,11 @@ def _find(rows: Rows, wanted: Sequence[str], root: Path) -> list[str | None]:
     out: list[str | None] = []
     for image, key in zip(wanted, keys, strict=True):
         fits = [image] if image in below[key] else sorted(below[key])
-        if len(fits) > 1:
+        if len(fits) > 1 and not twice:
             raise InputError(
                 f"{root}: {image} is both {fits[0]} and {fits[1]}. Give the folder that counts with --images."
             )
-        out.append(fits[0] if fits else None)
+        out.append(fits[0] if len(fits) == 1 else None)
     return out
 
 
@@ -172,13 +172,15 @@ def read(
     labels_only: bool = False,
     images: Path | None = None,
     skip_missing: bool = False,
+    keep_missing: bool = False,
     unindexed: Unindexed = "normal",
     limit: int | None = None,
 ) -> Manifest:
     """A dataset folder, a table of one, a manifest file or OpenI's archive, recognised by what it holds.
 
     Images are looked for below `images`, else below the folder of the source; with `labels_only` nowhere,
-    and `Manifest.images` are then the names as listed. `unindexed="unknown"` masks what the Indiana
+    and `Manifest.images` are then the names as listed, as with `keep_missing` those of images that are not
+    there, or twice. `unindexed="unknown"` masks what the Indiana
     headings do not tell: every label of a study nobody indexed, and Normal where only devices and the
     like are named. `limit` keeps the first images. Raises InputError, one or two lines, for a source that
     is not recognised, not whole, lists an image twice or one that is missing.
@@ -195,7 +197,9 @@ def read(
     # With --skip-missing the first images that exist are meant, so all must be looked for.
     keep = list(range(len(rows.images)))[: None if skip_missing else limit]
     wanted = [rows.images[row] for row in keep]
-    found = wanted if labels_only else _find(rows, wanted, root)
+    found: list[str | None] = [*wanted] if labels_only else _find(rows, wanted, root, twice=keep_missing)
+    if keep_missing:
+        found = [path or image for path, image in zip(found, wanted, strict=True)]
     missing = [image for image, path in zip(wanted, found, strict=True) if path is None]
     if missing and (not skip_missing or len(missing) == len(wanted)):
         _refuse_missing(rows, missing, len(wanted), root)

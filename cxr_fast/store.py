@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import h5py
 import numpy as np
 
 from . import __version__
+from .config import digest
 from .errors import InputError, SchemaError
 from .lock import exclude, share
 
@@ -280,6 +282,17 @@ class ActivationFile:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}
 
+    def mismatched(self, rows: Sequence[int], threads: int, *, chunk: int = 32) -> Iterator[int]:
+        """Those of `rows` whose bytes do not give their checksum, in order; read by `threads`, zlib holds no GIL."""
+        activations = np.asarray(self.activations)
+
+        def wrong(some: Sequence[int]) -> list[int]:
+            return [row for row in some if zlib.crc32(activations[row].data) != self.crc32[row]]
+
+        with ThreadPoolExecutor(threads) as pool:
+            for found in pool.map(wrong, (rows[i : i + chunk] for i in range(0, len(rows), chunk))):
+                yield from found
+
     def damage(self, row: int) -> str:
         """Why an encoded row cannot be trusted (`checksum`, `not finite`), or an empty string."""
         values = np.ascontiguousarray(self.activations[row])
@@ -338,8 +351,14 @@ def _read_header(file: h5py.File) -> Header:
     def column(name: str) -> tuple[str, ...]:
         return tuple(_text(value) for value in file[name][:])
 
+    meta = json.loads(file.attrs["meta"])
+    if digest(meta.get("fingerprint_parts")) != meta.get("fingerprint"):
+        raise InputError(
+            f"{file.filename}: the fingerprint does not belong to its parts: the file was changed by hand. "
+            "Run `cxrfast cache` again with another --out."
+        )
     return Header(
-        meta=json.loads(file.attrs["meta"]),
+        meta=meta,
         shape=tuple(file["activations"].shape),
         dtype=str(file["activations"].dtype),
         images=column("id"),

@@ -6,12 +6,10 @@ import csv
 import datetime
 import json
 import os
-import posixpath
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +24,8 @@ from .datasets import Manifest
 from .encode import pick_device
 from .errors import InputError
 from .runs import KIND, SCHEMA, save_model
-from .store import ActivationFile, Header
+from .selection import read
+from .store import ActivationFile
 from .tail import Tail, count_trainable
 from .train import Activations, Epoch, Fold, Snapshot, fit, precision, predict, sigmoid
 
@@ -52,77 +51,6 @@ class Plan:
     device: str
     precision: str
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out."""
-
-    file: ActivationFile
-    header: Header
-    rows: np.ndarray
-    labels: np.ndarray
-    assignment: np.ndarray
-
-    def train(self, fold: int) -> np.ndarray:
-        """Row numbers (in the file) that fold `fold` trains on."""
-        return np.asarray(self.rows[(self.assignment >= 0) & (self.assignment != fold)])
-
-    def valid(self, fold: int) -> np.ndarray:
-        """Row numbers (in the file) that fold `fold` is scored on; -1 is the hold-out."""
-        return np.asarray(self.rows[self.assignment == fold])
-
-
-def read(cache: Path, spec: SweepSpec, manifest: Manifest | None = None) -> Data:
-    """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given."""
-    file = ActivationFile(cache)
-    header, kept = (file.header, file.ok) if manifest is None else relabel(file, manifest)
-    rows = np.flatnonzero(kept)
-    labels = header.labels[rows]
-    groups = [header.groups[i] for i in rows]
-    assignment = splits.split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
-    return Data(file=file, header=header, rows=rows, labels=labels, assignment=assignment)
-
-
-def relabel(file: ActivationFile, manifest: Manifest) -> tuple[Header, np.ndarray]:
-    """The file's header with labels, groups and views of `manifest`, and (N,) which images it names and are encoded.
-
-    Images are told apart by where they lie, else by their name in the cache. InputError when the manifest names an
-    image that the cache does not hold.
-    """
-    root = Path(file.meta["dataset"]["root"])
-    places = {os.path.normpath(root / image): row for row, image in enumerate(file.header.images)}
-    names = {image: row for row, image in enumerate(file.header.images)}
-    # A table that names files without folders, as Indiana's does, means the only file of that name.
-    bare = Counter(map(posixpath.basename, names))
-    alone = {posixpath.basename(image): row for image, row in names.items() if bare[posixpath.basename(image)] == 1}
-    found = [
-        places.get(os.path.normpath(manifest.path(i).absolute()), names.get(image, alone.get(image)))
-        for i, image in enumerate(manifest.images)
-    ]
-    if missing := [image for image, row in zip(manifest.images, found, strict=True) if row is None]:
-        raise InputError(
-            f"--manifest: {len(missing):,} of {len(found):,} images are not in {file.path}: {', '.join(missing[:5])}; "
-            "run `cxrfast cache` on the manifest."
-        )
-    at = {cast(int, row): i for i, row in enumerate(found)}
-    if len(at) < len(found):
-        raise InputError(f"--manifest: {len(found) - len(at):,} of {len(found):,} images are named twice.")
-    labels = np.full((len(names), len(manifest.classes)), -1, np.int8)
-    labels[list(at)] = manifest.labels[list(at.values())]
-
-    def column(values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(values[at[row]] if row in at else "" for row in range(len(names)))
-
-    header = replace(
-        file.header,
-        classes=manifest.classes,
-        labels=labels,
-        groups=column(manifest.groups),
-        studies=column(manifest.studies),
-        views=column(manifest.views),
-    )
-    return header, np.isin(np.arange(len(names)), list(at)) & file.ok
 
 
 def backbone_for(file: ActivationFile, weights: str | None = None) -> Backbone:

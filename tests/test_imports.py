@@ -22,7 +22,7 @@ FLOORS = {
     2: ("layouts", "splits", "preprocess", "findings", "metrics", "timing"),
     3: ("datasets", "phantom", "store", "predict", "backbone"),
     4: ("tail", "reuse"),
-    5: ("encode", "train", "runs"),
+    5: ("encode", "train", "runs", "selection"),
     6: ("sweep", "verify", "report"),
     7: ("export", "bench", "info"),
     8: ("cli",),

@@ -20,16 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast import store
+from cxr_fast.config import digest
 from cxr_fast.errors import InputError, SchemaError
 
 HASH = "ab" * 32
+PARTS = {"cut": "blocks.4", "mean": [0.5, 0.25]}
 
 
 def header(
     n: int = 6, *, shape: tuple[int, ...] = (2, 5, 8), dtype: str = "float16", **changes: object
 ) -> store.Header:
     base = store.Header(
-        meta={"fingerprint": "f", "block": 4},
+        meta={"fingerprint": digest(PARTS), "fingerprint_parts": PARTS, "block": 4},
         shape=(n, *shape),
         dtype=dtype,
         images=tuple(f"images/é{i}.png" for i in range(n)),
@@ -329,3 +331,35 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
     held = store.ActivationFile(tmp_path / "a.h5").activations
     store.reopen(tmp_path / "a.h5")
     assert held.shape == values().shape
+
+
+@pytest.mark.parametrize("change", ["a part", "the fingerprint", "no parts"])
+def test_a_file_changed_by_hand_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.h5"
+    write(path, values())
+    with h5py.File(path, "a") as file:
+        meta = json.loads(file.attrs["meta"])
+        if change == "a part":
+            meta["fingerprint_parts"]["cut"] = "blocks.3"
+        elif change == "no parts":
+            del meta["fingerprint_parts"]
+        else:
+            meta["fingerprint"] = "0" * 64
+        file.attrs["meta"] = json.dumps(meta)
+    for read in (store.ActivationFile, store.read_header):
+        with pytest.raises(InputError, match="the fingerprint does not belong to its parts"):
+            read(path)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_do_not_give_their_checksum_are_found_by_any_number_of_threads(tmp_path: Path, threads: int) -> None:
+    path, data = tmp_path / "a.h5", values(70)
+    write(path, data)
+    offset = store.ActivationFile(path).offset
+    with open(path, "r+b") as file:
+        for row in (0, 31, 32, 69):
+            file.seek((row + 1) * data[0].nbytes + offset - 1)
+            file.write(b"\x7f")
+    opened = store.ActivationFile(path)
+    assert list(opened.mismatched(range(70), threads)) == [0, 31, 32, 69]
+    assert list(opened.mismatched([1, 32, 5], threads)) == [32]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxr_fast import backbone, store
+from cxr_fast import backbone, selection, store
 from cxr_fast import sweep as sweeps
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, from_dict
 from cxr_fast.encode import normalise, with_size
@@ -73,7 +73,7 @@ def test_no_group_is_in_two_parts(toy_run: Path) -> None:
 
 def test_the_same_groups_do_meet_when_images_are_split(toy_cache: Path, tmp_path: Path) -> None:
     """Shows that the test above can fail."""
-    by_image = sweeps.read(toy_cache, dataclasses.replace(SPEC, split_by="image"))
+    by_image = selection.read(toy_cache, dataclasses.replace(SPEC, split_by="image"))
     groups = np.array(by_image.file.header.groups)[by_image.rows]
     assert any(len(set(by_image.assignment[groups == g])) > 1 for g in groups)
 
@@ -131,7 +131,7 @@ def test_another_seed_gives_another_run(toy_cache: Path, tmp_path: Path) -> None
 
 
 def test_each_fold_trains_on_the_other_folds_and_nothing_else(toy_cache: Path) -> None:
-    data = sweeps.read(toy_cache, SPEC)
+    data = selection.read(toy_cache, SPEC)
     held = set(data.valid(-1).tolist())
     for k in range(SPEC.folds):
         train, valid = set(data.train(k).tolist()), set(data.valid(k).tolist())
@@ -185,7 +185,7 @@ def test_the_hold_out_labels_change_nothing_but_the_hold_out_figures(
         labels[held] = np.where(labels[held] < 0, labels[held], 1 - labels[held])
         h5["labels"][:] = labels
     # The split itself looks at the labels (it spreads them), so it is held where it was.
-    monkeypatch.setattr(sweeps.splits, "split", lambda *_, **__: saved["fold"])
+    monkeypatch.setattr(selection.splits, "split", lambda *_, **__: saved["fold"])
     Sweep(own_cache, tmp_path / "run", SPEC, device="cpu").run()
     before, after = info(toy_run), info(tmp_path / "run")
     for key in ("chosen", "thresholds", "model_sha256", "budgets", "folds"):
