@@ -294,6 +294,7 @@ def cache(
     click.echo(
         f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
     )
+    echo_notes(outcome.notes)
     listing = encode.write_errors(path, outcome.failed)
     if outcome.failed:
         click.echo(

@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 import torch
 
-from . import reuse, store, timing
+from . import reuse, store, timing, twins
 from .backbone import Backbone, identity, prefix
 from .config import CacheSpec, digest, to_dict
 from .datasets import Manifest
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a cache run did; `reused` counts rows that were there before."""
+    """What a cache run did; `reused` counts rows that were there before, `notes` say what is odd about the images."""
 
     path: Path
     images: int
@@ -83,6 +83,7 @@ class Outcome:
     failed: tuple[tuple[str, str], ...]
     seconds: float
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,9 @@ def run(
 
 def _outcome(out: Path, tried: int, began: float) -> Outcome:
     """`tried` rows were pending; every failed row was among them."""
-    header, failed = store.read_header(out), _failures(out)
+    file, failed = store.ActivationFile(out), _failures(out)
+    header, ok = file.header, np.flatnonzero(file.ok)
+    images, groups, hashes = ([column[i] for i in ok] for column in (header.images, header.groups, file.sha256))
     return Outcome(
         path=out,
         images=header.shape[0],
@@ -260,6 +263,7 @@ def _outcome(out: Path, tried: int, began: float) -> Outcome:
         failed=failed,
         seconds=time.perf_counter() - began,
         fingerprint=header.meta["fingerprint"],
+        notes=twins.notes(images, hashes, groups, header.labels[ok]),
     )
 
 

@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from . import splits, timing
+from . import splits, timing, twins
 from .config import SweepSpec
 from .datasets import Manifest
 from .errors import InputError
@@ -77,6 +77,7 @@ def read(
         by_name=by_name,
         notes=(
             *_by_name(by_name, len(rows), file),
+            *twins.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
         ),
     )
 

@@ -21,9 +21,9 @@ import torch
 from conftest import TOY
 from PIL import Image
 
-from cxr_fast import backbone, datasets, encode, store, verify
+from cxr_fast import backbone, datasets, encode, selection, store, verify
 from cxr_fast.backbone import Backbone
-from cxr_fast.config import CacheSpec, PreprocessSpec
+from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec
 from cxr_fast.datasets import Manifest
 from cxr_fast.errors import DeviceError, InputError, Interrupted
 from cxr_fast.preprocess import load
@@ -237,6 +237,21 @@ def test_other_labels_cost_no_encoding(tower: Backbone, spec: CacheSpec, images:
     write_manifest(images, names, flip=True)
     assert run(tower, spec, images, out).encoded == 0
     assert np.array_equal(store.ActivationFile(out).header.labels, 1 - before)
+
+
+def test_the_same_film_under_two_patients_is_told(
+    tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
+) -> None:
+    assert run(tower, spec, images, tmp_path / "a.h5").notes == ()
+    names = store.ActivationFile(tmp_path / "a.h5").header.images
+    shutil.copy(images / names[0], images / names[7])
+    outcome = run(tower, spec, images, tmp_path / "a.h5")
+    assert len(outcome.notes) == 2
+    assert f"{names[0]} of p0 = {names[7]} of p7" in outcome.notes[0]
+    assert f"other labels: {names[0]} = {names[7]}" in outcome.notes[1]
+    data = selection.read(tmp_path / "a.h5", SweepSpec(epochs=(1,), folds=2))
+    assert data.notes == outcome.notes
+    assert len(data.rows) == 13, "told, and nothing else"
 
 
 def test_a_failed_image_is_tried_again(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PACKAGE = Path(cxr_fast.__file__).parent
 FLOORS = {
     0: ("__init__", "errors"),
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock"),
-    2: ("layouts", "splits", "preprocess", "findings", "metrics", "timing"),
+    2: ("layouts", "splits", "preprocess", "findings", "metrics", "timing", "twins"),
     3: ("datasets", "phantom", "store", "predict", "backbone"),
     4: ("tail", "reuse"),
     5: ("encode", "train", "runs", "selection"),
