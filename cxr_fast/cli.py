@@ -331,10 +331,14 @@ def gigabytes(count: float) -> str:
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images.")
 @device_option
-def verify(file: Path, reencode: int, images: Path | None, weights: str | None, seed: int, device: str) -> None:
+@threads_option
+def verify(
+    file: Path, reencode: int, images: Path | None, weights: str | None, seed: int, device: str, threads: int | None
+) -> None:
     """Prove a cache: checksums, finite values, and random images encoded again; exit 1 names the bad rows."""
     from . import verify as verifying
 
+    use_threads(threads)
     bar = Progress()
 
     def show(done: int, total: int) -> None:
@@ -344,18 +348,33 @@ def verify(file: Path, reencode: int, images: Path | None, weights: str | None, 
         file, reencode=reencode, images=images, weights=weights, device=device, seed=seed, on_progress=show
     )
     bar.done()
-    click.echo(
-        f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again, "
-        f"largest difference {found.largest:.1e} of a row's peak (tolerance {verifying.TOLERANCE:g})"
-    )
+    text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
+    if found.reencoded:
+        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {verifying.TOLERANCE:g})"
+    click.echo(text)
+    sys.exit(echo_verdict(found, file))
+
+
+def echo_verdict(found: Any, file: Path) -> int:
+    """What `verify` found, and its exit code: 1 for rows shown to be wrong, 2 where nothing asked for could be done."""
     if found.bad:
         click.echo(
             f"BAD: {len(found.bad):,} row(s); `cxrfast cache SOURCE --out {file} --repair` mends checksums", err=True
         )
         for image, reason in found.bad[:20]:
             click.echo(f"  {image}: {reason}", err=True)
-        sys.exit(1)
-    click.echo("PASS")
+    why = [f"{found.absent:,} images are not below {found.root}; give their folder with --images"] * bool(found.absent)
+    why += [f"{image} {reason}" for image, reason in found.unproven[:3]]
+    if found.asked and not found.reencoded and not found.bad:
+        raise InputError(
+            f"the rows are sound, but none of {found.asked:,} could be encoded again: {'; '.join(why)}, "
+            "or pass --reencode 0."
+        )
+    if why:
+        click.echo(f"NOT PROVEN: {found.asked - found.reencoded:,} of {found.asked:,} asked for: {'; '.join(why)}")
+    if not found.bad:
+        click.echo("PASS")
+    return 1 if found.bad else 0
 
 
 @main.command()

@@ -628,7 +628,7 @@ def test_verify_names_a_damaged_row_and_repair_mends_it(phantoms: Path, here: Pa
     done(cxr(*arguments))
     assert "PASS" in done(cxr("verify", "c.h5", "--reencode", 3)).stdout
     file = store.ActivationFile("c.h5")
-    name, size = file.header.images[7], file.activations[0].nbytes
+    name, size = file.header.images[7], store.row_bytes(file.header.shape, file.header.dtype)
     with open("c.h5", "r+b") as raw:
         raw.seek(file.offset + 7 * size + 3)
         raw.write(b"\x55\xaa")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -362,35 +361,6 @@ def test_rows_never_change_under_a_reader(tower: Backbone, spec: CacheSpec, imag
         assert sorted(path.name for path in tmp_path.glob("a.h5*")) == ["a.h5"]
         reader.communicate("\n", timeout=60)
     assert run(tower, spec, images, out).encoded == 1
-
-
-def test_verify_finds_rows_of_another_image(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.h5"
-    run(tower, spec, images, out)
-    file, rows = store.ActivationFile(out), rows_of(out)[0]
-    names = file.header.images
-    os.replace(out, store.partial_path(out))
-    with store.Writer(out) as writer:  # a row that is sound but wrong: checksums cannot tell
-        writer.rows([2], rows[8:9], [file.sha256[2]], [None])
-        writer.finish()
-    found = verify.cache(out, reencode=13)
-    assert [image for image, _ in found.bad] == [names[2]]
-    assert "differs from a fresh encoding" in found.bad[0][1]
-
-
-def test_verify_says_when_an_image_changed_or_went(
-    tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "a.h5"
-    run(tower, spec, images, out)
-    names = store.ActivationFile(out).header.images
-    shutil.copy(images / names[0], images / names[1])
-    (images / names[2]).unlink()
-    found = dict(verify.cache(out, reencode=13).bad)
-    assert "changed since" in found[names[1]]
-    assert "missing" in found[names[2]]
-    with pytest.raises(InputError, match="not the weights"):
-        verify.cache(out, reencode=1, weights="random:5:test_vit")
 
 
 # ------------------------------------------------------------------ crashes
