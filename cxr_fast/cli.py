@@ -129,6 +129,8 @@ def describe_manifest(manifest: Any) -> str:
         f"views: {views}",
         f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels an image",
     ]
+    if total["skipped_missing"]:
+        lines.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
     rows = [
         [r.name, f"{r.positives:,}", f"{r.percent:.2f}", f"{r.unknown:,}", f"{r.groups:,}"]
         for r in datasets.class_table(manifest)
@@ -262,11 +264,13 @@ def cache(
         raise InputError(
             f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
         )
+    skipped = manifest.info["skipped_missing"]
     click.echo(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}: {gigabytes(plan.bytes_needed)} "
         f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
+        + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
         + f"; expected time {duration(plan.seconds)}"
     )
     if tower.random:

@@ -431,6 +431,9 @@ def test_cuda_that_is_not_there_is_never_the_cpu(pantry: Path, command: list[str
 def test_skip_missing_goes_on(pantry: Path) -> None:
     result = done(cxr("cache", "absent.csv", *W, "--skip-missing", "--out", "c.h5"))
     assert "encoded 1 images" in result.stdout
+    assert "; skipped 7 listed image(s) that are not below ." in result.stdout
+    assert "skipped 7 listed image(s) that are not below ." in done(cxr("prepare", "absent.csv", "--skip-missing")).stdout
+    assert "skipped" not in done(cxr("prepare", "good.csv", "--skip-missing")).stdout
     assert store.ActivationFile("c.h5").header.meta["dataset"]["skipped_missing"] == 7
 
 
