@@ -165,14 +165,27 @@ class Progress:
         self.every = 0.1 if self.live else every
         self.began = self.last = time.monotonic()
 
-    def show(self, done: float, total: float, text: str, *, force: bool = False) -> None:
-        """`done` of `total` in any unit; the time left is extrapolated."""
+    def show(
+        self,
+        done: float,
+        total: float,
+        text: str,
+        *,
+        before: float = 0,
+        seconds: float | None = None,
+        force: bool = False,
+    ) -> None:
+        """`done` of `total` in any unit, `before` of them by an earlier run.
+
+        The time left follows from what this run did, in `seconds` or since the line began.
+        """
         now = time.monotonic()
         if now - self.last < self.every and not force:
             return
         self.last = now
-        left = (now - self.began) / done * (total - done) if done else 0
-        line = f"{100 * done / total:5.1f} %  {text}, {duration(left)} left"
+        took = now - self.began if seconds is None else seconds
+        left = f", {duration(took / (done - before) * (total - done))} left" if done > before else ""
+        line = f"{100 * done / total:5.1f} %  {text}{left}"
         click.echo(f"\r{line:<100}" if self.live else line, err=True, nl=not self.live)
 
     def done(self) -> None:
@@ -278,8 +291,9 @@ def cache(
     bar = Progress()
 
     def show(p: Any) -> None:
-        rate = p.encoded / max(time.monotonic() - bar.began, 1e-9)
-        bar.show(p.done, p.total, f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}")
+        rate = p.encoded / max(p.seconds, 1e-9)
+        text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
+        bar.show(p.done, p.total, text, before=p.before, seconds=p.seconds)
 
     outcome = encode.run(
         tower,

@@ -54,16 +54,22 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is: images done of total, images encoded by this call, images failed, and the seconds this call
-    waited for decoding, computed, and waited for the disk."""
+    """How far a run is: images done of total, of them `before` this call, images encoded by this call, images failed,
+    and the seconds this call waited for decoding, computed, and waited for the disk."""
 
     done: int
     total: int
+    before: int
     encoded: int
     failed: int
     decoding: float
     computing: float
     writing: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the first image of this call, looking for what can be reused aside."""
+        return self.decoding + self.computing + self.writing
 
     @property
     def bottleneck(self) -> str:
@@ -286,6 +292,7 @@ def _encode(
 ) -> None:
     """Blocks through decode threads, the model (this thread) and one writing thread, in order."""
     clock, encoded = {"decoding": 0.0, "computing": 0.0, "writing": 0.0}, 0
+    before = int((writer.state != store.PENDING).sum())
     written: Future[None] | None = None
 
     def timed(stage: str, began: float) -> float:
@@ -311,7 +318,9 @@ def _encode(
             if on_progress is not None:
                 state = writer.state
                 done, failed = int((state != store.PENDING).sum()), int((state == store.FAILED).sum())
-                on_progress(Progress(done=done, total=len(paths), encoded=encoded, failed=failed, **clock))
+                on_progress(
+                    Progress(done=done, total=len(paths), before=before, encoded=encoded, failed=failed, **clock)
+                )
         images.close()
         if written is not None:
             written.result()

@@ -432,7 +432,9 @@ def test_skip_missing_goes_on(pantry: Path) -> None:
     result = done(cxr("cache", "absent.csv", *W, "--skip-missing", "--out", "c.h5"))
     assert "encoded 1 images" in result.stdout
     assert "; skipped 7 listed image(s) that are not below ." in result.stdout
-    assert "skipped 7 listed image(s) that are not below ." in done(cxr("prepare", "absent.csv", "--skip-missing")).stdout
+    assert (
+        "skipped 7 listed image(s) that are not below ." in done(cxr("prepare", "absent.csv", "--skip-missing")).stdout
+    )
     assert "skipped" not in done(cxr("prepare", "good.csv", "--skip-missing")).stdout
     assert store.ActivationFile("c.h5").header.meta["dataset"]["skipped_missing"] == 7
 
@@ -624,6 +626,17 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
     bar.show(10, 10, "all", force=True)
     bar.done()
     assert capsys.readouterr().err.startswith("\r100.0 %  all, 0 s left")
+
+
+@pytest.mark.parametrize(
+    ("done", "before", "seconds", "left"),
+    [(60, 0, 30.0, "20 s left"), (60, 50, 30.0, "2 min 00 s left"), (100, 90, 7.0, "0 s left"), (50, 50, 3.0, "")],
+)
+def test_the_time_left_is_of_this_run(
+    capsys: pytest.CaptureFixture[str], done: int, before: int, seconds: float, left: str
+) -> None:
+    cli.Progress().show(done, 100, "some", before=before, seconds=seconds, force=True)
+    assert capsys.readouterr().err == f"{done:5.1f} %  some{', ' * bool(left)}{left}\n"
 
 
 def test_verify_names_a_damaged_row_and_repair_mends_it(phantoms: Path, here: Path) -> None:

@@ -379,7 +379,11 @@ def test_a_stop_is_clean_and_resumes_bit_for_bit(
         run(tower, spec, images, out, on_progress=stop)
     assert not out.exists()
     assert store.ActivationFile(store.partial_path(out), partial=True).ok.sum() == 2 * BLOCK
-    assert run(tower, spec, images, out).reused == 2 * BLOCK
+    seen: list[encode.Progress] = []
+    assert run(tower, spec, images, out, on_progress=seen.append).reused == 2 * BLOCK
+    assert {progress.before for progress in seen} == {2 * BLOCK}
+    assert seen[-1].encoded == 13 - 2 * BLOCK
+    assert all(progress.done - progress.before <= progress.encoded for progress in seen)
     run(tower, spec, images, tmp_path / "b.h5")
     assert same(out, tmp_path / "b.h5")
 
