@@ -272,6 +272,8 @@ def cache(
     spec = encode.with_size(spec, tower)
     first = f"-first{limit}" if limit else ""
     path = out or Path("cache") / f"{file_name(manifest.name)}{first}.h5"
+    if path.suffix != ".h5" or path.is_dir():  # else no other command would find it
+        raise InputError(f"--out: {path} must be a file that ends in .h5, such as cache/name.h5.")
     plan = encode.plan(manifest, tower, spec, path, device=device, batch_size=batch_size, workers=workers)
     if limit and plan.rows_dropped:
         raise InputError(
@@ -338,7 +340,9 @@ def use_threads(threads: int | None) -> None:
 
 
 def gigabytes(count: float) -> str:
-    """`4.5 GB`, `83 MB`."""
+    """`4.5 GB`, `83 MB`, `210 kB`."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -300,6 +300,8 @@ CASES: list[tuple[list[object], str]] = [
         r".*--images.*--skip-missing",
     ),
     (["cache", "all_absent.csv", *W, "--skip-missing"], "7 of the 7 images"),
+    (["cache", "good.csv", *W, "--out", "empty"], r"--out: empty must be a file that ends in \.h5"),
+    (["cache", "good.csv", *W, "--out", "x.hdf5"], r"--out: x\.hdf5 must be a file that ends in \.h5"),
     (["cache", "one_image/a.png", *W], r"a\.png"),
     # what to cache, and where
     (["cache", "good.csv", *W, "--views", "flip"], "--views: 'flip' must be 'plain' or 'plain,flip'"),
@@ -605,6 +607,7 @@ def test_every_command_shows_its_help() -> None:
         (cli.duration, 7500, "2 h 05 min"),
         (cli.gigabytes, 4.52e9, "4.5 GB"),
         (cli.gigabytes, 83e6, "83 MB"),
+        (cli.gigabytes, 2.1e5, "210 kB"),
         (cli.number, None, "-"),
         (cli.number, 0.123456, "0.1235"),
         (cli.parse_epochs, "30, 50", (30, 50)),
