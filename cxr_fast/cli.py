@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, choices, default
+from . import __version__, cpu
+from .config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, choices, default, reference_value
 from .errors import CxrFastError, InputError
 
 PATH = click.Path(path_type=Path)
@@ -69,6 +69,8 @@ def setting(cls: type, name: str, help: str, flag: str | None = None, **kwargs: 
         kind = None
     if isinstance(value, tuple):
         value, kind = ",".join(map(str, value)), str
+    if isinstance(value, bool):
+        flag = flag or f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
     kind = kwargs.pop("type", kind)
     flag = flag or "--" + name.replace("_", "-")
     return click.option(flag, name, default=value, show_default=value is not None, type=kind, help=help, **kwargs)
@@ -78,6 +80,13 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
+)
+recipe_option = click.option(
+    "--recipe",
+    type=click.Choice(["default", "reference"]),
+    default="default",
+    show_default=True,
+    help="reference: the published choices where our defaults differ.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 source_argument = click.argument("source", type=PATH)
@@ -205,6 +214,7 @@ def duration(seconds: float) -> str:
 @main.command()
 @source_argument
 @click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
+@recipe_option
 @setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
 @setting(CacheSpec, "unfreeze_blocks", "Blocks left to train; 0 caches embeddings and trains the head alone.", type=int)
 @setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
@@ -230,15 +240,18 @@ def duration(seconds: float) -> str:
 @images_option
 @skip_option
 @unindexed_option
+@click.pass_context
 def cache(
+    ctx: click.Context,
     source: Path,
     out: Path | None,
+    recipe: str,
     weights: str,
     unfreeze_blocks: int,
     views: str,
     resize: Any,
     dicom_policy: Any,
-    normalize: Any,
+    normalize: Any,  # read by by_recipe
     dtype: Any,
     device: str,
     batch_size: int | None,
@@ -256,7 +269,7 @@ def cache(
         weights=weights,
         unfreeze_blocks=unfreeze_blocks,
         views=tuple(view.strip() for view in views.split(",")),
-        normalize=normalize,
+        normalize=by_recipe(ctx, recipe, CacheSpec, "normalize"),
         dtype=dtype,
         preprocess=PreprocessSpec(resize=resize, dicom_policy=dicom_policy),
     )
@@ -267,7 +280,7 @@ def cache(
     from . import encode
 
     encode.pick_device(device)
-    use_threads(threads)
+    cpu.prepare(threads)
     tower = backbones.load(weights)
     spec = encode.with_size(spec, tower)
     first = f"-first{limit}" if limit else ""
@@ -330,15 +343,6 @@ def file_name(name: str) -> str:
     return re.sub(r"[/\\\0]+|^\.+", "-", name).strip() or "dataset"
 
 
-def use_threads(threads: int | None) -> None:
-    """Size torch's thread pool from affinity and cgroup quota, not from the host."""
-    import torch
-
-    from . import timing
-
-    torch.set_num_threads(threads or timing.cpu_count())
-
-
 def gigabytes(count: float) -> str:
     """`4.5 GB`, `83 MB`, `210 kB`."""
     if count < 1e6:
@@ -360,7 +364,7 @@ def verify(
     """Prove a cache: checksums, finite values, and random images encoded again; exit 1 names the bad rows."""
     from . import verify as verifying
 
-    use_threads(threads)
+    cpu.prepare(threads)
     bar = Progress()
 
     def show(done: int, total: int) -> None:
@@ -402,87 +406,177 @@ def echo_verdict(found: Any, file: Path) -> int:
 @main.command()
 @click.argument("cache", type=PATH, required=False)
 @click.option("--out", type=PATH, help="The run folder.  [default: exports/NAME]")
+@recipe_option
 @setting(SweepSpec, "epochs", "Budgets of the search; one run a fold passes through all of them.")
 @setting(SweepSpec, "folds", "Folds of the cross-validation.", type=int)
 @setting(SweepSpec, "holdout", "Share of the groups kept out until the end.", type=float)
 @setting(SweepSpec, "seed", "Decides splits, initialisation and every draw.", type=int)
 @setting(SweepSpec, "split_by", "What may not be shared between folds; image splits views of one patient.")
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="NAME=A,B",
+    help="Try each value of a training field, such as lr=1e-5,2e-5; several flags: every combination.",
+)
+@setting(SweepSpec, "final", "The final model: the best fold's, one of all folds' data, or the folds' mean.")
+@setting(SweepSpec, "threshold_target", "f1, sensitivity=X or specificity=X, a class, out of fold.", type=str)
+@setting(SweepSpec, "calibration", "Calibration a class, fitted out of fold.")
 @setting(TrainSpec, "lr", "Learning rate of AdamW.", type=float)
 @setting(TrainSpec, "weight_decay", "Weight decay of AdamW.", type=float)
 @setting(TrainSpec, "batch_size", "Images a step.", type=int)
 @setting(TrainSpec, "clip_norm", "Gradient norm limit.", type=float)
-@setting(TrainSpec, "loss", "Loss.")
+@setting(TrainSpec, "loss", "Loss; focal+jaccard is 0.7 focal and 0.3 soft Jaccard.")
 @setting(TrainSpec, "focal_alpha", "Focal loss: weight of positives.", type=float)
 @setting(TrainSpec, "focal_gamma", "Focal loss: focusing exponent.", type=float)
+@setting(TrainSpec, "class_weights", "Weigh rare classes up: by one over their share, or its square root.")
 @setting(TrainSpec, "dropout", "Dropout in the head.", type=float)
-@click.option("--flip/--no-flip", default=default(TrainSpec, "flip"), show_default=True, help="Draw the flipped view.")
+@click.option(
+    "--views",
+    type=click.Choice(["plain,flip", "plain"]),
+    default="plain,flip" if default(TrainSpec, "flip") else "plain",
+    show_default=True,
+    help="Views to train on: half the samples of an epoch are the flipped ones, or none.",
+)
 @setting(TrainSpec, "scheduler", "Learning-rate schedule on validation macro AUC.")
+@setting(TrainSpec, "plateau_factor", "Plateau: what the rate is multiplied by.", type=float)
+@setting(TrainSpec, "plateau_patience", "Plateau: epochs without a better AUC that it waits.", type=int)
 @setting(TrainSpec, "patience", "Stop a fold after this many epochs without a better AUC.", type=int)
+@setting(TrainSpec, "train_norm", "Train the final norm and projection too.")
 @setting(TrainSpec, "precision", "Arithmetic of training; validation of the chosen model is always float32.")
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @device_option
+@click.option(
+    "--residency",
+    type=click.Choice(["auto", "device", "host", "stream"]),
+    default="auto",
+    show_default=True,
+    help="Activations on the device, in host memory, or read ahead from the file; the result is the same.",
+)
 @threads_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
+@click.pass_context
 def sweep(
+    ctx: click.Context,
     cache: Path | None,
     out: Path | None,
+    recipe: str,
+    grid: tuple[str, ...],
+    views: str,
     manifest: Path | None,
     weights: str | None,
     device: str,
+    residency: str,
     threads: int | None,
     overwrite: bool,
     epochs: str,
     **flags: Any,
 ) -> None:
-    """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/)."""
-    own = {name: flags.pop(name) for name in ("folds", "holdout", "seed", "split_by")}
-    spec = SweepSpec(epochs=parse_epochs(epochs), train=TrainSpec(**flags), **own)
+    """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/).
+
+    Killed or interrupted, the same command goes on where it was, to the same result.
+    """
+    names = ("folds", "holdout", "seed", "split_by", "final", "threshold_target", "calibration")
+    own = {name: flags.pop(name) for name in names}
+    own["split_by"] = by_recipe(ctx, recipe, SweepSpec, "split_by")
+    train = TrainSpec(flip="flip" in views, **flags)
+    spec = SweepSpec(epochs=parse_epochs(epochs), train=train, **own)
     from . import store
     from . import sweep as sweeps
 
     if cache is None:
         cache = store.newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
-    path = out or free_name(Path("exports") / cache.stem)
-    use_threads(threads)
+    if recipe == "reference":
+        require_reference_cache(store.read_header(cache).meta["spec"]["normalize"])
+    cpu.prepare(threads)
     labels = None
     if manifest is not None:
         from . import datasets
 
         labels = datasets.read(manifest, keep_missing=True)
-    job = sweeps.Sweep(cache, path, spec, device=device, weights=weights, manifest=labels, overwrite=overwrite)
+    job = sweeps.Sweep(
+        cache,
+        out,
+        spec,
+        grid_flags=grid,
+        device=device,
+        residency=residency,
+        weights=weights,
+        manifest=labels,
+        overwrite=overwrite,
+    )
     plan = job.plan()
     echo_plan(plan, spec)
     echo_notes(job.data.notes)
+    if recipe == "reference":
+        echo_recipe(job)
     bar = Progress()
-    whole = spec.folds * spec.epochs[-1]
+    done = 0
 
-    def show(fold: int, epoch: Any) -> None:
-        text = f"fold {fold + 1}/{spec.folds} epoch {epoch.epoch}/{spec.epochs[-1]}, validation macro AUC "
-        bar.show(fold * spec.epochs[-1] + epoch.epoch, whole, text + f"{epoch.valid_auc:.4f} ({epoch.classes} classes)")
+    def show(config: int, fold: int, epoch: Any) -> None:
+        nonlocal done
+        done += 1
+        which = f"configuration {config + 1}/{plan.configurations}, " if plan.configurations > 1 else ""
+        which += f"fold {fold + 1}/{spec.folds}" if fold < spec.folds else "refit"
+        score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
+        bar.show(min(done, plan.epochs_in_all), plan.epochs_in_all, f"{which} epoch {epoch.epoch}{score}")
 
     run = job.run(show)
     bar.done()
     from . import report
 
-    page = report.write(path)
+    page = report.write(job.out)
     click.echo(describe_run(run))
-    click.echo(f"\nrun: {path}   report: {page}   took {duration(run['seconds'])}")
+    click.echo(f"\nrun: {job.out}   report: {page}   took {duration(run['seconds'])}")
+
+
+def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
+    """A flag's value; where it was not given, the recipe's."""
+    from click.core import ParameterSource
+
+    given = ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    return ctx.params[name] if given or recipe == "default" else reference_value(cls, name)
+
+
+def require_reference_cache(normalize: str) -> None:
+    """The published recipe needs a cache of the published normalisation."""
+    wanted = reference_value(CacheSpec, "normalize")
+    if normalize != wanted:
+        raise InputError(
+            f"--recipe reference: this cache was normalised with the {normalize}'s own statistics, the published code "
+            f"used {wanted}; make one with `cxrfast cache SOURCE --recipe reference --out OTHER.h5`."
+        )
+
+
+def echo_recipe(job: Any) -> None:
+    """Each difference of the published recipe from our defaults."""
+    from .config import NOT_RESTORED, from_dict, recipe_differences
+
+    click.echo("the published recipe, where it differs from our defaults:")
+    for row in recipe_differences(from_dict(CacheSpec, job.data.file.meta["spec"]), job.spec):
+        kept = "" if row["here"] == row["published"] else f", but here {row['here']} by your flag"
+        click.echo(f"  {row['field']} {row['published']} instead of {row['default']}{kept}: {row['why']}")
+    for text in NOT_RESTORED:
+        click.echo(f"  not restored: {text}")
 
 
 def echo_plan(plan: Any, spec: SweepSpec) -> None:
     """The plan of a sweep, before it starts."""
     count = plan.trainable
     dropped = f", {plan.failed} failed images left out" if plan.failed else ""
+    extra = "".join(f", {part} {count[part]:,}" for part in ("norm",) if count.get(part))
+    many = f"{plan.configurations} configurations, " if plan.configurations > 1 else ""
     click.echo(
         f"{plan.images:,} images, {plan.groups:,} groups, {plan.classes} classes{dropped}; hold-out "
         f"{plan.holdout_images:,} images; {plan.folds} folds by {spec.split_by}\n"
         f"activations {gigabytes(plan.activation_bytes)} ({plan.where}), on {plan.device}, {plan.precision}\n"
-        f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}\n"
-        f"epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; "
-        f"expected time {duration(plan.seconds)}"
+        f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{extra}\n"
+        f"{many}epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; final model "
+        f"{spec.final}; expected time {duration(plan.seconds)} in all -> {plan.out}"
     )
+    if plan.resumed:
+        click.echo(f"going on with the unfinished run in {plan.out}.partial")
 
 
 def echo_notes(notes: Iterable[str]) -> None:
@@ -499,14 +593,6 @@ def parse_epochs(text: str) -> tuple[int, ...]:
         raise InputError(f"--epochs: {text!r} is not a list of whole numbers such as 30,50,75.") from error
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or `path-2`, `path-3`, ... where it exists."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
-
-
 def describe_run(run: dict[str, Any]) -> str:
     """Fold table, budget table, hold-out figures."""
     budgets = [b["epochs"] for b in run["budgets"]]
@@ -520,6 +606,8 @@ def describe_run(run: dict[str, Any]) -> str:
     rows = [[str(b["epochs"]), number(b["mean_auc"]), number(b["std_auc"])] for b in run["budgets"]]
     chosen = next(i for i, b in enumerate(run["budgets"]) if b["chosen"])
     lines += [table(["epochs", "mean AUC", "std"], rows, mark=chosen), ""]
+    if len(run["grid"]) > 1:
+        lines += [describe_grid(run), ""]
     lines += [positives_note(run), ""]
     names = {
         "label_accuracy": "label-wise accuracy",
@@ -534,7 +622,10 @@ def describe_run(run: dict[str, Any]) -> str:
     rows = [[text, *(number(f[key]) for f in found.values())] for key, text in names.items()]
     rows.append(["classes with an AUC", *(f"{f['classes_defined']} of {f['classes_total']}" for f in found.values())])
     rows.append(["images", *(f"{f['n']:,}" for f in found.values())])
-    lines += [table(["figure (thresholds from out-of-fold F1)", *found], rows)]
+    goal = run["spec"]["threshold_target"].replace("f1", "F1")
+    lines += [table([f"figure (thresholds from out-of-fold {goal})", *found], rows)]
+    if run["finals"]:
+        lines += ["", describe_finals(run)]
     if held := parts["hold-out"]:
         said = f" ({run['provenance']})" if run["provenance"] else ""
         lines.append(
@@ -543,6 +634,33 @@ def describe_run(run: dict[str, Any]) -> str:
         )
     lines.append(NOTICE)
     return "\n".join(lines)
+
+
+def describe_grid(run: dict[str, Any]) -> str:
+    """Every configuration, best first."""
+    plain = ("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen")
+    fields = [name for name in run["grid"][0] if name not in plain]
+    rows = [
+        [
+            str(r["config"] + 1),
+            *(str(r[name]) for name in fields),
+            str(r["epochs"]),
+            number(r["mean_auc"]),
+            number(r["std_auc"]),
+            duration(r["seconds"]),
+        ]
+        for r in run["grid"]
+    ]
+    chosen = next(i for i, r in enumerate(run["grid"]) if r["chosen"])
+    return table(["configuration", *fields, "epochs", "mean AUC", "std", "time"], rows, mark=chosen)
+
+
+def describe_finals(run: dict[str, Any]) -> str:
+    """The hold-out figures of the three final models; the arrow was chosen by flag, not by these."""
+    keys = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1", "sample_jaccard": "sample Jaccard"}
+    rows = [[kind, *(number(found[key]) for key in keys)] for kind, found in run["finals"].items()]
+    chosen = list(run["finals"]).index(run["final"]["kind"])
+    return table(["final model, on the hold-out", *keys.values()], rows, mark=chosen)
 
 
 def positives_note(run: dict[str, Any]) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -145,21 +147,28 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """How one fold is trained: AdamW on focal loss (Lin et al. 2017), the published recipe's defaults."""
+    """How one fold is trained: AdamW on focal loss (Lin et al. 2017), the published recipe's defaults.
+
+    `focal+jaccard` is 0.7 focal and 0.3 soft Jaccard. `class_weights` weighs a class by one over its share of
+    positives in training, or by the square root of that, mean 1. `flip` draws the cached flipped view for half the
+    samples; `train_norm` trains the final norm and projection too.
+    """
 
     lr: float = 2e-5
     weight_decay: float = 1e-4
     batch_size: int = 16
     clip_norm: float = 1.0
-    loss: Literal["focal", "bce"] = "focal"
+    loss: Literal["focal", "focal+jaccard", "bce"] = "focal"
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    class_weights: Literal["none", "inverse", "sqrt"] = "none"
     dropout: float = 0.5
     flip: bool = True
     scheduler: Literal["plateau", "none"] = "plateau"
     plateau_factor: float = 0.5
     plateau_patience: int = 3
     patience: int | None = None
+    train_norm: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
@@ -178,13 +187,20 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
-    """The search around the fold: hold-out, folds, epoch budgets."""
+    """The search around the fold: hold-out, folds, epoch budgets, the final model, thresholds.
+
+    `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`; thresholds and calibration come from
+    out-of-fold predictions.
+    """
 
     epochs: tuple[int, ...] = (30, 50, 75, 90, 100)
     folds: int = 5
     holdout: float = 0.2
     seed: int = 0
     split_by: Literal["group", "image"] = "group"
+    final: Literal["best-fold", "refit", "ensemble"] = "best-fold"
+    threshold_target: str = "f1"
+    calibration: Literal["none", "platt", "isotonic"] = "none"
     train: TrainSpec = field(default_factory=TrainSpec)
 
     def __post_init__(self) -> None:
@@ -201,3 +217,104 @@ class SweepSpec:
         _require(self.folds >= 2, "folds", self.folds, "at least 2")
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "in [0, 1)")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")
+        _require(
+            self.threshold_goal is not None,
+            "threshold_target",
+            self.threshold_target,
+            "f1, sensitivity=X or specificity=X with X in (0, 1]",
+        )
+
+    @property
+    def threshold_goal(self) -> tuple[str, float] | None:
+        """(`f1`, 0), (`sensitivity`, 0.9) or (`specificity`, 0.9); None where the text is none of these."""
+        name, _, value = self.threshold_target.partition("=")
+        if self.threshold_target == "f1":
+            return "f1", 0.0
+        try:
+            share = float(value)
+        except ValueError:
+            return None
+        return (name, share) if name in ("sensitivity", "specificity") and 0 < share <= 1 else None
+
+
+# Where our defaults differ from the published recipe: (spec, field, published value, why ours differs).
+REFERENCE = (
+    ("SweepSpec", "split_by", "image", "views of one patient would land in different folds and in the hold-out"),
+    ("CacheSpec", "normalize", "imagenet", "BiomedCLIP was trained with other channel statistics"),
+)
+# What `--recipe reference` does not bring back.
+NOT_RESTORED = (
+    "the published code looked for the last two blocks under a name that does not exist and trained the head alone; "
+    "here they are trained",
+    "its thresholds were in part learned on the images they were judged on; here on out-of-fold predictions",
+)
+
+
+def reference_value(cls: type, name: str) -> Any:
+    """The published recipe's value of a field; our default where the two agree."""
+    found = [value for spec, field_name, value, _ in REFERENCE if (spec, field_name) == (cls.__name__, name)]
+    return found[0] if found else default(cls, name)
+
+
+def recipe_differences(cache: CacheSpec, sweep: SweepSpec) -> list[dict[str, Any]]:
+    """Each field where our default and the published recipe differ, with what this run used: rows of `field`, `here`,
+    `published`, `default`, `why`."""
+    return [
+        {
+            "field": name,
+            "here": getattr(sweep if cls == "SweepSpec" else cache, name),
+            "published": published,
+            "default": default(SweepSpec if cls == "SweepSpec" else CacheSpec, name),
+            "why": why,
+        }
+        for cls, name, published, why in REFERENCE
+    ]
+
+
+def grid_values(name: str, text: str) -> list[Any]:
+    """The values of one training field in `--grid NAME=A,B`, in order and of the field's type.
+
+    Raises InputError on an unknown field, an empty list, a value of the wrong type, or one named twice.
+    """
+    fields = {f.name for f in dataclasses.fields(TrainSpec)}
+    if name not in fields:
+        raise InputError(f"--grid: {name!r} is no training field; it takes {', '.join(sorted(fields))}.")
+    hint = typing.get_type_hints(TrainSpec)[name]
+    values = [_parse(name, hint, part.strip()) for part in text.split(",")]
+    if len(set(map(repr, values))) < len(values):
+        raise InputError(f"--grid: {name}={text} names a value twice.")
+    return values
+
+
+def _parse(name: str, hint: Any, text: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if text in typing.get_args(hint):
+            return text
+        raise InputError(f"--grid: {name}={text!r} is not one of {', '.join(map(str, typing.get_args(hint)))}.")
+    if hint is bool:
+        if text in ("true", "false"):
+            return text == "true"
+        raise InputError(f"--grid: {name}={text!r} must be true or false.")
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if optional and text == "none":
+        return None
+    kind = int if optional or hint is int else float
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"--grid: {name}={text!r} is not a number.") from None
+
+
+def grid(train: TrainSpec, flags: Sequence[str]) -> list[tuple[dict[str, Any], TrainSpec]]:
+    """Every combination of `--grid NAME=A,B` flags on top of a spec: (what differs, the spec), last flag fastest.
+
+    Without flags the spec alone, with nothing that differs. Raises InputError on a bad flag or combination.
+    """
+    axes: dict[str, list[Any]] = {}
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        if not equals or name in axes:
+            raise InputError(f"--grid: {flag!r} must be NAME=A,B,..., each NAME once.")
+        axes[name] = grid_values(name, text)
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [(point, dataclasses.replace(train, **point)) for point in points]

@@ -19,18 +19,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from . import __version__
+from . import __version__, calibrate
+from .calibrate import EDGE
 from .config import PreprocessSpec, from_dict
 from .encode import normalise
 from .errors import ImageError, InputError, ParityError
 from .predict import PREFIX, SCHEMA, Predictor
 from .preprocess import load
-from .runs import Run, read_run
+from .runs import Member, Run, read_run
 
 OPSET = 20
 IR_VERSION = 10
 LIMIT = 1e-5
 BATCHES = (1, 2, 7, 64)
+RAW = "raw_probabilities"
 NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 
 
@@ -83,25 +85,28 @@ class Graph:
 
 
 def build(run: Run, *, embedding: bool = False) -> onnx.ModelProto:
-    """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E)."""
+    """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E).
+
+    An ensemble passes the frozen part once and each tail from there; its probabilities are the mean, its logits those
+    of the mean. Where the run is calibrated `probabilities` are, `logits` are not, and `raw_probabilities` is a third
+    output.
+    """
     graph, trunk = Graph(), run.visual.trunk
     x = _patches(graph, run)
     x = graph.layer_norm(x, trunk.norm_pre, "norm_pre")
-    last = len(trunk.blocks) - 1
-    for i, block in enumerate(trunk.blocks):
-        x = _block(graph, x, block, f"blocks.{i}", first_only=i == last and trunk.global_pool == "token")
-    x = graph.layer_norm(x, trunk.norm, "norm")
-    x = _pool(graph, x, trunk)
-    x = graph.layer_norm(x, trunk.fc_norm, "fc_norm")
-    if "proj" in run.visual.head._modules:
-        projection = run.visual.head.proj
-        x = graph.linear(x, _array(projection.weight), _optional(projection.bias), "projection")
-    x = _l2(graph, x)
-    logits = _head(graph, x, run.head)
-    graph.add("Sigmoid", logits, name="probabilities")
+    cut = len(trunk.blocks) - run.info["unfreeze_blocks"]
+    for i, block in enumerate(trunk.blocks[:cut]):
+        x = _block(graph, x, block, f"blocks.{i}", first_only=_first_only(trunk, i))
+    several = len(run.members) > 1
+    each = [_tail(graph, x, member, cut, f"member{k}." if several else "") for k, member in enumerate(run.members)]
+    raw = "probabilities" if run.info["calibration"] is None else RAW
+    _mean(graph, each, raw) if several else graph.add("Sigmoid", each[0], name=raw)
+    _calibrate(graph, raw, run.info["calibration"])
     size, classes = run.info["preprocess"]["size"], len(run.info["classes"])
     width = run.head[0].in_features
-    outputs = [("logits", classes), ("probabilities", classes), *([("embedding", width)] if embedding else [])]
+    outputs = [("logits", classes), ("probabilities", classes)]
+    outputs += [(RAW, classes)] if raw == RAW else []
+    outputs += [("embedding", width)] if embedding else []
     proto = helper.make_graph(
         graph.nodes,
         "cxr-fast",
@@ -113,6 +118,71 @@ def build(run: Run, *, embedding: bool = False) -> onnx.ModelProto:
     model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="cxr-fast")
     model.producer_version = __version__
     return model
+
+
+def _first_only(trunk: Any, i: int) -> bool:
+    """Whether block i has to answer for the class token alone."""
+    return i == len(trunk.blocks) - 1 and trunk.global_pool == "token"
+
+
+def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
+    """Blocks from the cut on, norm, pooling, projection, L2 norm and head of one member; its logits."""
+    trunk = member.visual.trunk
+    for i, block in enumerate(trunk.blocks[cut:], cut):
+        x = _block(graph, x, block, f"{name}blocks.{i}", first_only=_first_only(trunk, i))
+    x = graph.layer_norm(x, trunk.norm, f"{name}norm")
+    x = _pool(graph, x, trunk, name)
+    x = graph.layer_norm(x, trunk.fc_norm, f"{name}fc_norm")
+    if "proj" in member.visual.head._modules:
+        projection = member.visual.head.proj
+        x = graph.linear(x, _array(projection.weight), _optional(projection.bias), f"{name}projection")
+    return _head(graph, _l2(graph, x, name), member.head, name)
+
+
+def _mean(graph: Graph, logits: list[str], name: str) -> None:
+    """Mean of the members' probabilities; adds `logits`, those of the mean, kept EDGE away from the ends."""
+    each = [graph.add("Sigmoid", x, name=f"{x}.probabilities") for x in logits]
+    _logit(graph, graph.add("Mean", *each, name=name), "logits")
+
+
+def _logit(graph: Graph, p: str, name: str) -> str:
+    edges = [graph.weight(f"{name}.{k}", np.array(v)) for k, v in (("low", EDGE), ("high", 1 - EDGE), ("one", 1.0))]
+    p = graph.add("Clip", p, *edges[:2], name=f"{name}.clipped")
+    rest = graph.add("Sub", edges[2], p, name=f"{name}.rest")
+    return graph.add("Log", graph.add("Div", p, rest, name=f"{name}.odds"), name=name)
+
+
+def _calibrate(graph: Graph, raw: str, calibration: dict[str, Any] | None) -> None:
+    """Add `probabilities`, the raw ones through the calibration, where there is one."""
+    if calibration is None:
+        return
+    if calibration["kind"] == "platt":
+        a, b = (graph.weight(f"platt.{k}", np.array(calibration[k], np.float64)) for k in "ab")
+        x = graph.add("Mul", _logit(graph, raw, "platt.logit"), a, name="platt.scaled")
+        graph.add("Sigmoid", graph.add("Add", x, b, name="platt"), name="probabilities")
+    else:
+        _piecewise(graph, raw, calibration["x"], calibration["y"])
+
+
+def _piecewise(graph: Graph, raw: str, xs: list[list[float]], ys: list[list[float]]) -> None:
+    """y_0 + sum over pieces of slope (clip(p, start, end) - start): linear between knots, constant beyond them.
+
+    Classes have different numbers of pieces; the rest are empty (start = end, slope 0).
+    """
+    pieces = max(max(map(len, xs)) - 1, 1)
+    start, end, slope = (np.zeros((len(xs), pieces)) for _ in range(3))
+    for c, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        n = len(x) - 1
+        start[c, :n], end[c, :n] = x[:-1], x[1:]
+        slope[c, :n] = np.diff(y) / np.diff(x)
+    low, high, rise = (graph.weight(f"isotonic.{k}", v) for k, v in (("start", start), ("end", end), ("slope", slope)))
+    axis = graph.weight("isotonic.axis", np.array([-1]))
+    p = graph.add("Unsqueeze", raw, axis, name="isotonic.p")
+    p = graph.add("Min", graph.add("Max", p, low, name="isotonic.max"), high, name="isotonic.min")
+    p = graph.add("Mul", graph.add("Sub", p, low, name="isotonic.into"), rise, name="isotonic.rise")
+    p = graph.add("ReduceSum", p, axis, name="isotonic.sum", keepdims=0)
+    first = graph.weight("isotonic.first", np.array([y[0] for y in ys], np.float64))
+    graph.add("Add", p, first, name="probabilities")
 
 
 def _patches(graph: Graph, run: Run) -> str:
@@ -189,26 +259,26 @@ def _first_token(graph: Graph, x: str, name: str) -> str:
     return graph.add("Slice", x, *ends, name=name)
 
 
-def _pool(graph: Graph, x: str, trunk: Any) -> str:
+def _pool(graph: Graph, x: str, trunk: Any, name: str) -> str:
     """(N, T, D) to (N, D): the class token (already alone), or the mean of the patch tokens."""
-    axis = graph.weight("pool.axis", np.array([1]))
+    axis = graph.weight(f"{name}pool.axis", np.array([1]))
     if trunk.global_pool == "token":
-        return graph.add("Squeeze", x, axis, name="pool")
+        return graph.add("Squeeze", x, axis, name=f"{name}pool")
     bounds = (trunk.num_prefix_tokens, np.iinfo(np.int64).max)
-    ends = [graph.weight(f"pool.{k}", np.array([v])) for k, v in zip(("start", "end"), bounds, strict=True)]
-    x = graph.add("Slice", x, *ends, axis, name="pool.patches")
-    return graph.add("ReduceMean", x, axis, name="pool", keepdims=0)
+    ends = [graph.weight(f"{name}pool.{k}", np.array([v])) for k, v in zip(("start", "end"), bounds, strict=True)]
+    x = graph.add("Slice", x, *ends, axis, name=f"{name}pool.patches")
+    return graph.add("ReduceMean", x, axis, name=f"{name}pool", keepdims=0)
 
 
-def _l2(graph: Graph, x: str) -> str:
+def _l2(graph: Graph, x: str, name: str) -> str:
     """x / max(|x|, 1e-12), as torch's normalize does."""
-    axis = graph.weight("l2.axis", np.array([-1]))
-    length = graph.add("ReduceL2", x, axis, name="l2.length", keepdims=1)
-    length = graph.add("Max", length, graph.weight("l2.least", np.array(1e-12)), name="l2.safe")
-    return graph.add("Div", x, length, name="embedding")
+    axis = graph.weight(f"{name}l2.axis", np.array([-1]))
+    length = graph.add("ReduceL2", x, axis, name=f"{name}l2.length", keepdims=1)
+    length = graph.add("Max", length, graph.weight(f"{name}l2.least", np.array(1e-12)), name=f"{name}l2.safe")
+    return graph.add("Div", x, length, name=f"{name}embedding")
 
 
-def _head(graph: Graph, x: str, head: nn.Sequential) -> str:
+def _head(graph: Graph, x: str, head: nn.Sequential, prefix: str) -> str:
     """The MLP head; each batch norm is folded into the matrix before it (exact in evaluation mode)."""
     layers = [layer for layer in head if isinstance(layer, (nn.Linear, nn.BatchNorm1d, nn.ReLU))]
     for i, layer in enumerate(layers):
@@ -221,10 +291,10 @@ def _head(graph: Graph, x: str, head: nn.Sequential) -> str:
                 factor = _array(norm.weight) / np.sqrt(_array(norm.running_var).astype(np.float64) + norm.eps)
                 weight, bias = weight * factor[:, None], (bias - _array(norm.running_mean)) * factor
                 bias = bias + _array(norm.bias)
-            name = "logits" if norm is None else f"head.{i}"
+            name = f"{prefix}logits" if norm is None else f"{prefix}head.{i}"
             x = graph.linear(x, weight, bias, name)
         elif isinstance(layer, nn.ReLU):
-            x = graph.add("Relu", x, name=f"head.{i}.relu")
+            x = graph.add("Relu", x, name=f"{prefix}head.{i}.relu")
     return x
 
 
@@ -304,26 +374,34 @@ def check_images(run: Run, images: Path | None, *, most: int = max(BATCHES)) -> 
 
 
 def check(run: Run, path: Path, pixels: np.ndarray, cached: np.ndarray | None) -> Parity:
-    """Compare the file with torch on `pixels`, at batch sizes 1, 2, 7 and 64 (images repeat where there are fewer)."""
+    """Compare the file with torch on `pixels`, at batch sizes 1, 2, 7 and 64 (images repeat where there are fewer).
+
+    Of a calibrated model the raw probabilities are compared with torch's, and the calibration in the graph with
+    `calibrate.apply` on them: a steep calibration would make any difference large.
+    """
     reference = torch_probabilities(run, pixels)
-    predictor = Predictor(path, device="cpu")
+    predictor, calibration = Predictor(path, device="cpu"), run.info["calibration"]
     by_batch = {}
     for batch in BATCHES:
         take = np.arange(batch) % len(pixels)
-        by_batch[batch] = float(np.abs(predictor.run(pixels[take]) - reference[take]).max())
+        found = predictor.run(pixels[take], output="probabilities" if calibration is None else RAW)
+        apart = [np.abs(found - reference[take]).max()]
+        if calibration is not None:
+            apart.append(np.abs(predictor.run(pixels[take]) - calibrate.apply(calibration, found)).max())
+        by_batch[batch] = float(np.max(apart))  # numpy's, which does not lose a NaN
     drift = None if cached is None else float(np.abs(reference - cached).max())
     largest = float(np.max(list(by_batch.values())))  # numpy's, which does not lose a NaN
     return Parity(images=len(pixels), largest=largest, by_batch=by_batch, cached=drift)
 
 
 def torch_probabilities(run: Run, pixels: np.ndarray, *, batch: int = 8) -> np.ndarray:
-    """Float32 probabilities (n, C) of uint8 pixels (n, S, S) through open_clip's own tower: the trusted path."""
+    """The trusted path: float32 probabilities (n, C), not calibrated, of uint8 pixels (n, S, S), by open_clip."""
     mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     out = []
     for start in range(0, len(pixels), batch):
         x = normalise(torch.from_numpy(pixels[start : start + batch]), mean, std)
-        out.append(torch.sigmoid(run.logits(x)))
-    return torch.cat(out).numpy()
+        out.append(run.raw_probabilities(x))
+    return np.concatenate(out)
 
 
 def golden_pixels(size: int) -> np.ndarray:
@@ -334,7 +412,8 @@ def golden_pixels(size: int) -> np.ndarray:
 
 def golden(run: Run) -> dict[str, Any]:
     """Recipe of an input and torch's float32 answer to it, so that any machine can check the file."""
-    expected = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))[0]
+    raw = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
+    expected = calibrate.apply(run.info["calibration"], raw)[0]
     return {
         "recipe": "pixels[0, i, j] = (7*i + 13*j + i*j//16) % 256",
         "probabilities": [float(p) for p in expected],
@@ -357,7 +436,8 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
         "labels": info["classes"],
         "thresholds": info["thresholds"],
         "threshold_source": info["threshold_source"],
-        "calibration": None,
+        "calibration": info["calibration"],
+        "final": info["final"],
         "preprocess": info["preprocess"],
         "dicom_policy": info["preprocess"]["dicom_policy"],
         "mean": info["mean"],

@@ -70,6 +70,7 @@ def _run(path: Path) -> str:
             "trained": f"{run['trainable']['total']:,} parameters: blocks {run['trainable']['blocks']:,}, "
             f"head {run['trainable']['head']:,}",
             "chosen": f"{run['chosen']['epochs']} epochs, fold {run['chosen']['fold'] + 1}",
+            "final model": f"{run['final']['kind']}: {run['final']['rule']}",
             "hold-out": figures,
             "models": ", ".join(models) or "none yet; `cxrfast export` makes one",
         }

@@ -82,9 +82,9 @@ class Predictor:
             return array_pixels(image, self.spec)
         return load(image, self.spec)[0]
 
-    def run(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (N, S, S) to probabilities (N, C) float32."""
-        out: np.ndarray = self.session.run(["probabilities"], {"pixels": pixels})[0]
+    def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
+        """uint8 (N, S, S) to probabilities, or another of the graph's outputs, (N, C) float32."""
+        out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         return out
 
     def __call__(self, images: Sequence[str | os.PathLike[str] | np.ndarray]) -> list[dict[str, float]]:

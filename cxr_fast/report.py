@@ -94,7 +94,11 @@ def _page(run: dict[str, Any], plots: dict[str, bytes]) -> str:
     ]
     if run["per_class"]:
         parts += ["<h2>Classes on the hold-out</h2>", _image("AUC a class", plots["per_class_plot.png"]), _classes(run)]
-    parts += ["<h2>Positives a fold</h2>", _split_table(run), "<h2>How this was made</h2>", _facts(run)]
+    parts += ["<h2>Positives a fold</h2>", _split_table(run)]
+    parts += ["<h2>Final models on the hold-out</h2>", _finals_table(run)] if run["finals"] else []
+    parts += ["<h2>Configurations</h2>", _grid_table(run)] if len(run["grid"]) > 1 else []
+    parts += ["<h2>How this was made</h2>", _facts(run)]
+    parts += ["<h2>Against the published recipe</h2>", _recipe(run)]
     parts.append(f'<p class="muted">{NOTICE}</p>')
     title = _text(f"cxr-fast: {run['cache']['dataset']['name']}")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -146,6 +150,38 @@ def _fold_table(run: dict[str, Any]) -> str:
     rows.append(["mean", "", "", *(_number(b["mean_auc"]) for b in run["budgets"])])
     rows.append(["std", "", "", *(_number(b["std_auc"]) for b in run["budgets"])])
     return _table(head, rows, [*marks, False, False])
+
+
+def _finals_table(run: dict[str, Any]) -> str:
+    kinds = list(run["finals"])
+    rows = [[kind, *(_number(run["finals"][kind][key]) for key in PUBLISHED)] for kind in kinds]
+    marks = [kind == run["final"]["kind"] for kind in kinds]
+    note = '<p class="muted">The marked one was chosen by flag before the hold-out was scored.</p>'
+    return _table(["final model", *PUBLISHED.values()], rows, marks) + note
+
+
+def _grid_table(run: dict[str, Any]) -> str:
+    plain = ("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen")
+    fields = [name for name in run["grid"][0] if name not in plain]
+    rows = [
+        [
+            str(r["config"] + 1),
+            *(str(r[f]) for f in fields),
+            str(r["epochs"]),
+            _number(r["mean_auc"]),
+            _number(r["std_auc"]),
+            f"{r['seconds']:.1f} s",
+        ]
+        for r in run["grid"]
+    ]
+    head = ["configuration", *fields, "epochs", "mean AUC", "std", "time"]
+    return _table(head, rows, [r["chosen"] for r in run["grid"]])
+
+
+def _recipe(run: dict[str, Any]) -> str:
+    rows = [[r["field"], r["here"], r["published"], r["why"]] for r in run["recipe"]["differences"]]
+    notes = "".join(f'<p class="muted">{_text(text)}.</p>' for text in run["recipe"]["not_restored"])
+    return _table(["choice", "here", "published", "why ours differs"], rows) + notes
 
 
 def _classes(run: dict[str, Any]) -> str:

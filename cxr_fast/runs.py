@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+import numpy as np
+
+from . import __version__, calibrate
+from .config import digest
 from .errors import InputError, SchemaError
 
 if TYPE_CHECKING:
     import torch
 
     from .backbone import Backbone
-    from .tail import Head, Tail
+    from .tail import Head
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "cxr-fast run"
+TOWER, TAILS = "visual.", "tails."
+# Where a tail's parts stand in the tower; its blocks are numbered from the cut.
+PLACES = {"norm": "trunk.norm", "fc_norm": "trunk.fc_norm", "projection": "head"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run folder: its description, and the model rebuilt from it."""
+class Member:
+    """One model: open_clip's whole tower with a trained tail in place, and the head."""
 
-    folder: Path
-    info: dict[str, Any]
     visual: Any
     head: Head
 
@@ -36,6 +41,37 @@ class Run:
         with torch.inference_mode():
             out: torch.Tensor = self.head(torch.nn.functional.normalize(self.visual(pixels), dim=-1))
         return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run folder: its description, and the final model rebuilt from it, one member or several.
+
+    The members of an ensemble share the tensors of the frozen part.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    members: tuple[Member, ...]
+
+    @property
+    def visual(self) -> Any:
+        """The tower of the (first) member."""
+        return self.members[0].visual
+
+    @property
+    def head(self) -> Head:
+        """The head of the (first) member."""
+        return self.members[0].head
+
+    def raw_probabilities(self, pixels: torch.Tensor) -> np.ndarray:
+        """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated."""
+        each = [member.logits(pixels).sigmoid().numpy() for member in self.members]
+        return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
+
+    def probabilities(self, pixels: torch.Tensor) -> np.ndarray:
+        """What the model answers: `raw_probabilities`, calibrated where the run is."""
+        return calibrate.apply(self.info["calibration"], self.raw_probabilities(pixels))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -52,46 +88,81 @@ def read_info(folder: Path) -> dict[str, Any]:
     if info.get("schema") != SCHEMA:
         raise SchemaError(
             f"{path}: schema {info.get('schema')} (written by {info.get('written_by')}); cxr-fast {__version__} "
-            f"reads schema {SCHEMA}."
+            f"reads schema {SCHEMA}. Run `cxrfast sweep` again."
         )
     return info
 
 
 def read_run(folder: Path) -> Run:
-    """The run's description and its model, the weights' hash checked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The run's description and its final model, the hash of each part checked."""
+    from safetensors import SafetensorError, safe_open
 
-    from .backbone import assemble, weights_sha256
-    from .tail import Head
+    from .backbone import weights_sha256
 
     info = read_info(folder)
     path = folder / "model.safetensors"
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            for part in ("tower", *info["final"]["members"]):
+                start = TOWER if part == "tower" else f"{TAILS}{part}."
+                parts[part] = {n.removeprefix(start): file.get_tensor(n) for n in names if n.startswith(start)}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read the model ({str(error)[:120]}).") from error
-    if weights_sha256(tensors, tensors) != info["model_sha256"]:
-        raise InputError(f"{path}: not the weights run.json was written with (hash differs); run the sweep again.")
-    visual = assemble(info["backbone"], {k[7:]: v for k, v in tensors.items() if k.startswith("visual.")})
-    state = {k[5:]: v for k, v in tensors.items() if k.startswith("head.")}
+    for part, tensors in parts.items():
+        if weights_sha256(tensors, tensors) != info["weights_sha256"][part]:
+            raise InputError(
+                f"{path}: not the weights run.json was written with (hash of {part} differs); run the sweep again."
+            )
+    tower = parts.pop("tower")
+    return Run(folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()))
+
+
+def _member(info: Mapping[str, Any], tower: Mapping[str, Any], tail: Mapping[str, Any]) -> Member:
+    from .backbone import assemble
+    from .tail import Head
+
+    visual = assemble(info["backbone"], {**tower, **in_tower(tail, info["unfreeze_blocks"], tower)})
+    state = {name.removeprefix("head."): tensor for name, tensor in tail.items() if name.startswith("head.")}
     head = Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
     head.load_state_dict(state)
-    return Run(folder=folder, info=info, visual=visual, head=head.eval().requires_grad_(False))
+    return Member(visual=visual, head=head.eval().requires_grad_(False))
 
 
-def save_model(path: Path, backbone: Backbone, tail: Tail) -> None:
-    """The whole tower with the trained blocks in place, and the head: nothing else is needed to build the model."""
-    from safetensors.torch import save_file
-
-    tower = backbone.visual.state_dict()
-    kept = backbone.depth - len(tail.blocks)
-    for name, tensor in tail.state_dict().items():
+def in_tower(tail: Mapping[str, Any], unfreeze_blocks: int, tower: Mapping[str, Any]) -> dict[str, Any]:
+    """A tail's tensors (the head's aside) under their names in the tower."""
+    depth = 1 + max(int(name.split(".")[2]) for name in tower if name.startswith("trunk.blocks."))
+    out = {}
+    for name, tensor in tail.items():
         kind, _, rest = name.partition(".")
         if kind == "blocks":
             number, _, rest = rest.partition(".")
-            tower[f"trunk.blocks.{kept + int(number)}.{rest}"] = tensor
-    tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
-    tensors |= {f"head.{name}": tensor for name, tensor in tail.head.state_dict().items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+            out[f"trunk.blocks.{depth - unfreeze_blocks + int(number)}.{rest}"] = tensor
+        elif kind in PLACES:
+            out[f"{PLACES[kind]}.{rest}"] = tensor
+    return out
+
+
+def save_model(path: Path, backbone: Backbone, tails: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, str]:
+    """The whole frozen tower once and every tail beside it: nothing else is needed to build any of the models.
+
+    Returns the sha256 of each part, `tower` and the tails' names.
+    """
+    from safetensors.torch import save_file
+
+    from .backbone import weights_sha256
+
+    parts = {"tower": backbone.visual.state_dict(), **tails}
+    tensors: dict[str, torch.Tensor] = {}
+    for part, state in parts.items():
+        start = TOWER if part == "tower" else f"{TAILS}{part}."
+        tensors |= {start + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, path)
     path.chmod((path.parent / "..").stat().st_mode & 0o666)  # safetensors writes for the owner alone
+    return {part: weights_sha256(state, state) for part, state in parts.items()}
+
+
+def model_sha256(weights: Mapping[str, str], members: list[str]) -> str:
+    """One hash of the tower and the tails a final model consists of."""
+    return digest({part: weights[part] for part in ("tower", *members)})

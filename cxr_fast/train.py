@@ -10,65 +10,29 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .activations import Activations
 from .config import TrainSpec
-from .errors import InputError
+from .errors import InputError, Interrupted
+from .losses import class_weights, losses
 from .metrics import auc, macro
-from .tail import Dropout, Tail
+from .tail import HEAD_WIDTHS, Tail
 
-EVAL_BATCH = 64
-
-
-class Activations:
-    """Rows of an activation array, brought to a device batch by batch.
-
-    `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map. On a CUDA device the array
-    is copied there once when it fits into `share` of the free memory, else rows are gathered on the host.
-    """
-
-    def __init__(self, array: np.ndarray, device: torch.device, *, share: float = 0.8) -> None:
-        self.array, self.device = array, device
-        self.resident: torch.Tensor | None = None
-        if device.type == "cuda" and array.nbytes < share * torch.cuda.mem_get_info(device)[0]:
-            self.resident = _upload(array, device)
-
-    @property
-    def where(self) -> str:
-        """Where the activations live, for the plan."""
-        if self.resident is not None:
-            return f"on {self.device}"
-        return "memory map, gathered on the host" if self.device.type == "cuda" else "memory map"
-
-    @property
-    def views(self) -> int:
-        """V, the number of cached views."""
-        return int(self.array.shape[1])
-
-    def gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """(B,) row and view numbers to float32 activations (B, ...) on the device."""
-        if self.resident is not None:
-            return self.resident[rows.to(self.device), views.to(self.device)].float()
-        return torch.from_numpy(self.array[rows.numpy(), views.numpy()]).to(self.device).float()
-
-
-def _upload(array: np.ndarray, device: torch.device, *, chunk: int = 256) -> torch.Tensor:
-    dtype = torch.float16 if array.dtype == np.float16 else torch.float32
-    out = torch.empty(array.shape, dtype=dtype, device=device)
-    for start in range(0, len(array), chunk):
-        out[start : start + chunk] = torch.from_numpy(np.ascontiguousarray(array[start : start + chunk]))
-    return out
+# Images scored at once. On a CPU 64 do not fit the cache: 12 ms an image against 10 with 16 (bfloat16, ViT-B/16).
+EVAL_BATCH, EVAL_BATCH_HEAD = {"cpu": 16, "cuda": 256}, 1024
+# Of the scheduler's own state; the rest are settings.
+SCHEDULER_KEYS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One line of history."""
+    """One line of history; the validation figures are NaN where a fold has no validation images."""
 
     epoch: int
     train_loss: float
@@ -92,26 +56,50 @@ class Snapshot:
     probabilities: np.ndarray = field(repr=False)
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor, spec: TrainSpec) -> torch.Tensor:
-    """Mean loss over known labels; `logits` (B, C), `labels` (B, C) with 1, 0, -1 unknown.
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Everything an epoch leaves to chance, drawn at its start: order and view of the samples (n,), dropout masks
+    (n, M) bool in that order, and the (start, end) of each step."""
 
-    Focal loss of Lin et al. 2017, eq. 5: alpha_t (1 - p_t)^gamma times cross entropy, alpha for positives.
+    rows: torch.Tensor
+    views: torch.Tensor
+    masks: torch.Tensor
+    steps: list[tuple[int, int]]
+
+
+def draw(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec, *, views: int) -> Draws:
+    """The draws of one epoch over `rows`; a last step of one sample joins its neighbour (batch norm needs two)."""
+    n = len(rows)
+    order = rows[torch.randperm(n, generator=generator)]
+    flips = torch.zeros(n, dtype=torch.long)
+    if spec.flip and views > 1:
+        flips = torch.randint(0, 2, (n,), generator=generator)
+    edges = list(range(0, n, spec.batch_size))
+    if n - edges[-1] == 1 and len(edges) > 1:
+        edges.pop()
+    steps = list(zip(edges, [*edges[1:], n], strict=True))
+    return Draws(rows=order, views=flips, masks=_masks(generator, n, spec.dropout), steps=steps)
+
+
+def _masks(generator: torch.Generator, n: int, p: float) -> torch.Tensor:
+    """Bool (n, sum of the hidden widths), false with probability `p` to the nearest of 2**15: 15 bits a value, four
+    values a draw, ten times faster than torch's own Bernoulli."""
+    width = sum(HEAD_WIDTHS)
+    if p == 0:
+        return torch.ones(n, width, dtype=torch.bool)
+    words = torch.empty(n * width // 4, dtype=torch.int64).random_(generator=generator)
+    return ((words.view(torch.int16) & 0x7FFF) >= round(p * 2**15)).view(n, width)
+
+
+def precision(spec: TrainSpec, device: torch.device, unfreeze_blocks: int) -> str:
+    """`float32` or `bfloat16`: what `auto` means on this device (bfloat16 where the hardware computes in it).
+
+    A head alone on a CPU is float32: its matrices are so small that converting them costs more than it saves.
     """
-    known = labels >= 0
-    target = (labels > 0).float()
-    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    if spec.loss == "focal":
-        # log(1 - p_t) straight from the logit: 1 - p_t rounds to 0 above logit 17, and 0 ** 0.5 has no gradient.
-        log_miss = F.logsigmoid(torch.where(labels > 0, -logits, logits))
-        alpha = spec.focal_alpha * target + (1 - spec.focal_alpha) * (1 - target)
-        each = alpha * torch.exp(spec.focal_gamma * log_miss) * each
-    return (each * known).sum() / known.sum().clamp(min=1)
-
-
-def precision(spec: TrainSpec, device: torch.device) -> str:
-    """`float32` or `bfloat16`: what `auto` means on this device (bfloat16 where the hardware computes in it)."""
     if spec.precision != "auto":
         return spec.precision
+    if unfreeze_blocks == 0 and device.type == "cpu":
+        return "float32"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -126,12 +114,13 @@ def autocast(device: torch.device, kind: str) -> AbstractContextManager[Any]:
 def predict(tail: Tail, activations: Activations, rows: np.ndarray, *, kind: str = "float32") -> np.ndarray:
     """Logits (n, C) float32 of the plain view of `rows`, in evaluation mode."""
     tail.eval()
+    size = EVAL_BATCH[activations.device.type] if len(tail.blocks) else EVAL_BATCH_HEAD
+    parts = [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
     out = []
     with torch.inference_mode(), autocast(activations.device, kind):
-        for start in range(0, len(rows), EVAL_BATCH):
-            batch = torch.from_numpy(rows[start : start + EVAL_BATCH])
-            out.append(tail(activations.gather(batch, torch.zeros_like(batch))).float().cpu())
-    return torch.cat(out).numpy()
+        for x in activations.ahead((part, torch.zeros_like(part)) for part in parts):
+            out.append(tail(x).float())
+    return torch.cat(out).cpu().numpy()
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -139,11 +128,31 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return torch.sigmoid(torch.from_numpy(logits)).numpy()
 
 
-class Fold:
-    """One fold in training: model, optimiser, scheduler and generators, an epoch at a time.
+def require_scorable(labels: np.ndarray, train_rows: np.ndarray, valid_rows: np.ndarray, *, fold: int) -> None:
+    """InputError, naming the fold as people count, when it cannot be trained or nothing could be selected on it."""
+    name, valid, train = f"fold {fold + 1}", labels[valid_rows], labels[train_rows]
+    if not ((valid == 1).any(axis=0) & (valid == 0).any(axis=0)).any():
+        raise InputError(
+            f"{name}: none of the {labels.shape[1]} classes has both a positive and a negative among its "
+            f"{len(valid_rows)} validation images; use fewer --folds or more images."
+        )
+    require_trainable(train, name)
 
-    `seed` and `fold` decide every draw: head initialisation, order, views and dropout. Raises InputError when the
-    validation rows have no class with both a positive and a negative, since nothing could then be selected.
+
+def require_trainable(labels: np.ndarray, name: str) -> None:
+    """InputError when the training labels (n, C) of what is called `name` are too few or all unknown."""
+    if len(labels) < 2:
+        raise InputError(f"{name} would train on {len(labels)} image(s); use more images.")
+    if (labels < 0).all():
+        raise InputError(f"{name}: every label of its {len(labels)} training images is unknown.")
+
+
+class Fold:
+    """One fold in training: model, optimiser, scheduler and generator, an epoch at a time.
+
+    `seed` and `fold` decide every draw: head initialisation, order, views and dropout. `rates`, one learning rate an
+    epoch, replaces the scheduler where there are no validation images (`valid_rows` empty). Raises InputError when the
+    fold cannot be trained or scored.
     """
 
     def __init__(
@@ -158,142 +167,228 @@ class Fold:
         unfreeze_blocks: int,
         seed: int,
         fold: int = 0,
+        rates: Sequence[float] | None = None,
     ) -> None:
+        if rates is None:
+            require_scorable(labels, train_rows, valid_rows, fold=fold)
         device = activations.device
-        draws, head, dropout = (int(s) for s in np.random.SeedSequence([seed, fold]).generate_state(3))
-        self.activations, self.spec, self.device = activations, spec, device
+        draws, head = (int(s) for s in np.random.SeedSequence([seed, fold]).generate_state(2))
+        self.activations, self.spec, self.device, self.fold, self.rates = activations, spec, device, fold, rates
         self.labels = torch.from_numpy(labels.astype(np.int8))
         self.device_labels = self.labels.to(device)
         self.train_rows, self.valid_rows = torch.from_numpy(train_rows), valid_rows
+        weights = class_weights(labels[train_rows], spec)
+        self.class_weights = None if weights is None else torch.from_numpy(weights).to(device)
         self.generator = torch.Generator().manual_seed(draws)
-        self.tail = Tail(visual, unfreeze_blocks=unfreeze_blocks, classes=labels.shape[1], dropout=spec.dropout)
+        self.tail = Tail(
+            visual,
+            unfreeze_blocks=unfreeze_blocks,
+            classes=labels.shape[1],
+            dropout=spec.dropout,
+            train_norm=spec.train_norm,
+        )
         self.tail.head.reset(torch.Generator().manual_seed(head))
         self.tail.to(device)
-        noise = torch.Generator(device).manual_seed(dropout)
-        for module in self.tail.modules():
-            if isinstance(module, Dropout):
-                module.generator = noise
         self.optimizer = torch.optim.AdamW(
             self.tail.trainable(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True
         )
+        for p in self.tail.trainable():  # what AdamW makes at its first step; here already, so that it can be restored
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, mode="max", factor=spec.plateau_factor, patience=spec.plateau_patience
         )
-        self.kind = precision(spec, device)
+        self.kind = precision(spec, device, unfreeze_blocks)
         self.epoch, self.best, self.stale = 0, -math.inf, 0
-        if not ((labels[valid_rows] == 1).any(axis=0) & (labels[valid_rows] == 0).any(axis=0)).any():
-            raise InputError(
-                f"fold {fold}: none of the {labels.shape[1]} classes has both a positive and a negative among its "
-                f"{len(valid_rows)} validation images; use fewer --folds or more images."
-            )
-        if len(train_rows) < 2:
-            raise InputError(f"fold {fold} would train on {len(train_rows)} image(s); use more images.")
-        if (labels[train_rows] < 0).all():
-            raise InputError(f"fold {fold}: every label of its {len(train_rows)} training images is unknown.")
+        self.history: list[Epoch] = []
 
     @property
     def stopped(self) -> bool:
         """Whether early stopping has ended this fold."""
         return self.spec.patience is not None and self.stale >= self.spec.patience
 
-    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The rows and views of one epoch's steps; a last batch of one joins its neighbour (batch norm needs two)."""
-        order = self.train_rows[torch.randperm(len(self.train_rows), generator=self.generator)]
-        flips = torch.zeros(len(order), dtype=torch.long)
-        if self.spec.flip and self.activations.views > 1:
-            flips = torch.randint(0, 2, (len(order),), generator=self.generator)
-        edges = list(range(0, len(order), self.spec.batch_size))
-        if len(order) - edges[-1] == 1 and len(edges) > 1:
-            edges.pop()
-        ends = [*edges[1:], len(order)]
-        return [(order[a:b], flips[a:b]) for a, b in zip(edges, ends, strict=True)]
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next epoch."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """One optimiser step on (B,) rows and views; the loss, a scalar on the device."""
-        x = self.activations.gather(rows, views)
+    def draw(self) -> Draws:
+        """The draws of the next epoch; each call moves the generator on."""
+        return draw(self.generator, self.train_rows, self.spec, views=self.activations.views)
+
+    def step(self, x: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """One optimiser step on activations (B, ...), rows (B,) and masks (B, M); the loss, a scalar on the device."""
+        self.tail.head.set_masks(masks.to(self.device))
         with autocast(self.device, self.kind):
             logits = self.tail(x)
-        loss = losses(logits.float(), self.device_labels[rows.to(self.device)], self.spec)
+        loss = losses(logits.float(), self.device_labels[rows.to(self.device)], self.spec, self.class_weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.tail.trainable(), self.spec.clip_norm)
+        self._clip()
         self.optimizer.step()
         return loss.detach()
 
-    def run_epoch(self) -> Epoch:
+    def _clip(self) -> None:
+        """`clip_grad_norm_`, which on a CPU passes over the gradients only when there is something to clip."""
+        parameters = self.tail.trainable()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm.device.type != "cpu" or not float(norm) + 1e-6 <= self.spec.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
+
+    def train_epoch(self, draws: Draws, stop: Callable[[], bool] = bool) -> float:
+        """Train on one epoch's draws; the mean loss. Raises Interrupted between two steps once `stop` says so."""
+        self.tail.train()
+        total = torch.zeros((), device=self.device)
+        batches = ((draws.rows[a:b], draws.views[a:b]) for a, b in draws.steps)
+        for x, (a, b) in zip(self.activations.ahead(batches), draws.steps, strict=True):
+            if stop():
+                raise Interrupted("stopped.")
+            total += self.step(x, draws.rows[a:b], draws.masks[a:b]) * (b - a)
+        return float(total) / len(draws.rows)
+
+    def run_epoch(self, stop: Callable[[], bool] = bool) -> Epoch:
         """Train one epoch, validate, step the scheduler."""
         began = time.perf_counter()
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.tail.train()
-        batches = self.batches()
-        total = torch.zeros((), device=self.device)
-        for rows, views in batches:
-            total += self.step(rows, views) * len(rows)
-        train_loss = float(total) / len(self.train_rows)
+        self.set_rate()
+        return self.finish_epoch(self.train_epoch(self.draw(), stop), began)
+
+    def set_rate(self) -> None:
+        """Take the next epoch's learning rate from `rates`, where those are given."""
+        if self.rates is not None:
+            self.optimizer.param_groups[0]["lr"] = self.rates[self.epoch]
+
+    def finish_epoch(self, train_loss: float, began: float) -> Epoch:
+        """Validate after a trained epoch, step the scheduler and early stopping, add a line to the history."""
         if not math.isfinite(train_loss):
             raise InputError(f"training diverged in epoch {self.epoch + 1} (loss {train_loss}); use a smaller --lr.")
-        logits = predict(self.tail, self.activations, self.valid_rows, kind=self.kind)
-        if not np.isfinite(logits).all():  # the last step of the epoch, which its own loss does not show
-            raise InputError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
-        valid = self.labels[torch.from_numpy(self.valid_rows)]
-        valid_loss = float(losses(torch.from_numpy(logits), valid, self.spec))
-        score, classes = macro(auc(valid.numpy(), logits))
-        if self.spec.scheduler == "plateau":
+        lr, (valid_loss, score, classes) = self.lr, self.validate()
+        if self.spec.scheduler == "plateau" and self.rates is None:
             self.scheduler.step(score)
         self.epoch += 1
         self.best, self.stale = (score, 0) if score > self.best else (self.best, self.stale + 1)
-        return Epoch(
-            epoch=self.epoch,
-            train_loss=train_loss,
-            valid_loss=valid_loss,
-            valid_auc=score,
-            classes=classes,
-            lr=lr,
-            seconds=time.perf_counter() - began,
+        self.history.append(
+            Epoch(
+                epoch=self.epoch,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                valid_auc=score,
+                classes=classes,
+                lr=lr,
+                seconds=time.perf_counter() - began,
+            )
         )
+        return self.history[-1]
+
+    def validate(self) -> tuple[float, float, int]:
+        """Loss, macro AUC and the number of classes it is a mean of, on the validation rows."""
+        if not len(self.valid_rows):
+            return math.nan, math.nan, 0
+        logits = predict(self.tail, self.activations, self.valid_rows, kind=self.kind)
+        if not np.isfinite(logits).all():  # the last step of the epoch, which its own loss does not show
+            raise InputError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
+        labels = self.labels[torch.from_numpy(self.valid_rows)]
+        weights = None if self.class_weights is None else self.class_weights.cpu()
+        loss = float(losses(torch.from_numpy(logits), labels, self.spec, weights))
+        return loss, *macro(auc(labels.numpy(), logits))
 
     def snapshot(self, budget: int) -> Snapshot:
         """Weights as they are, and float32 validation probabilities: what the exported model would answer."""
         state = {name: tensor.detach().cpu().clone() for name, tensor in self.tail.state_dict().items()}
-        logits = predict(self.tail, self.activations, self.valid_rows)
-        return Snapshot(budget=budget, epoch=self.epoch, state=state, probabilities=sigmoid(logits))
+        classes = self.labels.shape[1]
+        probabilities = np.zeros((0, classes), np.float32)
+        if len(self.valid_rows):
+            probabilities = sigmoid(predict(self.tail, self.activations, self.valid_rows))
+        return Snapshot(budget=budget, epoch=self.epoch, state=state, probabilities=probabilities)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Copies of all that decides the rest of the training: tensors by name, and JSON-ready values."""
+        tensors = {f"tail.{name}": t for name, t in self.tail.state_dict().items() if name.startswith("head.")}
+        for name, p in self.named().items():
+            tensors |= {f"tail.{name}": p} | {f"{key}.{name}": t for key, t in self.optimizer.state[p].items()}
+        out = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        out["generator"] = self.generator.get_state()
+        scheduler = {key: value for key, value in self.scheduler.state_dict().items() if key in SCHEDULER_KEYS}
+        values = {"epoch": self.epoch, "best": self.best, "stale": self.stale, "lr": self.lr, "scheduler": scheduler}
+        return out, values | {"history": [asdict(epoch) for epoch in self.history]}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from a `state`, in place; raises KeyError or RuntimeError on one of another model."""
+        own = self.tail.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith("tail."):
+                own[name.removeprefix("tail.")].copy_(tensor)
+        with torch.no_grad():
+            for name, p in self.named().items():
+                for key, tensor in self.optimizer.state[p].items():
+                    tensor.copy_(tensors[f"{key}.{name}"])
+        self.generator.set_state(tensors["generator"])
+        self.scheduler.load_state_dict(dict(values["scheduler"]))
+        self.optimizer.param_groups[0]["lr"] = values["lr"]
+        self.epoch, self.best, self.stale = values["epoch"], values["best"], values["stale"]
+        self.history = [Epoch(**line) for line in values["history"]]
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by their names in the tail."""
+        return {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
 
 
 def fit(
     fold: Fold,
     budgets: Sequence[int],
     *,
+    taken: set[int] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_snapshot: Callable[[Snapshot], None],
+    stop: Callable[[], bool] = bool,
 ) -> list[Epoch]:
-    """Train to the largest budget, handing a snapshot to `on_snapshot` at each; the history, one Epoch a line.
+    """Train to the largest budget, handing a snapshot to `on_snapshot` at each not yet `taken`; the whole history.
 
-    Where early stopping ends the fold, the budgets not reached get the state it stopped in: a separate run with
-    that budget would have stopped there too.
+    `on_epoch` follows the snapshot of its epoch, so that whoever saves the fold there has saved the snapshot before.
+    Where early stopping ends the fold, the budgets not reached get the state it stopped in: a separate run with that
+    budget would have stopped there too.
     """
-    history: list[Epoch] = []
-    start = {name: p.detach().clone() for name, p in fold.tail.named_parameters() if p.requires_grad}
-    reached = 0
-    while reached < len(budgets):
-        if not fold.stopped:
-            history.append(fold.run_epoch())
-            if on_epoch is not None:
-                on_epoch(history[-1])
-        if fold.epoch == 1 and len(history) == 1:
-            _require_moved(fold.tail, start)
-            start.clear()
-        while reached < len(budgets) and (fold.stopped or budgets[reached] == fold.epoch):
-            on_snapshot(fold.snapshot(budgets[reached]))
-            reached += 1
-    return history
+    taken = set() if taken is None else taken
+    while not finished(fold, budgets):
+        start = weights_before(fold)
+        epoch = fold.run_epoch(stop)
+        require_moved(fold, start)
+        take_snapshots(fold, budgets, taken, on_snapshot)
+        if on_epoch is not None:
+            on_epoch(epoch)
+    take_snapshots(fold, budgets, taken, on_snapshot)
+    return fold.history
 
 
-def _require_moved(tail: Tail, start: Mapping[str, torch.Tensor]) -> None:
+def finished(fold: Fold, budgets: Sequence[int]) -> bool:
+    """Whether the fold has reached its largest budget, or stopped early."""
+    return fold.epoch >= budgets[-1] or fold.stopped
+
+
+def take_snapshots(
+    fold: Fold, budgets: Sequence[int], taken: set[int], on_snapshot: Callable[[Snapshot], None]
+) -> None:
+    """Hand over, and note in `taken`, the snapshots due after this epoch: the budget reached, and all that early
+    stopping leaves out."""
+    for budget in budgets:
+        due = budget == fold.epoch or (fold.stopped and budget > fold.epoch)
+        if due and budget not in taken:
+            on_snapshot(fold.snapshot(budget))
+            taken.add(budget)
+
+
+def weights_before(fold: Fold) -> dict[str, torch.Tensor]:
+    """Copies of the trained matrices before the first epoch; nothing later."""
+    if fold.epoch:
+        return {}
+    return {name: p.detach().clone() for name, p in fold.tail.named_parameters() if p.requires_grad and p.ndim >= 2}
+
+
+def require_moved(fold: Fold, start: Mapping[str, torch.Tensor]) -> None:
     """Every matrix said to be trained must have changed; the published code trained two blocks that never moved."""
-    matrices = {name: p for name, p in tail.named_parameters() if name in start and p.ndim >= 2}
-    still = [name for name, p in matrices.items() if torch.equal(p, start[name])]
+    matrices = dict(fold.tail.named_parameters())
+    still = [name for name, before in start.items() if torch.equal(matrices[name], before)]
     if still:
         raise InputError(
-            f"{len(still)} of {len(matrices)} weight matrices did not change in the first epoch ({still[0]}); "
+            f"{len(still)} of {len(start)} weight matrices did not change in the first epoch ({still[0]}); "
             "--lr is too small to train them."
         )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import h5py
@@ -110,7 +111,7 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert f"encoded {images} images" in said["cache"].stdout
     assert "newest cache: cache/phantom.h5" in said["sweep"].stdout
     assert "trainable parameters 487,971: blocks 83,456, head 404,515" in said["sweep"].stdout
-    assert said["sweep"].stdout.count("<- chosen") == 2
+    assert said["sweep"].stdout.count("<- chosen") == 3, "the fold, the budget, the final model"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
     assert "not a medical device" in said["sweep"].stdout
     assert re.search(r"largest probability difference to torch on \d+ images: \S+e-0[6789]", said["export"].stdout)
@@ -153,13 +154,6 @@ def test_cache_again_reuses_every_row(road: tuple[Path, dict[str, Result]], monk
     again = done(cxr("cache", "data", "--weights", RANDOM, "--device", "cpu"))
     assert "encoded 0 images" in again.stdout
     assert Path("cache/phantom.h5").read_bytes() == before
-
-
-def test_a_second_sweep_takes_a_free_name(tmp_path: Path) -> None:
-    assert cli.free_name(tmp_path / "run") == tmp_path / "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert cli.free_name(tmp_path / "run") == tmp_path / "run-3"
 
 
 # ----------------------------------------------------------------------------------------- exit codes 1 and 3
@@ -449,16 +443,24 @@ def test_a_cache_of_nothing_but_broken_images_is_refused(pantry: Path) -> None:
     assert not Path("c.h5").exists()
 
 
-def test_an_interrupted_sweep_leaves_nothing(pantry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def test_an_interrupted_sweep_says_how_to_go_on(pantry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cxr_fast.train import Fold
 
-    monkeypatch.setattr("cxr_fast.sweep.fit", stop)
-    before = tree(pantry)
-    result = done(cxr("sweep", "toy.h5", *TRAIN, "--out", "new"), 130)
-    assert result.stderr.strip().splitlines()[-1].startswith("interrupted")
-    assert tree(pantry) == before
+    run_epoch = Fold.run_epoch
+
+    def stop(self: Fold, *arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return run_epoch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fold, "run_epoch", stop)
+        result = done(cxr("sweep", "toy.h5", *TRAIN, "--out", "new"), 130)
+    assert "new.partial. Run the same command again to go on." in result.stderr
     assert not Path("new").exists()
+    result = done(cxr("sweep", "toy.h5", *TRAIN, "--out", "new"))
+    assert "going on with the unfinished run in new.partial" in result.stdout
+    assert (Path("new") / "run.json").is_file()
+    assert not Path("new.partial").exists()
 
 
 # ----------------------------------------------------------------------------------------- other labels, again

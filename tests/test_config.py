@@ -43,12 +43,14 @@ TRAIN = st.builds(
     loss=st.sampled_from(config.choices(TrainSpec, "loss")),
     focal_alpha=SHARE,
     focal_gamma=POSITIVE,
+    class_weights=st.sampled_from(config.choices(TrainSpec, "class_weights")),
     dropout=SHARE,
     flip=st.booleans(),
     scheduler=st.sampled_from(config.choices(TrainSpec, "scheduler")),
     plateau_factor=st.floats(0.01, 0.99),
     plateau_patience=st.integers(0, 99),
     patience=st.none() | st.integers(1, 99),
+    train_norm=st.booleans(),
     precision=st.sampled_from(config.choices(TrainSpec, "precision")),
 )
 SWEEP = st.builds(
@@ -58,6 +60,9 @@ SWEEP = st.builds(
     holdout=SHARE,
     seed=st.integers(0, 2**32 - 1),
     split_by=st.sampled_from(config.choices(SweepSpec, "split_by")),
+    final=st.sampled_from(config.choices(SweepSpec, "final")),
+    threshold_target=st.sampled_from(["f1", "sensitivity=0.9", "specificity=1"]),
+    calibration=st.sampled_from(config.choices(SweepSpec, "calibration")),
     train=TRAIN,
 )
 
@@ -71,7 +76,7 @@ def shuffled(value: Any, order: Any) -> Any:
 
 
 def test_the_strategies_cover_every_field() -> None:
-    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 14, SweepSpec: 6}
+    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 16, SweepSpec: 9}
     assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
 
 
@@ -179,12 +184,14 @@ def test_defaults_are_the_published_recipe() -> None:
         "loss": "focal",
         "focal_alpha": 0.25,
         "focal_gamma": 2.0,
+        "class_weights": "none",
         "dropout": 0.5,
         "flip": True,
         "scheduler": "plateau",
         "plateau_factor": 0.5,
         "plateau_patience": 3,
         "patience": None,
+        "train_norm": False,
         "precision": "auto",
     }
     assert (sweep.epochs, sweep.folds, sweep.holdout, sweep.split_by) == ((30, 50, 75, 90, 100), 5, 0.2, "group")

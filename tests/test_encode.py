@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -14,6 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import children
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -23,7 +26,6 @@ from PIL import Image
 from cxr_fast import backbone, datasets, encode, selection, store, verify
 from cxr_fast.backbone import Backbone
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec
-from cxr_fast.datasets import Manifest
 from cxr_fast.errors import DeviceError, InputError, Interrupted
 from cxr_fast.preprocess import load
 
@@ -388,18 +390,9 @@ def test_a_stop_is_clean_and_resumes_bit_for_bit(
     assert same(out, tmp_path / "b.h5")
 
 
-def _child(data: str, out: str, spec: CacheSpec) -> None:
-    torch.set_num_threads(1)
-    manifest: Manifest = datasets.read(Path(data))
-    encode.run(backbone.load(TOY), manifest, spec, Path(out), device="cpu", batch_size=BLOCK)
-
-
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
-    """Processes that need not import torch again: thirty starts in the time of a few."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cxr_fast.encode", "open_clip.timm_model", "timm", __name__])
-    return context
+    return children.server()
 
 
 def holder(lock: Path) -> str:
@@ -410,11 +403,13 @@ def holder(lock: Path) -> str:
         return ""
 
 
-def encoded(out: Path) -> int:
-    """Rows done in the unfinished file at this moment; none when it is not there, which also may change any time."""
+def encoded(out: Path, place: int, rows: int) -> int:
+    """Rows done in the unfinished file at this moment, from its bytes at `place`: opening it slows its writer; none
+    when it is not there, which may change any time."""
     try:
-        return int(store.ActivationFile(store.partial_path(out), partial=True).ok.sum())
-    except InputError:
+        with open(store.partial_path(out), "rb") as file:
+            return os.pread(file.fileno(), rows, place).count(store.DONE)
+    except FileNotFoundError:
         return 0
 
 
@@ -438,7 +433,7 @@ def test_killed_at_thirty_random_moments_the_file_is_the_same(
 
     def start(path: Path) -> tuple[multiprocessing.process.BaseProcess, float]:
         """A writer that holds the lock, and when it was first seen to."""
-        process = server.Process(target=_child, args=(str(phantoms), str(path), spec))
+        process = server.Process(target=children.encode_all, args=(str(phantoms), str(path), spec, BLOCK))
         process.start()
         lock = path.with_name(path.name + ".lock")
         while process.is_alive() and f'"pid": {process.pid},' not in holder(lock):
@@ -446,14 +441,16 @@ def test_killed_at_thirty_random_moments_the_file_is_the_same(
         return process, time.monotonic()
 
     def wait_for_rows(process: multiprocessing.process.BaseProcess, more: int) -> None:
-        enough = encoded(out) + more
-        while process.is_alive() and encoded(out) < enough:
+        enough = encoded(out, place, rows) + more
+        while process.is_alive() and encoded(out, place, rows) < enough:
             time.sleep(0.001)
 
     process, began = start(reference)
     process.join()
     whole = time.monotonic() - began
     expected = rows_of(reference)
+    with h5py.File(reference) as file:
+        place, rows = file["done"].id.get_offset(), len(file["done"])
     moments, kills, seen = random.Random(0), 0, set()
     while kills < 30:
         process, began = start(out)

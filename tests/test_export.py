@@ -18,10 +18,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cxr_fast import backbone, export
+from cxr_fast import backbone, calibrate, export
+from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.predict import Predictor
-from cxr_fast.runs import Run, read_run
+from cxr_fast.runs import Member, Run, read_run
+from cxr_fast.sweep import Sweep
 from cxr_fast.tail import Head
 
 SIZE = 160
@@ -51,7 +53,7 @@ def slow(run: Run, pixels: np.ndarray) -> np.ndarray:
     out = []
     for image in pixels:
         x = (np.repeat(image[None].astype(np.float32) / 255, 3, axis=0) - mean) / std
-        out.append(run.logits(torch.from_numpy(x[None])))
+        out.append(run.members[0].logits(torch.from_numpy(x[None])))
     return torch.cat(out).numpy()
 
 
@@ -137,7 +139,8 @@ def test_the_embedding_is_an_output_when_asked_for(run: Run, tmp_path: Path) -> 
 def test_a_run_of_embeddings_exports_the_whole_tower(toy_run: Path, tmp_path: Path) -> None:
     """A run with nothing unfrozen holds the tower as it was; its graph is no special case."""
     run = read_run(toy_run)
-    plain = dataclasses.replace(run, visual=backbone.load(run.info["cache"]["weights"]).visual)
+    tower = backbone.load(run.info["cache"]["weights"]).visual
+    plain = dataclasses.replace(run, members=(Member(visual=tower, head=run.head),))
     path = tmp_path / "model.onnx"
     path.write_bytes(export.build(plain).SerializeToString())
     (logits,) = session(path).run(["logits"], {"pixels": noise(2)})
@@ -279,8 +282,8 @@ def test_not_a_number_in_one_batch_size_alone_is_not_kept(
     """The largest of 1e-7 and NaN is NaN, whatever Python's `max` says."""
     run = Predictor.run
 
-    def sometimes(self: Predictor, pixels: np.ndarray) -> np.ndarray:
-        out = run(self, pixels)
+    def sometimes(self: Predictor, pixels: np.ndarray, **named: str) -> np.ndarray:
+        out = run(self, pixels, **named)
         return np.full_like(out, np.nan) if len(pixels) == 7 else out
 
     monkeypatch.setattr(Predictor, "run", sometimes)
@@ -332,7 +335,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, toy_run: Path) -> None:
     (tmp_path / "run" / "predictions.npz").unlink()
     with pytest.raises(InputError, match=r"predictions\.npz"):
         export.export(tmp_path / "run")
-    text = (tmp_path / "run" / "run.json").read_text().replace('"schema": 1', '"schema": 7', 1)
+    text = (tmp_path / "run" / "run.json").read_text().replace('"schema": 2', '"schema": 7', 1)
     (tmp_path / "run" / "run.json").write_text(text)
     with pytest.raises(SchemaError, match="schema 7"):
         export.export(tmp_path / "run")
@@ -371,10 +374,54 @@ def test_the_folded_head_is_the_head(tmp_path: Path, toy_run: Path) -> None:
             layer.running_var[0] = 0
             torch.nn.init.normal_(layer.weight, 1, 0.5, generator=draw)
             torch.nn.init.normal_(layer.bias, 0, 0.5, generator=draw)
-    run = dataclasses.replace(read_run(toy_run), head=head.eval().requires_grad_(False))
+    run = read_run(toy_run)
+    member = Member(visual=run.visual, head=head.eval().requires_grad_(False))
+    run = dataclasses.replace(run, members=(member,))
     path = tmp_path / "m.onnx"
     path.write_bytes(export.build(run).SerializeToString())
     (found,) = session(path).run(["logits"], {"pixels": noise(4)})
     expected = slow(run, noise(4))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
     assert np.ptp(expected, axis=0).max() > 1e-2
+
+
+# ------------------------------------------------------------------------------- several members, calibrated
+
+
+@pytest.fixture(scope="module", params=["platt", "isotonic"])
+def ensemble(request: pytest.FixtureRequest, toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The mean of three folds, norm and projection trained too, calibrated."""
+    train = TrainSpec(lr=1e-3, batch_size=4, train_norm=True)
+    spec = SweepSpec(epochs=(2,), folds=3, final="ensemble", calibration=request.param, train=train)
+    out = tmp_path_factory.mktemp("ensemble") / "run"
+    Sweep(toy_cache, out, spec, device="cpu").run()
+    return read_run(out)
+
+
+def test_an_ensemble_is_the_calibrated_mean_of_its_members(ensemble: Run, tmp_path: Path) -> None:
+    path, parity, found = export.export(ensemble.folder, out=tmp_path / "m.onnx")
+    pixels = noise(5)
+    members = [dataclasses.replace(ensemble, members=(member,)) for member in ensemble.members]
+    mean = np.mean([1 / (1 + np.exp(-slow(one, pixels).astype(np.float64))) for one in members], axis=0)
+    probabilities, logits, raw = session(path).run(["probabilities", "logits", export.RAW], {"pixels": pixels})
+    np.testing.assert_allclose(raw, mean, atol=export.LIMIT)
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), mean, atol=export.LIMIT)
+    np.testing.assert_allclose(probabilities, calibrate.apply(ensemble.info["calibration"], raw), atol=1e-6)
+    assert np.abs(probabilities - mean).max() > 1e-3, "the calibration changes nothing"
+    assert parity.largest <= export.LIMIT
+    assert found["final"] == ensemble.info["final"]
+    assert found["final"]["members"] == ["fold0", "fold1", "fold2"]
+    assert found["calibration"] == ensemble.info["calibration"]
+
+
+def test_an_ensemble_passes_the_frozen_part_once(ensemble: Run) -> None:
+    """Four frozen blocks, and two of each of three members."""
+    nodes = [node.op_type for node in export.build(ensemble).graph.node]
+    assert nodes.count("MultiHeadAttention") == 4 + 3 * 2
+    assert nodes.count("Conv") == 1
+
+
+def test_the_members_of_an_ensemble_share_the_frozen_part(ensemble: Run) -> None:
+    first, second = (member.visual.trunk.blocks for member in ensemble.members[:2])
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert (a.mlp.fc1.weight.data_ptr() == b.mlp.fc1.weight.data_ptr()) == (i < 4)

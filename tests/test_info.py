@@ -57,7 +57,7 @@ def test_a_cache_that_is_not_finished(toy_cache: Path, tmp_path: Path) -> None:
 def test_a_run(toy_run: Path, tmp_path: Path) -> None:
     found, run = facts(toy_run), json.loads((toy_run / "run.json").read_text())
     held = run["metrics"]["holdout"]
-    assert found["run"] == f"{toy_run}, schema 1, {run['written_by']}, {run['created']}"
+    assert found["run"] == f"{toy_run}, schema 2, {run['written_by']}, {run['created']}"
     assert found["note"] == "PHANTOM IMAGES"
     assert found["trained"] == "487,971 parameters: blocks 83,456, head 404,515"
     assert found["chosen"] == f"{run['chosen']['epochs']} epochs, fold {run['chosen']['fold'] + 1}"

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import h5py
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxr_fast import backbone, selection, store
+from cxr_fast import backbone, calibrate, record, selection, store
 from cxr_fast import sweep as sweeps
+from cxr_fast.activations import Activations
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, from_dict
 from cxr_fast.encode import normalise, with_size
 from cxr_fast.errors import InputError, SchemaError
+from cxr_fast.journal import Journal
 from cxr_fast.preprocess import load
+from cxr_fast.record import provenance
 from cxr_fast.runs import read_run
+from cxr_fast.search import choose
 from cxr_fast.store import ActivationFile
-from cxr_fast.sweep import Sweep, choose
+from cxr_fast.sweep import Sweep
 from cxr_fast.tail import Tail, block_parameters, head_parameters
-from cxr_fast.train import Activations, Snapshot
+from cxr_fast.train import Epoch, Fold, Snapshot
 
 FAST = TrainSpec(lr=1e-3, batch_size=4)
 SPEC = SweepSpec(epochs=(4, 5, 6), folds=3, train=FAST)  # what `toy_run` was made with
@@ -140,6 +146,181 @@ def test_each_fold_trains_on_the_other_folds_and_nothing_else(toy_cache: Path) -
         assert train | valid | held == set(data.rows.tolist())
 
 
+# --------------------------------------------------------------------- one search is several, bit for bit
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_a_search_over_three_budgets_is_three_searches(patience: int | None, toy_cache: Path, tmp_path: Path) -> None:
+    """Checkpoints and validation figures, with the scheduler at work and, once, with early stopping."""
+    train = dataclasses.replace(FAST, patience=patience, plateau_patience=0)
+    spec, kept = dataclasses.replace(SPEC, epochs=(2, 4, 6), train=train), {}
+    save = Journal.save_snapshot
+
+    def spy(self: Journal, key: str, snapshot: Snapshot) -> None:
+        kept[self.folder.name, key, snapshot.budget] = snapshot
+        save(self, key, snapshot)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "save_snapshot", spy)
+        Sweep(toy_cache, tmp_path / "all", spec, device="cpu").run()
+        for budget in spec.epochs:
+            one = dataclasses.replace(spec, epochs=(budget,))
+            Sweep(toy_cache, tmp_path / str(budget), one, device="cpu").run()
+    whole = arrays(tmp_path / "all")["out_of_fold"]
+    stopped = set()
+    for i, budget in enumerate(spec.epochs):
+        np.testing.assert_array_equal(arrays(tmp_path / str(budget))["out_of_fold"][0], whole[i])
+        rows = zip(info(tmp_path / "all")["folds"], info(tmp_path / str(budget))["folds"], strict=True)
+        assert all(a[f"auc_{budget}"] == b[f"auc_{budget}"] for a, b in rows)
+        for k in range(3):
+            long, short = (kept[f"{name}.partial", f"config0.fold{k}", budget] for name in ("all", str(budget)))
+            assert long.epoch == short.epoch
+            assert all(torch.equal(tensor, short.state[name]) for name, tensor in long.state.items())
+            stopped.add(long.epoch)
+    assert len({row["lr"] for row in table(tmp_path / "all", "history.csv")}) > 1, "the scheduler never acted"
+    assert (stopped == {2, 4, 6}) == (patience is None), "early stopping never acted, or did uncalled"
+
+
+def test_the_three_residencies_give_the_same_run(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
+    for residency in ("device", "stream"):
+        job = Sweep(toy_cache, tmp_path / residency, SPEC, device="cpu", residency=residency)
+        assert job.plan().where in ("copied to cpu", "read ahead from the file")
+        job.run()
+        same_numbers(tmp_path / residency, toy_run)
+
+
+# ---------------------------------------------------------------------------------------- configurations
+
+
+def test_a_grid_tries_every_configuration_and_keeps_the_best(toy_cache: Path, tmp_path: Path) -> None:
+    spec = dataclasses.replace(SMALL, epochs=(1, 2))
+    flags = ["lr=1e-3,1e-5", "focal_gamma=1,2"]
+    run = Sweep(toy_cache, tmp_path / "grid", spec, grid_flags=flags, device="cpu").run()
+    alone = []
+    for lr, gamma in [(1e-3, 1.0), (1e-3, 2.0), (1e-5, 1.0), (1e-5, 2.0)]:
+        train = dataclasses.replace(FAST, lr=lr, focal_gamma=gamma)
+        out = tmp_path / f"{lr}-{gamma}"
+        one = Sweep(toy_cache, out, dataclasses.replace(spec, train=train), device="cpu").run()
+        best = max(one["budgets"], key=lambda b: b["mean_auc"])
+        alone.append((lr, gamma, best["epochs"], best["mean_auc"], best["std_auc"]))
+    rows = [(r["lr"], r["focal_gamma"], r["epochs"], r["mean_auc"], r["std_auc"]) for r in run["grid"]]
+    assert rows == sorted(alone, key=lambda row: -row[3]), "best first, each as if it had been run alone"
+    assert [r["chosen"] for r in run["grid"]] == [True, False, False, False]
+    assert all(r["seconds"] > 0 for r in run["grid"])
+    assert (run["train"]["lr"], run["train"]["focal_gamma"]) == rows[0][:2]
+    winner = f"{rows[0][0]}-{rows[0][1]}"
+    np.testing.assert_array_equal(arrays(tmp_path / "grid")["out_of_fold"], arrays(tmp_path / winner)["out_of_fold"])
+    assert info(tmp_path / "grid")["model_sha256"] == info(tmp_path / winner)["model_sha256"]
+    assert [row["config"] for row in table(tmp_path / "grid", "grid.csv")] == [str(r["config"]) for r in run["grid"]]
+
+
+def test_a_grid_goes_on_where_it_stopped(toy_cache: Path, tmp_path: Path) -> None:
+    flags, spec = ["lr=1e-3,1e-4"], dataclasses.replace(SMALL, epochs=(1, 2))
+    Sweep(toy_cache, tmp_path / "straight", spec, grid_flags=flags, device="cpu").run()
+
+    class Stop(Exception):
+        pass
+
+    def stop(config: int, fold: int, epoch: Epoch) -> None:
+        if (config, fold, epoch.epoch) == (1, 1, 1):
+            raise Stop
+
+    with pytest.raises(Stop):
+        Sweep(toy_cache, tmp_path / "run", spec, grid_flags=flags, device="cpu").run(stop)
+    told: list[tuple[int, int, int]] = []
+    job = Sweep(toy_cache, tmp_path / "run", spec, grid_flags=flags, device="cpu")
+    job.run(lambda config, fold, epoch: told.append((config, fold, epoch.epoch)))
+    assert told[0] == (1, 1, 2)
+    same_numbers(tmp_path / "run", tmp_path / "straight")
+
+
+# ------------------------------------------------------------------------------------------ the final model
+
+
+def test_the_three_finals_are_what_they_say(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
+    """The same search whichever is asked for; the hold-out figures of all three in each; the model is the one asked."""
+    base, runs = info(toy_run), {}
+    for kind in ("refit", "ensemble"):
+        Sweep(toy_cache, tmp_path / kind, dataclasses.replace(SPEC, final=kind), device="cpu").run()
+        runs[kind] = info(tmp_path / kind)
+        for key in ("folds", "budgets", "chosen", "thresholds", "finals"):
+            assert runs[kind][key] == base[key], (kind, key)
+        assert runs[kind]["metrics"]["holdout"] == base["finals"][kind]
+    assert base["metrics"]["holdout"] == base["finals"]["best-fold"]
+    assert list(base["finals"]) == ["best-fold", "refit", "ensemble"]
+    assert len({json.dumps(found) for found in base["finals"].values()}) == 3
+    assert runs["ensemble"]["final"]["members"] == ["fold0", "fold1", "fold2"]
+    saved, held = arrays(tmp_path / "ensemble"), arrays(toy_run)["fold"] == -1
+    np.testing.assert_array_equal(saved["final"][held], saved["holdout_ensemble"])
+    np.testing.assert_array_equal(arrays(toy_run)["holdout_ensemble"], saved["holdout_ensemble"])
+    members = [[member] for member in read_run(tmp_path / "ensemble").members]
+    assert len(members) == 3
+
+
+def test_the_refit_trains_on_all_folds_at_their_median_rates(toy_cache: Path, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    run_epoch = Fold.run_epoch
+
+    def spy(self: Fold, *arguments: Any) -> Epoch:
+        epoch = run_epoch(self, *arguments)
+        if self.rates is not None:
+            seen.setdefault("rates", []).append(epoch.lr)
+            seen["rows"] = sorted(self.train_rows.tolist())
+        return epoch
+
+    train = dataclasses.replace(FAST, plateau_patience=0)
+    spec = dataclasses.replace(SPEC, epochs=(5,), train=train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fold, "run_epoch", spy)
+        Sweep(toy_cache, tmp_path / "run", spec, device="cpu").run()
+    history = table(tmp_path / "run", "history.csv")
+    rates = [float(np.median([float(r["lr"]) for r in history if r["epoch"] == str(e)])) for e in range(1, 6)]
+    assert seen["rates"] == pytest.approx(rates, rel=1e-12)
+    data = selection.read(toy_cache, spec)
+    assert seen["rows"] == data.rows[data.assignment >= 0].tolist()
+
+
+@pytest.mark.parametrize("target", ["sensitivity=0.9", "specificity=0.8"])
+def test_thresholds_reach_their_target_out_of_fold(target: str, toy_cache: Path, tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, threshold_target=target, calibration="platt")
+    Sweep(toy_cache, tmp_path / "run", spec, device="cpu").run()
+    run, saved = info(tmp_path / "run"), arrays(tmp_path / "run")
+    dev = saved["fold"] >= 0
+    raw = saved["out_of_fold"][SPEC.epochs.index(run["chosen"]["epochs"])][dev]
+    probs, labels = calibrate.apply(run["calibration"], raw), saved["labels"][dev]
+    name, value = target.split("=")
+    reached = 0
+    for c, limit in enumerate(run["thresholds"]):
+        own = labels[:, c] == (1 if name == "sensitivity" else 0)
+        if own.any():
+            right = (probs[own, c] >= limit) == (name == "sensitivity")
+            assert right.mean() >= float(value) - 1e-9
+            reached += 1
+        else:
+            assert limit == 0.5
+    assert reached > 5
+    assert run["calibration"]["kind"] == "platt"
+    held = saved["fold"] == -1
+    found = record.figures(
+        saved["labels"][held], calibrate.apply(run["calibration"], saved["final"][held]), np.array(run["thresholds"])
+    )
+    assert record.clean(found) == run["metrics"]["holdout"]
+
+
+def test_norm_and_projection_are_trained_counted_and_kept(
+    toy_cache: Path, lively_weights: Path, tmp_path: Path
+) -> None:
+    train = dataclasses.replace(FAST, train_norm=True)
+    run = Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, train=train), device="cpu").run()
+    assert run["trainable"]["norm"] == 2 * 64 + 64 * 512
+    assert run["trainable"]["total"] == sum(run["trainable"][part] for part in ("blocks", "head", "norm"))
+    tower = backbone.load(str(lively_weights)).visual.state_dict()
+    trained = read_run(tmp_path / "run").visual.state_dict()
+    moved = {name.rpartition(".")[0] for name in tower if not torch.equal(tower[name], trained[name])}
+    assert {"trunk.norm", "head.proj"} <= moved
+    assert not any(name.startswith(("trunk.patch_embed", "trunk.blocks.0.")) for name in moved)
+
+
 # --------------------------------------------------------------------------------------- what is chosen
 
 
@@ -220,26 +401,25 @@ def test_out_of_fold_probabilities_are_those_of_each_folds_snapshot(
 ) -> None:
     """Every image's prediction comes from the fold that did not train on it; recomputed one image at a time, with
     whole blocks instead of the class token alone."""
-    kept: dict[tuple[int, int], Snapshot] = {}
-    fit = sweeps.fit
+    kept: dict[tuple[str, int], Snapshot] = {}
+    save = Journal.save_snapshot
 
-    def spy(fold: Any, budgets: Any, *, on_epoch: Any, on_snapshot: Any) -> Any:
-        number = len({k for k, _ in kept})
+    def spy(self: Journal, key: str, snapshot: Snapshot) -> None:
+        kept[key, snapshot.budget] = snapshot
+        save(self, key, snapshot)
 
-        def both(snapshot: Snapshot) -> None:
-            kept[number, snapshot.budget] = snapshot
-            on_snapshot(snapshot)
-
-        return fit(fold, budgets, on_epoch=on_epoch, on_snapshot=both)
-
-    monkeypatch.setattr(sweeps, "fit", spy)
+    monkeypatch.setattr(Journal, "save_snapshot", spy)
     spec = dataclasses.replace(SPEC, epochs=(3, 4))
     job = Sweep(toy_cache, tmp_path / "run", spec, device="cpu")
     job.run()
     saved, file = arrays(tmp_path / "run"), ActivationFile(toy_cache)
     rows = np.flatnonzero(file.ok)
     assert np.isnan(saved["out_of_fold"][:, saved["fold"] == -1]).all(), "the hold-out has no out-of-fold prediction"
-    for (k, budget), snapshot in kept.items():
+    assert len(kept) == 3 * 2 + 1, "three folds, two budgets, and the refit"
+    for (key, budget), snapshot in kept.items():
+        if key == "config0.refit":
+            continue
+        k = int(key.removeprefix("config0.fold"))
         tail = Tail(job.backbone.visual, unfreeze_blocks=2, classes=35)
         tail.load_state_dict(snapshot.state)
         tail.eval()
@@ -269,7 +449,7 @@ def test_final_probabilities_are_the_whole_towers_on_the_pixels(toy_run: Path, t
     assert [sha256 for _, sha256 in pixels] == saved["sha256"].tolist()
     mean, std = (torch.tensor(run.info[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
     x = normalise(torch.from_numpy(np.stack([image for image, _ in pixels])), mean, std)
-    slow = torch.cat([torch.sigmoid(run.logits(part)) for part in x.split(16)]).numpy()
+    slow = np.concatenate([run.raw_probabilities(part) for part in x.split(16)])
     difference = np.abs(slow - saved["final"]).max()
     assert 0 < difference < FLOAT16
     # The tolerance would show another fold's weights or a flipped image: classes differ by far more.
@@ -430,9 +610,9 @@ def test_random_weights_and_drawn_images_are_said(toy_run: Path) -> None:
     assert (run["random_weights"], run["provenance"]) == (False, "phantom images")
     real = {"random_weights": False, "dataset": {"name": "iu", "synthetic": False}}
     drawn = {"name": "phantom", "synthetic": True}
-    assert sweeps.provenance(real) == ""
-    assert sweeps.provenance({**real, "random_weights": True}) == "random backbone"
-    assert sweeps.provenance({"random_weights": True, "dataset": drawn}) == "random backbone, phantom images"
+    assert provenance(real) == ""
+    assert provenance({**real, "random_weights": True}) == "random backbone"
+    assert provenance({"random_weights": True, "dataset": drawn}) == "random backbone, phantom images"
 
 
 def test_without_a_hold_out(toy_cache: Path, tmp_path: Path) -> None:
@@ -447,41 +627,117 @@ def test_without_a_hold_out(toy_cache: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- the folder
 
 
-def test_the_folder_appears_only_when_complete(
-    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_one_line_and_costs_no_epoch(
+    toy_cache: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweeps, "save_model", fails)
-    with pytest.raises(OSError, match="No space"):
-        Sweep(toy_cache, tmp_path / "out" / "run", SMALL, device="cpu").run()
-    assert list((tmp_path / "out").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "save_model", fails)
+        with pytest.raises(InputError, match=r"No space left on device.*same command"):
+            Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu").run()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    monkeypatch.setattr(Fold, "run_epoch", lambda *_: 1 / 0)
+    Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu").run()
+    same_numbers(tmp_path / "run", toy_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_killed_sweep_leaves_nothing_under_its_final_name(toy_cache: Path, tmp_path: Path) -> None:
-    """SIGKILL itself, in the second fold of a real process."""
-    script = f"""
-import os, signal, torch
-from pathlib import Path
-from cxr_fast.config import SweepSpec, TrainSpec
-from cxr_fast.sweep import Sweep
-torch.set_num_threads(1)
-def die(fold, epoch):
-    print(fold, flush=True)
-    if fold == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-spec = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3))
-Sweep(Path({str(toy_cache)!r}), Path({str(tmp_path / "run")!r}), spec, device="cpu").run(die)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
-    assert (done.returncode, done.stdout.split()) == (-signal.SIGKILL, ["0", "0", "1"]), done.stderr
+@pytest.fixture(scope="module")
+def attempt() -> Callable[..., tuple[int, list[Any]]]:
+    """Run `children.sweep` as `toy_run` was made, in a process of its own; its exit code and what it told."""
+    context = children.server()
+
+    def run(cache: Path, out: Path, number: int, after: int) -> tuple[int, list[Any]]:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=children.sweep, args=(str(cache), str(out), SPEC, number, after, sender))
+        process.start()
+        sender.close()
+        told = []
+        with contextlib.suppress(EOFError):
+            while True:
+                told.append(receiver.recv())
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode, told
+
+    return run
+
+
+def test_killed_again_and_again_a_sweep_ends_in_the_same_bits(
+    attempt: Any, toy_cache: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    """SIGKILL itself, right after an epoch: the state of that epoch may be lost, one before it may not."""
+    out, done, kills, moments = tmp_path / "run", 0, 0, random.Random(0)
+    while True:
+        code, told = attempt(toy_cache, out, signal.SIGKILL, moments.choice([2, 3, 4, 6]))
+        epochs = [6 * fold + epoch for fold, epoch in told]
+        assert not epochs or epochs[0] >= done, "an epoch before the last was lost"
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert not out.exists()
+        done, kills = epochs[-1], kills + 1
+    assert kills >= 4
+    same_numbers(out, toy_run)
+    assert table(out, "folds.csv") == table(toy_run, "folds.csv")
+    lines = [
+        [(r["fold"], r["epoch"], r["valid_auc"], r["lr"]) for r in table(run, "history.csv")] for run in (out, toy_run)
+    ]
+    assert lines[0] == lines[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on_and_does(
+    attempt: Any, number: int, toy_cache: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    code, told = attempt(toy_cache, tmp_path / "run", number, 8)
+    assert code == 130
+    assert told[-1].endswith("run.partial. Run the same command again to go on.")
     assert not (tmp_path / "run").exists()
-    left = [path.name for path in tmp_path.iterdir()]
-    assert all(".partial." in name for name in left)
-    assert len(left) == 1
-    Sweep(toy_cache, tmp_path / "run", SMALL, device="cpu").run()  # what is left stands in nobody's way
-    assert (tmp_path / "run" / "run.json").is_file()
+    code, told = attempt(toy_cache, tmp_path / "run", number, -1)
+    assert (code, told[0]) == (0, (1, 3)), "eight epochs of twenty-four were done"
+    same_numbers(tmp_path / "run", toy_run)
+
+
+def test_an_unfinished_run_of_another_request_is_named_and_kept(attempt: Any, toy_cache: Path, tmp_path: Path) -> None:
+    attempt(toy_cache, tmp_path / "run", signal.SIGKILL, 3)
+    before = sorted((tmp_path / "run.partial").rglob("*"))
+    other = dataclasses.replace(SPEC, train=dataclasses.replace(FAST, lr=2e-3))
+    with pytest.raises(InputError, match=r"unfinished run with lr 0\.001 where this has 0\.002.*--overwrite"):
+        Sweep(toy_cache, tmp_path / "run", other, device="cpu").run()
+    assert sorted((tmp_path / "run.partial").rglob("*")) == before
+    Sweep(toy_cache, tmp_path / "run", SMALL, device="cpu", overwrite=True).run()
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_the_default_name_is_the_first_free_one(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Sweep(toy_cache, None, SMALL, device="cpu").out == Path("exports/toy")
+    Path("exports/toy").mkdir(parents=True)
+    assert Sweep(toy_cache, None, SMALL, device="cpu").out == Path("exports/toy-2")
+    Path("exports/toy-2.partial").mkdir()
+    Path("exports/toy-2.partial/plan.json").write_text('{"spec": {"folds": 9}}')
+    assert Sweep(toy_cache, None, SMALL, device="cpu").out == Path("exports/toy-3"), "another request's unfinished run"
+    job = Sweep(toy_cache, None, SMALL, device="cpu")
+    Path("exports/toy-2.partial/plan.json").write_text(json.dumps(job.request()))
+    again = Sweep(toy_cache, None, SMALL, device="cpu")
+    assert again.out == Path("exports/toy-2"), "this request's unfinished run is gone on with"
+    assert again.plan().resumed
+
+
+def test_two_sweeps_to_one_folder_are_refused(toy_cache: Path, tmp_path: Path) -> None:
+    second = Sweep(toy_cache, tmp_path / "run", SMALL, device="cpu")
+
+    def start_another(*_: Any) -> None:
+        with pytest.raises(InputError, match=f"being written by process {os.getpid()}"):
+            second.run()
+
+    Sweep(toy_cache, tmp_path / "run", SMALL, device="cpu").run(start_another)
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
@@ -498,7 +754,7 @@ def test_overwrite_replaces_a_run_when_the_new_one_is_complete(
     (out / "report.html").write_text("of the old run")
     job = Sweep(toy_cache, out, SMALL, device="cpu", overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "_write", lambda *_: 1 / 0)
+        patch.setattr(sweeps.record, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             job.run()
     same_numbers(out, toy_run)
@@ -552,7 +808,7 @@ def test_fewer_groups_than_folds_are_refused(toy_cache: Path, tmp_path: Path) ->
 def test_a_fold_with_nothing_to_score_is_refused_by_name(own_cache: Path, tmp_path: Path) -> None:
     with h5py.File(own_cache, "r+") as h5:
         h5["labels"][:] = 0
-    with pytest.raises(InputError, match="fold 0: none of the 35 classes has both"):
+    with pytest.raises(InputError, match="fold 1: none of the 35 classes has both"):
         Sweep(own_cache, tmp_path / "run", SMALL, device="cpu").run()
     assert not (tmp_path / "run").exists()
 
@@ -578,8 +834,11 @@ def test_a_model_that_is_not_the_runs_is_refused(
     shutil.copytree(toy_run, run)
     path = run / "model.safetensors"
     data = bytearray(path.read_bytes())
-    if damage == "a weight":
-        data[len(data) // 2] ^= 1
+    if damage == "a weight":  # of the model: the tails that the final model does not consist of are not read
+        size = int.from_bytes(data[:8], "little")
+        tensors = json.loads(data[8 : 8 + size])
+        (member,) = info(run)["final"]["members"]
+        data[8 + size + tensors[f"tails.{member}.head.0.weight"]["data_offsets"][0] + 2] ^= 1
         path.write_bytes(data)
     elif damage == "another run's":
         shutil.copy(toy_run_average / "model.safetensors", path)

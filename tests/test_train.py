@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cxr_fast import backbone
+from cxr_fast.activations import Activations
 from cxr_fast.config import OPENAI_MEAN, OPENAI_STD, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.losses import losses
 from cxr_fast.metrics import auc, macro
-from cxr_fast.train import Activations, Epoch, Fold, Snapshot, fit, losses, precision, predict, sigmoid
+from cxr_fast.train import Draws, Epoch, Fold, Snapshot, draw, fit, precision, predict, sigmoid
 
 CPU = torch.device("cpu")
 SPEC = TrainSpec(batch_size=8, precision="float32")
@@ -103,17 +105,15 @@ def same(one: Snapshot, other: Snapshot) -> bool:
 
 
 class Drawn(nn.Module):
-    """Dropout with nn.Dropout's arithmetic and the masks of a given generator."""
+    """Dropout with nn.Dropout's arithmetic and given masks."""
 
-    def __init__(self, p: float, generator: torch.Generator) -> None:
+    def __init__(self, p: float) -> None:
         super().__init__()
-        self.p, self.generator = p, generator
+        self.p = p
+        self.kept = torch.empty(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
-        kept = torch.empty(x.shape).bernoulli_(1 - self.p, generator=self.generator)
-        return torch.where(kept == 1, x / (1 - self.p), torch.zeros(()))
+        return torch.where(self.kept, x / (1 - self.p), torch.zeros(())) if self.training else x
 
 
 class Reference(nn.Module):
@@ -123,12 +123,10 @@ class Reference(nn.Module):
         super().__init__()
         self.tower = copy.deepcopy(tower(source))
         self.tower.trunk.blocks[len(self.tower.trunk.blocks) - k :].requires_grad_(k > 0)
-        masks = torch.Generator()
-        masks.set_state(next(m.generator for m in fold.tail.head if getattr(m, "generator", None)).get_state())
         p = fold.spec.dropout
         self.head = nn.Sequential(
-            *(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), Drawn(p, masks)),
-            *(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), Drawn(p, masks)),
+            *(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), Drawn(p)),
+            *(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), Drawn(p)),
             nn.Linear(256, CLASSES),
         )
         self.head.load_state_dict(fold.tail.head.state_dict())
@@ -156,7 +154,8 @@ def uncached(fold: Fold, source: str, k: int, steps: int) -> tuple[Reference, li
     target, out = torch.from_numpy(labels()), []
     model.train()
     while len(out) < steps:
-        for chosen, views in fold.batches():
+        for chosen, views, masks in batches(fold.draw()):
+            model.head[3].kept, model.head[7].kept = masks[:, :512], masks[:, 512:]
             x = torch.stack([films()[i].flip(-1) if v else films()[i] for i, v in zip(chosen, views, strict=True)])
             loss = plain_loss(model(x), target[chosen], spec)
             optimizer.zero_grad()
@@ -165,6 +164,10 @@ def uncached(fold: Fold, source: str, k: int, steps: int) -> tuple[Reference, li
             optimizer.step()
             out.append(loss.item())
     return model.eval(), out[:steps]
+
+
+def batches(draws: Draws) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return [(draws.rows[a:b], draws.views[a:b], draws.masks[a:b]) for a, b in draws.steps]
 
 
 def steered(fold: Fold, name: str, tensor: torch.Tensor, steps: int) -> torch.Tensor:
@@ -187,7 +190,7 @@ def cached(fold: Fold, steps: int) -> list[float]:
     fold.tail.train()
     out: list[float] = []
     while len(out) < steps:
-        out += [float(fold.step(*batch)) for batch in fold.batches()]
+        out += [float(fold.step(fold.activations.gather(r, v), r, m)) for r, v, m in batches(fold.draw())]
     return out[:steps]
 
 
@@ -202,7 +205,7 @@ def cached(fold: Fold, steps: int) -> list[float]:
 )
 def test_cached_training_equals_training_the_whole_tower_from_pixels(source: str, k: int, spec: TrainSpec) -> None:
     steps = 20
-    assert steps % len(make(spec, k=k, source=source).batches()) == 0
+    assert steps % len(make(spec, k=k, source=source).draw().steps) == 0
     model, want = uncached(make(spec, k=k, source=source), source, k, steps)
     fold = make(spec, k=k, source=source)
     np.testing.assert_allclose(cached(fold, steps), want, rtol=0, atol=1e-5)
@@ -340,59 +343,67 @@ def test_bfloat16_training_stays_near_float32() -> None:
     np.testing.assert_allclose([e.train_loss for e in coarse], [e.train_loss for e in exact], rtol=0.02, atol=0)
     assert [e.train_loss for e in coarse] != [e.train_loss for e in exact]
     assert {tensor.dtype for tensor in snapshot.state.values()} == {torch.float32, torch.int64}
-    assert precision(spec, CPU) == "bfloat16"
-    assert precision(SPEC, CPU) == "float32"
-    assert precision(TrainSpec(), CPU) in ("float32", "bfloat16")
+    assert precision(spec, CPU, 2) == precision(spec, CPU, 0) == "bfloat16"
+    assert precision(SPEC, CPU, 2) == "float32"
+    assert precision(TrainSpec(), CPU, 2) in ("float32", "bfloat16")
+    assert precision(TrainSpec(), CPU, 0) == "float32"
 
 
 # Draws.
 
 
+def drawn(n: int, size: int = 16, seed: int = 0, *, views: int = 2, flip: bool = True, dropout: float = 0.5) -> Draws:
+    spec = dataclasses.replace(SPEC, batch_size=size, flip=flip, dropout=dropout)
+    return draw(torch.Generator().manual_seed(seed), torch.arange(100, 100 + n), spec, views=views)
+
+
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 60), size=st.integers(2, 17), seed=st.integers(0, 99))
 def test_an_epoch_visits_every_row_once_and_never_alone(n: int, size: int, seed: int) -> None:
-    fold = _bare_fold(n, size, seed)
-    batches = fold.batches()
-    assert sorted(torch.cat([chosen for chosen, _ in batches]).tolist()) == list(range(100, 100 + n))
-    sizes = [len(chosen) for chosen, _ in batches]
-    assert all(len(views) == count for (_, views), count in zip(batches, sizes, strict=True))
+    draws = drawn(n, size, seed)
+    assert sorted(draws.rows.tolist()) == list(range(100, 100 + n))
+    assert [a for a, _ in draws.steps] == [0, *(b for _, b in draws.steps[:-1])]
+    assert draws.steps[-1][1] == n == len(draws.views) == len(draws.masks)
+    sizes = [b - a for a, b in draws.steps]
     assert all(count == size for count in sizes[:-1])
     assert 2 <= sizes[-1] <= size + 1
     if n % size == 1 and n > size:
         assert sizes[-1] == size + 1
-    if n > 12:
-        again = fold.batches()
-        assert not torch.equal(torch.cat([c for c, _ in again]), torch.cat([c for c, _ in batches]))
 
 
-def _bare_fold(n: int, size: int, seed: int, *, views: int = 2, flip: bool = True) -> Fold:
-    """A fold with only what `batches` needs."""
-    fold = object.__new__(Fold)
-    fold.spec = dataclasses.replace(SPEC, batch_size=size, flip=flip)
-    fold.train_rows = torch.arange(100, 100 + n)
-    fold.generator = torch.Generator().manual_seed(seed)
-    fold.activations = Activations(np.zeros((1, views, 1), np.float32), CPU)
-    return fold
+def test_each_epoch_draws_anew() -> None:
+    fold = make()
+    first, second = fold.draw(), fold.draw()
+    for name in ("rows", "views", "masks"):
+        assert not torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.9])
+def test_masks_drop_their_share_of_every_bit_position(p: float) -> None:
+    """Four values come from one 64-bit draw: each of the four must have the right share."""
+    masks = drawn(2000, dropout=p).masks
+    assert masks.shape == (2000, 768)
+    for lane in range(4):
+        kept = float(masks.flatten()[lane::4].float().mean())
+        assert kept == pytest.approx(1 - p, abs=4 * (p * (1 - p) / 384_000) ** 0.5 + 1e-9)
 
 
 def test_a_last_batch_of_one_trains() -> None:
     train = TRAIN[:17]
     fold = make(train_rows=train)
-    assert [len(chosen) for chosen, _ in fold.batches()] == [8, 9]
+    assert fold.draw().steps == [(0, 8), (8, 17)]
     history, _ = run(make(train_rows=train), (1,))
     assert math.isfinite(history[0].train_loss)
 
 
 @pytest.mark.parametrize(
-    ("views", "flip", "drawn"), [(2, True, {0, 1}), (2, False, {0}), (1, True, {0}), (1, False, {0})]
+    ("views", "flip", "seen"), [(2, True, {0, 1}), (2, False, {0}), (1, True, {0}), (1, False, {0})]
 )
-def test_the_flipped_view_is_drawn_only_where_cached_and_asked(views: int, flip: bool, drawn: set[int]) -> None:
-    fold = _bare_fold(400, 16, 0, views=views, flip=flip)
-    found = torch.cat([chosen for _, chosen in fold.batches()])
-    assert set(found.tolist()) == drawn
-    if drawn == {0, 1}:
+def test_the_flipped_view_is_drawn_only_where_cached_and_asked(views: int, flip: bool, seen: set[int]) -> None:
+    found = drawn(400, views=views, flip=flip).views
+    assert set(found.tolist()) == seen
+    if seen == {0, 1}:
         assert 140 < int(found.sum()) < 260
-        assert not torch.equal(found, torch.cat([chosen for _, chosen in fold.batches()]))
 
 
 def test_a_cache_without_flips_trains() -> None:
@@ -489,7 +500,7 @@ def test_a_diverging_run_ends_with_its_epoch_and_flag() -> None:
 
 def test_weights_that_break_in_the_last_step_are_noticed_in_that_epoch() -> None:
     spec = dataclasses.replace(SPEC, batch_size=64, lr=1e36)
-    assert len(make(spec).batches()) == 1
+    assert len(make(spec).draw().steps) == 1
     with pytest.raises(InputError, match=r"^training diverged in epoch 1 \(logits not finite\); use a smaller --lr\.$"):
         run(make(spec), (1,))
 
@@ -498,7 +509,7 @@ def test_a_fold_that_nothing_can_be_chosen_on_is_refused() -> None:
     for value in (0, 1, -1):
         poor = labels().copy()
         poor[VALID] = value
-        with pytest.raises(InputError, match=r"^fold 3: none of the 4 classes has both .* 12 validation .*--folds"):
+        with pytest.raises(InputError, match=r"^fold 4: none of the 4 classes has both .* 12 validation .*--folds"):
             make(labels=poor, fold=3)
     poor = labels().copy()
     poor[VALID] = 0
@@ -508,9 +519,9 @@ def test_a_fold_that_nothing_can_be_chosen_on_is_refused() -> None:
 
 
 def test_a_fold_without_training_or_validation_images_is_refused() -> None:
-    with pytest.raises(InputError, match="fold 0 would train on 1 image"):
+    with pytest.raises(InputError, match="fold 1 would train on 1 image"):
         make(train_rows=TRAIN[:1])
-    with pytest.raises(InputError, match=r"fold 0: .* 0 validation images"):
+    with pytest.raises(InputError, match=r"fold 1: .* 0 validation images"):
         make(valid_rows=VALID[:0])
 
 

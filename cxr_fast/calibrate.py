@@ -1,0 +1,77 @@
+"""Calibration of each class's probabilities, fitted on out-of-fold predictions, as JSON beside the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# Probabilities nearer to 0 or 1 than float32 can tell from them have no logit.
+EDGE = 1e-7
+
+
+def fit(labels: np.ndarray, probs: np.ndarray, kind: str) -> dict[str, Any] | None:
+    """Calibration of `kind` (`none`, `platt`, `isotonic`) from labels and probabilities (N, C); JSON-ready.
+
+    Platt: sigmoid(a logit(p) + b), on his smoothed targets (Platt 1999), so that a separable class stays finite.
+    Isotonic: the pooled blocks of isotonic regression (Zadrozny and Elkan 2002), joined by lines between their centres
+    (Oron and Flournoy 2017), so that no jump lies between two neighbouring probabilities. A class without a known
+    positive or negative, or which Platt's fit would turn upside down, is left as it is; `fitted` counts the others.
+    None for `none`.
+    """
+    if kind == "none":
+        return None
+    known = [(y[y >= 0], p[y >= 0].astype(np.float64)) for y, p in zip(labels.T, probs.T, strict=True)]
+    both = [bool((y == 1).any() and (y == 0).any()) for y, _ in known]
+    each = _platt if kind == "platt" else _isotonic
+    maps = [each(y, p) if ok else None for (y, p), ok in zip(known, both, strict=True)]
+    identity = (1.0, 0.0) if kind == "platt" else ([0.0, 1.0], [0.0, 1.0])
+    first, second = zip(*(m or identity for m in maps), strict=True)
+    names = ("a", "b") if kind == "platt" else ("x", "y")
+    fitted = sum(m is not None for m in maps)
+    return {"kind": kind, "fitted": fitted, names[0]: list(first), names[1]: list(second)}
+
+
+def apply(calibration: dict[str, Any] | None, probs: np.ndarray) -> np.ndarray:
+    """Calibrated probabilities (N, C) float32 of raw ones; the same array for None."""
+    if calibration is None:
+        return probs
+    p = probs.astype(np.float64)
+    if calibration["kind"] == "platt":
+        scaled = np.asarray(calibration["a"]) * logit(p) + np.asarray(calibration["b"])
+        scaled = np.clip(scaled, -700, 700)  # a steep map overflows exp, where float32 has 0 and 1 long before
+        return (1 / (1 + np.exp(-scaled))).astype(np.float32)
+    columns = zip(p.T, calibration["x"], calibration["y"], strict=True)
+    return np.stack([np.interp(column, x, y) for column, x, y in columns], axis=1).astype(np.float32)
+
+
+def logit(p: np.ndarray) -> np.ndarray:
+    """log(p / (1 - p)) with p kept EDGE away from 0 and 1."""
+    p = np.clip(p, EDGE, 1 - EDGE)
+    return np.asarray(np.log(p / (1 - p)))
+
+
+def _platt(labels: np.ndarray, probs: np.ndarray) -> tuple[float, float] | None:
+    """(a, b) of logistic regression on the logit, each sample counted as both outcomes with Platt's weights; None
+    where a would not be positive."""
+    from sklearn.linear_model import LogisticRegression
+
+    positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
+    target = np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    x = logit(probs)[:, None]
+    model = LogisticRegression(C=np.inf, solver="lbfgs", max_iter=1000)
+    outcome = np.repeat([1, 0], len(x))
+    model.fit(np.concatenate([x, x]), outcome, sample_weight=np.concatenate([target, 1 - target]))
+    a, b = float(model.coef_[0, 0]), float(model.intercept_[0])
+    return (a, b) if a > 0 else None
+
+
+def _isotonic(labels: np.ndarray, probs: np.ndarray) -> tuple[list[float], list[float]]:
+    """Knots x and values y, both rising; constant beyond the ends. Knots are float32, which the graph computes in."""
+    from sklearn.isotonic import IsotonicRegression
+
+    fitted = IsotonicRegression(y_min=0, y_max=1).fit_transform(probs, labels == 1)
+    values, block = np.unique(fitted, return_inverse=True)
+    centres = (np.bincount(block, probs) / np.bincount(block)).astype(np.float32)
+    kept = np.concatenate([[True], np.diff(centres) > 0])
+    return [float(x) for x in centres[kept]], [float(y) for y in values[kept]]

@@ -1,0 +1,50 @@
+"""What tests run in processes of their own. No pytest here: a fork server's child would import it each time, for two
+seconds, since Python 3.11's fork server does not look for modules where its parent does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cxr_fast import backbone, datasets, encode
+from cxr_fast.config import CacheSpec, SweepSpec
+from cxr_fast.errors import Interrupted
+from cxr_fast.sweep import Sweep
+from cxr_fast.train import Epoch
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Processes that need not import torch again: thirty starts in the time of a few."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cxr_fast.sweep", "open_clip.timm_model", "timm"])
+    return context
+
+
+def encode_all(data: str, out: str, spec: CacheSpec, block: int) -> None:
+    """A cache of a dataset folder."""
+    torch.set_num_threads(1)
+    encode.run(backbone.load(spec.weights), datasets.read(Path(data)), spec, Path(out), device="cpu", batch_size=block)
+
+
+def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: Any) -> None:
+    """A sweep that sends itself a signal after so many epochs; exits with 130 when interrupted."""
+    torch.set_num_threads(1)
+    count = 0
+
+    def hit(config: int, fold: int, epoch: Epoch) -> None:
+        nonlocal count
+        count += 1
+        told.send((fold, epoch.epoch))
+        if count == after:
+            os.kill(os.getpid(), number)
+
+    try:
+        Sweep(Path(cache), Path(out), spec, device="cpu").run(hit)
+    except Interrupted as error:
+        told.send(str(error))
+        sys.exit(error.exit_code)
