@@ -7,4 +7,6 @@ PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyt
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device here" >&2; exit 2; }
 "$PYTHON" benchmarks/run_cache.py --device cuda --count 512 --rounds 5
+"$PYTHON" benchmarks/run_search.py --device cuda
+"$PYTHON" benchmarks/run_search.py --device cuda --compile || echo "the compiled search did not run; the figures above stand"
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*.json "$OUT"/; fi

@@ -22,7 +22,7 @@ import common
 import numpy as np
 import torch
 
-from cxr_fast import backbone, datasets, encode, store, timing
+from cxr_fast import backbone, cpu, datasets, encode, store, timing
 from cxr_fast.config import CacheSpec
 from cxr_fast.preprocess import IMAGE_SUFFIXES, load
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    cpu.prepare()
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
     common.save("cache", result, args.json)
