@@ -19,6 +19,13 @@ from .errors import InputError
 
 BINS = 15
 TIERS = ((0.85, "excellent"), (0.70, "good"), (0.60, "fair"), (-math.inf, "poor"))
+# The headline figures; in what `bootstrap` returns the last two are `pooled_brier` and `pooled_ece`, beside those of
+# each class.
+HEADLINE = (
+    *("label_accuracy", "macro_auc", "micro_auc", "map", "sample_jaccard", "class_jaccard", "macro_f1", "micro_f1"),
+    *("macro_sensitivity", "macro_specificity", "macro_ppv", "macro_npv", "brier", "ece"),
+)
+OF_CLASSES = ("auc", "ap", "jaccard", "f1", "sensitivity", "specificity", "ppv", "npv", "brier", "ece")
 # Resamples handled at once: a block of weights (1,500 images x 64) stays in the second-level cache.
 BLOCK = 64
 
@@ -328,14 +335,16 @@ def _between(scores: np.ndarray, k: int) -> float:
 
 
 def headline(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | float) -> dict[str, float | int]:
-    """The six published figures, and what they rest on.
+    """The published figures and those beside them, over all classes, and what they rest on.
 
-    labels and probs (N, C), thresholds (C,) or one for all. `classes_defined` of `classes_total` have an AUC.
+    labels and probs (N, C), thresholds (C,) or one for all. `macro_` figures are means over the defined classes, of
+    which `classes_defined` of `classes_total` have an AUC; PPV (NPV) is defined by the decisions, where something was
+    called positive (negative). `brier` and `ece` are over all known entries of all classes as one.
     Raises InputError on bad shapes, labels, probabilities or thresholds.
     """
     labels, probs = _checked(labels, probs, probabilities=True)
     called = decisions(probs, thresholds)
-    table = counts(labels, called)
+    table, flat = counts(labels, called), (labels.reshape(-1, 1), probs.reshape(-1, 1))
     macro_auc, defined = macro(auc(labels, probs))
     return {
         "label_accuracy": float(table.pooled().accuracy()),
@@ -346,6 +355,12 @@ def headline(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | flo
         "map": macro(average_precision(labels, probs))[0],
         "micro_auc": micro_auc(labels, probs),
         "micro_f1": float(table.pooled().f1()),
+        "macro_sensitivity": macro(table.sensitivity())[0],
+        "macro_specificity": macro(table.specificity())[0],
+        "macro_ppv": macro(table.ppv())[0],
+        "macro_npv": macro(table.npv())[0],
+        "brier": float(brier(*flat)[0]),
+        "ece": float(ece(*flat)[0][0]),
         "n": len(labels),
         "classes_defined": defined,
         "classes_total": labels.shape[1],
@@ -412,6 +427,10 @@ class Interval:
     high: np.ndarray
     defined: np.ndarray
 
+    def of_class(self, c: int) -> Interval:
+        """That of one class."""
+        return Interval(value=self.value[c], low=self.low[c], high=self.high[c], defined=self.defined[c])
+
 
 Figures = dict[str, np.ndarray]
 
@@ -428,9 +447,8 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Percentile intervals of every figure, resampling groups with replacement, never single images.
 
-    labels and probs (N, C), groups N names, thresholds (C,) or one for all. Keys of `headline` (label_accuracy,
-    macro_auc, sample_jaccard, class_jaccard, macro_f1, map, micro_auc, micro_f1) hold scalars; auc, ap, f1,
-    jaccard, sensitivity, specificity, ppv, npv, accuracy, brier, ece hold (C,). A class with few positives is
+    labels and probs (N, C), groups N names, thresholds (C,) or one for all. The names of HEADLINE hold scalars, brier
+    and ece as pooled_brier and pooled_ece; those of OF_CLASSES and accuracy hold (C,). A class with few positives is
     missing from some resamples, and average precision rises when a positive is drawn twice: intervals of means
     over many rare classes lie high, above the value itself where it gets that far.
     Raises InputError as `headline` does. Source: Efron and Tibshirani 1993; groups as in Field and Welsh 2007.
@@ -492,11 +510,12 @@ def _figures(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | flo
     def figures(weights: np.ndarray) -> Figures:
         w = weights.astype(np.float64)
         total, areas = _sums(known, w), [_ranking(r, weights) for r in ranked]
+        errors, gap = _sums(squared, w), _sums(gaps, w).reshape(classes, BINS, -1)
         of_classes: Figures = {
             "auc": np.array([area for area, _ in areas]),
             "ap": np.array([precision for _, precision in areas]),
-            "brier": _ratio(_sums(squared, w), total),
-            "ece": _ratio(np.abs(_sums(gaps, w).reshape(classes, BINS, -1)).sum(axis=1), total),
+            "brier": _ratio(errors, total),
+            "ece": _ratio(np.abs(gap).sum(axis=1), total),
         }
         return (
             of_classes
@@ -506,6 +525,8 @@ def _figures(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | flo
                 "macro_auc": _mean_of_classes(of_classes["auc"]),
                 "map": _mean_of_classes(of_classes["ap"]),
                 "micro_auc": _ranking(pooled, weights)[0],
+                "pooled_brier": _ratio(errors.sum(axis=0), total.sum(axis=0)),
+                "pooled_ece": _ratio(np.abs(gap.sum(axis=0)).sum(axis=0), total.sum(axis=0)),
             }
         )
 
@@ -519,20 +540,22 @@ def _sums(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _at_threshold(table: Counts) -> Figures:
-    f1, jaccard, pooled = table.f1(), table.jaccard(), table.pooled()
-    return {
-        "f1": f1,
-        "jaccard": jaccard,
+    pooled = table.pooled()
+    of_classes = {
+        "f1": table.f1(),
+        "jaccard": table.jaccard(),
         "sensitivity": table.sensitivity(),
         "specificity": table.specificity(),
         "ppv": table.ppv(),
         "npv": table.npv(),
-        "accuracy": table.accuracy(),
-        "label_accuracy": pooled.accuracy(),
-        "class_jaccard": _mean_of_classes(jaccard),
-        "macro_f1": _mean_of_classes(f1),
-        "micro_f1": pooled.f1(),
     }
+    means = {f"macro_{name}": _mean_of_classes(values) for name, values in of_classes.items()}
+    means["class_jaccard"] = means.pop("macro_jaccard")
+    return (
+        of_classes
+        | means
+        | {"accuracy": table.accuracy(), "label_accuracy": pooled.accuracy(), "micro_f1": pooled.f1()}
+    )
 
 
 def _pooled_rank(labels: np.ndarray, probs: np.ndarray) -> _Ranked:

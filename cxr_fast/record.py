@@ -142,17 +142,6 @@ def figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -
     }
 
 
-def clean(value: Any) -> Any:
-    """JSON-ready: numpy numbers become Python's, NaN becomes null."""
-    if isinstance(value, Mapping):
-        return {key: clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def write(folder: Path, run: dict[str, Any], configurations: Sequence[Trained]) -> None:
     """`run.json` and its tables, into the folder."""
     (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

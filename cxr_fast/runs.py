@@ -166,3 +166,14 @@ def save_model(path: Path, backbone: Backbone, tails: Mapping[str, Mapping[str, 
 def model_sha256(weights: Mapping[str, str], members: list[str]) -> str:
     """One hash of the tower and the tails a final model consists of."""
     return digest({part: weights[part] for part in ("tower", *members)})
+
+
+def clean(value: Any) -> Any:
+    """JSON-ready: numpy numbers become Python's, NaN becomes null."""
+    if isinstance(value, Mapping):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -24,7 +24,7 @@ from .errors import InputError, Interrupted
 from .finals import KINDS, Finals
 from .journal import Journal, difference
 from .lock import FileLock, graceful
-from .runs import model_sha256, save_model
+from .runs import clean, model_sha256, save_model
 from .search import Search, Trained
 from .selection import read
 from .store import ActivationFile
@@ -286,7 +286,7 @@ class Sweep:
             "weights_sha256": weights,
             "model_sha256": model_sha256(weights, final["members"]),
         }
-        return cast(dict[str, Any], record.clean(run))
+        return cast(dict[str, Any], clean(run))
 
 
 def _require_free(out: Path, overwrite: bool) -> None:

@@ -30,7 +30,7 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.journal import Journal
 from cxr_fast.preprocess import load
 from cxr_fast.record import provenance
-from cxr_fast.runs import read_run
+from cxr_fast.runs import clean, read_run
 from cxr_fast.search import choose
 from cxr_fast.store import ActivationFile
 from cxr_fast.sweep import Sweep
@@ -304,7 +304,7 @@ def test_thresholds_reach_their_target_out_of_fold(target: str, toy_cache: Path,
     found = record.figures(
         saved["labels"][held], calibrate.apply(run["calibration"], saved["final"][held]), np.array(run["thresholds"])
     )
-    assert record.clean(found) == run["metrics"]["holdout"]
+    assert clean(found) == run["metrics"]["holdout"]
 
 
 def test_norm_and_projection_are_trained_counted_and_kept(

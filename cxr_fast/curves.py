@@ -1,0 +1,55 @@
+"""ROC and precision-recall curves with few enough points to draw."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MOST = 200
+Points = list[list[float]]
+
+
+def roc(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
+    """[false positive rate, sensitivity] from (0, 0) to (1, 1), at most `most` corners; labels (n,) 1, 0, -1, scores (n,).
+
+    Empty without a known positive or a known negative.
+    """
+    true, called = _steps(labels, scores)
+    positive, negative = int(true[-1]), int(called[-1] - true[-1])
+    if not positive or not negative:
+        return []
+    false = called - true
+    # A point on the line between its neighbours draws nothing.
+    corner = np.diff(false)[1:] * np.diff(true)[:-1] != np.diff(false)[:-1] * np.diff(true)[1:]
+    kept = np.concatenate([[True], corner, [True]])
+    return _thinned(np.stack([false / negative, true / positive], axis=1)[kept], most)
+
+
+def precision_recall(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
+    """[recall, precision] from recall 0, where precision is 1 by convention, to 1; same arguments as `roc`."""
+    true, called = _steps(labels, scores)
+    positive, negative = int(true[-1]), int(called[-1] - true[-1])
+    if not positive or not negative:
+        return []
+    # Of the points of one recall, the ends: the line between them is upright.
+    moved = np.diff(true) > 0
+    kept = np.concatenate([[True], moved[:-1] | moved[1:], [True]])
+    points = np.stack([true / positive, np.divide(true, called, out=np.ones(len(true)), where=called > 0)], axis=1)
+    return _thinned(points[kept], most)
+
+
+def _steps(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positives and images called at each distinct score, from none to all, (k + 1,) each."""
+    known = labels >= 0
+    order = np.argsort(-scores[known], kind="stable")
+    ranked, truth = scores[known][order], labels[known][order] == 1
+    last = np.flatnonzero(np.append(np.diff(ranked) != 0, [True] * bool(len(ranked))))
+    true = np.concatenate([[0], np.cumsum(truth)[last]]).astype(np.int64)
+    return true, np.concatenate([[0], last + 1])
+
+
+def _thinned(points: np.ndarray, most: int) -> Points:
+    """Up to `most` of the points (k, 2), evenly along the curve, both ends kept."""
+    if len(points) > most:
+        along = np.concatenate([[0], np.cumsum(np.abs(np.diff(points, axis=0)).sum(axis=1))])
+        points = points[np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)))]
+    return [[float(x), float(y)] for x, y in points]
