@@ -824,6 +824,67 @@ def info(file: Path) -> None:
 
 
 @main.command()
+@click.argument("run_a", type=PATH)
+@click.argument("run_b", type=PATH)
+@click.option(
+    "--part",
+    type=click.Choice(["holdout", "out_of_fold"]),
+    default="holdout",
+    show_default=True,
+    help="Which images of the runs.",
+)
+@click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Of the groups.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--json", "json_out", type=PATH, help="Write the result here.")
+def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json_out: Path | None) -> None:
+    """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
+    from . import compare as comparing
+
+    result = comparing.compare(run_a, run_b, part=part, resamples=resamples, seed=seed)
+    click.echo(describe_comparison(result))
+    if json_out is not None:
+        from .bench import write_json
+
+        write_json(result, json_out)
+        click.echo(f"wrote {json_out}")
+
+
+def describe_comparison(result: dict[str, Any]) -> str:
+    """What was compared, the headline figures, and each class."""
+
+    def row(found: dict[str, Any]) -> list[str]:
+        low, high = found["low"], found["high"]
+        ends = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
+        sure = "*" if low is not None and (low > 0 or high < 0) else ""
+        change = "-" if found["difference"] is None else f"{found['difference']:+.4f}"
+        return [number(found["a"]), number(found["b"]), change, ends, sure]
+
+    head = ["A", "B", "B - A", f"{result['level']:.0%} interval", ""]
+    figures = [[name.replace("_", " "), *row(found)] for name, found in result["figures"].items()]
+    part = result["part"].replace("holdout", "hold-out").replace("_", "-")
+    lines = [
+        f"A: {result['a']}\nB: {result['b']}",
+        f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
+        f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
+        "",
+        table(["figure", *head], figures),
+    ]
+    for key, text in (("auc", "AUC"), ("ap", "average precision")):
+        rows = [[f"{r['class']} ({r['positives']:,})", *row(r[key])] for r in result["per_class"]]
+        lines += ["", table([f"{text} (positives)", *head], rows)]
+    count = len(result["per_class"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}. Of "
+            f"{count} classes without any difference about {count * (1 - result['level']):.1f} are marked by chance.",
+            NOTICE,
+        ]
+    )
+
+
+@main.command()
 @click.argument("out", type=PATH)
 @click.option("--studies", type=click.IntRange(1), default=300, show_default=True, help="Studies to draw.")
 @click.option("--size", type=click.IntRange(32, 4096), default=256, show_default=True, help="Pixels a side.")

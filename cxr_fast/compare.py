@@ -18,6 +18,8 @@ from .saved import PARTS, Scored, read
 
 SCHEMA = 1
 TABLED = ("auc", "ap")
+# The bootstrap sums in another order than `headline`.
+ROUNDING = 1e-12
 Part = Literal["holdout", "out_of_fold"]
 
 
@@ -108,6 +110,8 @@ def _differences(
     seed: int,
 ) -> dict[str, Any]:
     groups = a.columns["group"]
+    if len(set(groups.tolist())) < 2:
+        raise InputError("the common images are all of one group: nothing can be resampled.")
     paired = metrics.paired_bootstrap(
         a.labels, a.probs, probs_b, groups.tolist(), limits_a, limits_b, resamples=resamples, seed=seed, level=LEVEL
     )
@@ -127,5 +131,8 @@ def _differences(
 
 
 def _difference(a: float, b: float, interval: Interval | None) -> dict[str, float]:
-    low, high = (float("nan"),) * 2 if interval is None else (float(interval.low), float(interval.high))
+    """An interval that does not hold its own difference is none (a figure that hangs on rare classes)."""
+    low = high = float("nan")
+    if interval is not None and float(interval.low) - ROUNDING <= b - a <= float(interval.high) + ROUNDING:
+        low, high = float(interval.low), float(interval.high)
     return {"a": a, "b": b, "difference": b - a, "low": low, "high": high}

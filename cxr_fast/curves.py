@@ -9,9 +9,10 @@ Points = list[list[float]]
 
 
 def roc(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
-    """[false positive rate, sensitivity] from (0, 0) to (1, 1), at most `most` corners; labels (n,) 1, 0, -1, scores (n,).
+    """[false positive rate, sensitivity] from (0, 0) to (1, 1), at most `most` points; labels and scores (n,).
 
-    Empty without a known positive or a known negative.
+    Labels are 1, 0, -1 unknown. Corners alone: a point on the line between its neighbours is left out. Empty without a
+    known positive or a known negative.
     """
     true, called = _steps(labels, scores)
     positive, negative = int(true[-1]), int(called[-1] - true[-1])

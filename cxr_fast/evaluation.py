@@ -125,7 +125,7 @@ def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
 
 
 def _studies(scored: dict[str, Scored], pool: Pool, job: _Job) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for name in ("out_of_fold", "holdout"):
         if name not in scored:
             continue
@@ -196,7 +196,7 @@ def _per_class(scored: Scored, intervals: dict[str, Interval], job: _Job) -> lis
 
 
 def enough_groups(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Which classes, bool (C,), have positives and negatives in at least FEW of the groups; labels (n, C), groups (n,)."""
+    """Which classes, bool (C,), have positives and negatives in FEW groups or more; labels (n, C), groups (n,)."""
     member = np.unique(groups, return_inverse=True)[1].reshape(-1)
     count = []
     for side in (1, 0):
@@ -207,8 +207,11 @@ def enough_groups(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _figure(value: float, interval: Interval | None) -> dict[str, float | None]:
-    """Value and ends. An interval without width, or beside its own figure, is none: where every positive is found,
-    every resample finds them all; where a figure hangs on rare classes, resamples repeat their positives and lie high."""
+    """Value and ends. An interval without width, or beside its own figure, is none.
+
+    Where every positive is found, every resample finds them all; where a figure hangs on rare classes, resamples repeat
+    their positives and lie high.
+    """
     low = high = None
     if interval is not None and float(interval.low) <= value <= float(interval.high) and interval.low < interval.high:
         low, high = float(interval.low), float(interval.high)

@@ -115,7 +115,7 @@ def read(folder: Path, run: Mapping[str, Any]) -> Saved:
     if not path.is_file():
         raise InputError(f"{path} is missing; run the sweep again.")
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as raw, np.load(raw) as file:  # numpy leaves a damaged file open
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({str(error)[:80]}); run the sweep again.") from error
@@ -123,7 +123,7 @@ def read(folder: Path, run: Mapping[str, Any]) -> Saved:
     if lacking := [name for name in needed if name not in arrays]:
         raise InputError(f"{path}: holds no {', '.join(lacking)}; run the sweep again.")
     images, classes = len(arrays["fold"]), len(run["classes"])
-    expected = {"labels": (images, classes), "final": (images, classes)}
+    expected: dict[str, tuple[int, ...]] = {"labels": (images, classes), "final": (images, classes)}
     expected["out_of_fold"] = (len(run["budgets"]), images, classes)
     expected |= {name: (images,) for name in arrays if _is_column(name)}
     for name, shape in expected.items():

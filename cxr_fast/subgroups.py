@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def _quarters(values: Sequence[str], different: int) -> list[str]:
         raise InputError(f"{different} different values that are no numbers; group them in the manifest.") from error
     edges = np.unique(np.nanquantile(numbers, [0.25, 0.5, 0.75]))
     texts = [f"{edge:g}" for edge in edges]
-    names = [f"up to {texts[0]}", *(f"{a} to {b}" for a, b in zip(texts, texts[1:], strict=False)), f"over {texts[-1]}"]
+    names = [f"up to {texts[0]}", *(f"{a} to {b}" for a, b in pairwise(texts)), f"over {texts[-1]}"]
     slots = np.searchsorted(edges, numbers, "left")
     return [names[slot] if value else "" for slot, value in zip(slots, values, strict=True)]
 

@@ -17,7 +17,8 @@ from cxr_fast import metrics
 from cxr_fast.errors import InputError
 
 Pair = tuple[np.ndarray, np.ndarray]
-SCALARS = {"label_accuracy", "macro_auc", "sample_jaccard", "class_jaccard", "macro_f1", "map", "micro_auc", "micro_f1"}
+POOLED = {"brier": "pooled_brier", "ece": "pooled_ece"}
+SCALARS = {POOLED.get(name, name) for name in metrics.HEADLINE}
 
 
 @st.composite
@@ -116,6 +117,40 @@ def test_sample_jaccard_is_a_plain_loop(pair: Pair) -> None:
     np.testing.assert_allclose(metrics.sample_jaccard(labels, called), expected, atol=1e-12)
 
 
+@settings(deadline=None)
+@given(pairs(), st.sampled_from([0.0, 0.3, 0.5]))
+def test_headline_figures_are_scikit_learns_where_labels_are_unknown(pair: Pair, threshold: float) -> None:
+    """Means over the classes in which scikit-learn has a figure, and all known entries as one column."""
+    labels, probs = pair
+    called = metrics.decisions(probs, threshold)
+    got = metrics.headline(labels, probs, threshold)
+    names = ("sensitivity", "specificity", "ppv", "npv", "f1", "jaccard")
+    of_class: dict[str, list[float]] = {name: [] for name in names}
+    for c in range(labels.shape[1]):
+        y, d = known(labels, called, c)
+        scores = {
+            "sensitivity": sk.recall_score(y, d) if (y == 1).any() else None,
+            "specificity": sk.recall_score(y, d, pos_label=0) if (y == 0).any() else None,
+            "ppv": sk.precision_score(y, d) if d.any() else None,
+            "npv": sk.precision_score(y, d, pos_label=0) if (~d).any() else None,
+            "f1": sk.f1_score(y, d) if (y == 1).any() else None,
+            "jaccard": sk.jaccard_score(y, d) if (y == 1).any() else None,
+        }
+        for name, score in scores.items():
+            if score is not None:
+                of_class[name].append(score)
+    near: Any = np.testing.assert_allclose
+    for name, scores_of in of_class.items():
+        key = "class_jaccard" if name == "jaccard" else f"macro_{name}"
+        near(got[key], np.mean(scores_of) if scores_of else math.nan, atol=1e-12, err_msg=key)
+    y, p, d = (values[labels >= 0] for values in (labels, probs.astype(np.float64), called))
+    near(got["label_accuracy"], sk.accuracy_score(y, d) if len(y) else math.nan, atol=1e-12)
+    near(got["micro_f1"], sk.f1_score(y, d) if (y == 1).any() else math.nan, atol=1e-12)
+    near(got["brier"], np.mean((y - p) ** 2) if len(y) else math.nan, atol=1e-12)
+    gaps = [abs((y - p)[(p * 15).astype(int).clip(max=14) == b].sum()) for b in range(15)]
+    near(got["ece"], sum(gaps) / len(y) if len(y) else math.nan, atol=1e-12)
+
+
 def test_multilabel_averages_are_scikit_learns_where_all_is_known() -> None:
     random = np.random.default_rng(5)
     labels = (random.random((80, 6)) < 0.2).astype(np.int8)
@@ -135,6 +170,12 @@ def test_multilabel_averages_are_scikit_learns_where_all_is_known() -> None:
         "map": pytest.approx(sk.average_precision_score(labels, probs, average="macro"), abs=1e-12),
         "micro_auc": pytest.approx(sk.roc_auc_score(labels, probs, average="micro"), abs=1e-12),
         "micro_f1": pytest.approx(sk.f1_score(labels, called, average="micro"), abs=1e-12),
+        "macro_sensitivity": pytest.approx(sk.recall_score(labels, called, average="macro"), abs=1e-12),
+        "macro_specificity": pytest.approx(sk.recall_score(1 - labels, ~called, average="macro"), abs=1e-12),
+        "macro_ppv": pytest.approx(sk.precision_score(labels, called, average="macro"), abs=1e-12),
+        "macro_npv": pytest.approx(sk.precision_score(1 - labels, ~called, average="macro"), abs=1e-12),
+        "brier": pytest.approx(sk.brier_score_loss(labels.ravel(), probs.ravel()), abs=1e-12),
+        "ece": pytest.approx(metrics.ece(labels.reshape(-1, 1), probs.reshape(-1, 1))[0][0], abs=1e-12),
         "n": 80,
         "classes_defined": 6,
         "classes_total": 6,
@@ -288,8 +329,10 @@ def plain(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | float)
     """Every bootstrapped figure by the functions that know no weights."""
     head = metrics.headline(labels, probs, thresholds)
     rows = metrics.per_class(labels, probs, thresholds, [""] * labels.shape[1])
-    keys = ("auc", "ap", "f1", "jaccard", "sensitivity", "specificity", "ppv", "npv", "accuracy", "brier", "ece")
-    return {key: head[key] for key in SCALARS} | {key: [row[key] for row in rows] for key in keys}
+    keys = (*metrics.OF_CLASSES, "accuracy")
+    return {POOLED.get(key, key): head[key] for key in metrics.HEADLINE} | {
+        key: [row[key] for row in rows] for key in keys
+    }
 
 
 @settings(deadline=None, max_examples=40)
@@ -427,7 +470,7 @@ def test_nothing_warns_where_everything_is_undefined() -> None:
         head = metrics.headline(labels, np.full((3, 2), 0.5), 0.5)
         metrics.bootstrap(labels, np.full((3, 2), 0.5), ["a", "b", "b"], 0.5, resamples=10)
     assert head["classes_defined"] == 0
-    assert all(math.isnan(head[key]) for key in SCALARS)
+    assert all(math.isnan(head[key]) for key in metrics.HEADLINE)
 
 
 def test_it_is_fast_enough_for_every_epoch() -> None:

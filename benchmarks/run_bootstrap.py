@@ -1,0 +1,115 @@
+"""How long the intervals take: bootstrap over groups and paired bootstrap; and how true they are.
+
+    python benchmarks/run_bootstrap.py [--images 1494] [--classes 35] [--resamples 1000] [--rounds 5]
+
+The weighted figures are checked against rows that were really repeated before anything is timed. `--coverage 400` also
+counts, over that many drawn data sets, how often the 95 % interval of a class's AUC and sensitivity holds the true
+value, by the number of groups with a positive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+from cxr_fast import metrics, timing
+
+SKILL = 1.2
+LIMIT = 1 / (1 + math.exp(-SKILL / 2))
+
+
+def data(images: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels as rare as Indiana's (0.5 to 40 %), probabilities of some skill, two images a group."""
+    random = np.random.default_rng(seed)
+    groups = np.arange(images) // 2
+    shares = np.geomspace(0.005, 0.4, classes)
+    labels = (random.random((groups[-1] + 1, classes)) < shares).astype(np.int8)[groups]
+    scores = SKILL * labels + random.normal(size=labels.shape)
+    return labels, (1 / (1 + np.exp(-scores))).astype(np.float32), [f"p{g}" for g in groups]
+
+
+def naive(labels: np.ndarray, probs: np.ndarray, groups: list[str], resamples: int, seed: int) -> list[float]:
+    """Macro AUC of rows really repeated, one resample after another."""
+    ids = np.unique(groups, return_inverse=True)[1]
+    out = []
+    for weights in metrics.group_weights(ids, resamples, seed):
+        for column in weights.T:
+            rows = np.repeat(np.arange(len(labels)), column)
+            out.append(metrics.macro(metrics.auc(labels[rows], probs[rows]))[0])
+    return out
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def coverage(times: int) -> dict[str, dict[str, float]]:
+    """Share of data sets whose interval holds the truth: 400 groups of two images, so many of them positive."""
+    truth = {"auc": 0.5 * (1 + math.erf(SKILL / 2)), "sensitivity": 0.5 * (1 + math.erf(SKILL / 2 / math.sqrt(2)))}
+    random, groups = np.random.default_rng(0), [str(i // 2) for i in range(800)]
+    out = {}
+    for positive in (2, 3, 5, 10, 20, 50):
+        labels = np.repeat((np.arange(400) < positive).astype(np.int8)[:, None], 2, axis=0)
+        hit = dict.fromkeys(truth, 0)
+        for k in range(times):
+            shared = np.repeat(random.normal(0, math.sqrt(0.5), (400, 1)), 2, axis=0)
+            scores = SKILL * labels + shared + random.normal(0, math.sqrt(0.5), labels.shape)
+            found = metrics.bootstrap(labels, 1 / (1 + np.exp(-scores)), groups, LIMIT, resamples=400, seed=k)
+            for name, value in truth.items():
+                hit[name] += bool(found[name].low[0] <= value <= found[name].high[0])
+        out[f"{positive} positive groups"] = {name: count / times for name, count in hit.items()}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1494)
+    parser.add_argument("--classes", type=int, default=35)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--coverage", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    labels, probs, groups = data(args.images, args.classes, 0)
+    other = data(args.images, args.classes, 1)[1]
+    thresholds = np.full(args.classes, 0.5)
+    few = metrics.bootstrap(labels, probs, groups, thresholds, resamples=50, seed=1)["macro_auc"]
+    ends = np.quantile(naive(labels, probs, groups, 50, 1), [0.025, 0.975])
+    assert np.allclose(ends, [few.low, few.high], rtol=0, atol=1e-12)
+    named = {"resamples": args.resamples, "seed": 0}
+    arms: dict[str, Callable[[], object]] = {
+        "every figure, one run": lambda: metrics.bootstrap(labels, probs, groups, thresholds, **named),
+        "paired, two runs": lambda: metrics.paired_bootstrap(
+            labels, probs, other, groups, thresholds, thresholds, **named
+        ),
+        "macro AUC alone, rows repeated": lambda: naive(labels, probs, groups, args.resamples, 0),
+    }
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    with timing.other_cpu_share() as noise:
+        for _ in range(args.rounds):
+            for name, work in arms.items():
+                found[name].append(seconds(work))
+    spreads = {name: common.spread(values) for name, values in found.items()}
+    common.show(spreads, "seconds")
+    if noise.noisy:
+        print(f"NOISY: other processes took {noise.share:.0%} of the machine")
+    result: dict[str, Any] = {"images": args.images, "classes": args.classes, "resamples": args.resamples}
+    result |= {"seconds": spreads, "noise": {"share": noise.share, "noisy": noise.noisy}}
+    if args.coverage:
+        result["coverage"] = {"times": args.coverage, "nominal": 0.95, **coverage(args.coverage)}
+        for name, shares in result["coverage"].items():
+            print(name, shares)
+    common.save("bootstrap", result, args.json)
+
+
+if __name__ == "__main__":
+    main()
