@@ -3,8 +3,8 @@
     python benchmarks/run_bootstrap.py [--images 1494] [--classes 35] [--resamples 1000] [--rounds 5]
 
 The weighted figures are checked against rows that were really repeated before anything is timed. `--coverage 400` also
-counts, over that many drawn data sets, how often the 95 % interval of a class's AUC and sensitivity holds the true
-value, by the number of groups with a positive.
+counts, over that many drawn data sets, how often the 95 % interval holds the true value: of a class, by the number
+of groups with a positive, and of the headline figures over rare and common classes.
 """
 
 from __future__ import annotations
@@ -52,21 +52,44 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def draw(random: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Two images for each row of labels (groups, C); half the variance of the scores is the group's."""
+    labels, half = np.repeat(labels, 2, axis=0).astype(np.int8), math.sqrt(0.5)
+    shared = np.repeat(random.normal(0, half, labels[::2].shape), 2, axis=0)
+    scores = SKILL * labels + shared + random.normal(0, half, labels.shape)
+    return labels, 1 / (1 + np.exp(-scores)), [str(i // 2) for i in range(len(labels))]
+
+
+def covered(
+    make: Callable[[int], np.ndarray], names: dict[str, str], times: int, seed: int, groups: int
+) -> dict[str, float]:
+    """Share of drawn data sets whose interval holds the figure of 400 times as many; make(groups) gives labels."""
+    random = np.random.default_rng(seed)
+    labels, probs, _ = draw(random, make(400 * groups))
+    limits, hit = np.full(labels.shape[1], LIMIT), dict.fromkeys(names, 0)
+    whole = metrics.headline(labels, probs, limits)
+    whole |= metrics.per_class(labels, probs, limits, [""] * len(limits))[0]
+    for k in range(times):
+        found = metrics.bootstrap(*draw(random, make(groups)), limits, resamples=400, seed=k)
+        for name, key in names.items():
+            low, high = (np.ravel(end)[0] for end in (found[key].low, found[key].high))
+            hit[name] += bool(low <= whole[name] <= high)
+    return {name: count / times for name, count in hit.items()}
+
+
 def coverage(times: int) -> dict[str, dict[str, float]]:
-    """Share of data sets whose interval holds the truth: 400 groups of two images, so many of them positive."""
-    truth = {"auc": 0.5 * (1 + math.erf(SKILL / 2)), "sensitivity": 0.5 * (1 + math.erf(SKILL / 2 / math.sqrt(2)))}
-    random, groups = np.random.default_rng(0), [str(i // 2) for i in range(800)]
+    """A class with so many positive groups of 400, and the headline figures of 20 of 0.5 to 40 % in 500 groups."""
+    of_class = {name: name for name in ("auc", "ap", "sensitivity", "specificity", "f1")}
     out = {}
     for positive in (2, 3, 5, 10, 20, 50):
-        labels = np.repeat((np.arange(400) < positive).astype(np.int8)[:, None], 2, axis=0)
-        hit = dict.fromkeys(truth, 0)
-        for k in range(times):
-            shared = np.repeat(random.normal(0, math.sqrt(0.5), (400, 1)), 2, axis=0)
-            scores = SKILL * labels + shared + random.normal(0, math.sqrt(0.5), labels.shape)
-            found = metrics.bootstrap(labels, 1 / (1 + np.exp(-scores)), groups, LIMIT, resamples=400, seed=k)
-            for name, value in truth.items():
-                hit[name] += bool(found[name].low[0] <= value <= found[name].high[0])
-        out[f"{positive} positive groups"] = {name: count / times for name, count in hit.items()}
+
+        def make(groups: int, positive: int = positive) -> np.ndarray:
+            return (np.arange(groups) < positive * groups // 400)[:, None]
+
+        out[f"{positive} positive groups"] = covered(make, of_class, times, positive, 400)
+    random, shares = np.random.default_rng(0), np.geomspace(0.005, 0.4, 20)
+    every = {name: name for name in metrics.HEADLINE if name not in ("brier", "ece")}  # per_class has those names
+    out["20 classes"] = covered(lambda groups: random.random((groups, 20)) < shares, every, times, 1, 500)
     return out
 
 
@@ -82,9 +105,9 @@ def main() -> None:
     labels, probs, groups = data(args.images, args.classes, 0)
     other = data(args.images, args.classes, 1)[1]
     thresholds = np.full(args.classes, 0.5)
-    few = metrics.bootstrap(labels, probs, groups, thresholds, resamples=50, seed=1)["macro_auc"]
-    ends = np.quantile(naive(labels, probs, groups, 50, 1), [0.025, 0.975])
-    assert np.allclose(ends, [few.low, few.high], rtol=0, atol=1e-12)
+    ids = np.unique(groups, return_inverse=True)[1]
+    drawn = metrics._resampled(metrics._figures(labels, probs, thresholds), ids, 50, 1)["macro_auc"]
+    assert np.allclose(drawn, naive(labels, probs, groups, 50, 1), rtol=0, atol=1e-12)
     named = {"resamples": args.resamples, "seed": 0}
     arms: dict[str, Callable[[], object]] = {
         "every figure, one run": lambda: metrics.bootstrap(labels, probs, groups, thresholds, **named),

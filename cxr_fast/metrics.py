@@ -7,13 +7,13 @@ two models scored on the same images are always averaged over the same classes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy import sparse
 
 from .errors import InputError
 
@@ -26,6 +26,7 @@ HEADLINE = (
     *("macro_sensitivity", "macro_specificity", "macro_ppv", "macro_npv", "brier", "ece"),
 )
 OF_CLASSES = ("auc", "ap", "jaccard", "f1", "sensitivity", "specificity", "ppv", "npv", "brier", "ece")
+# Figures that lie higher in every resample than in the sample, see `bootstrap`.
 REVERSED = ("map",)
 # Resamples handled at once: a block of weights (1,500 images x 64) stays in the second-level cache.
 BLOCK = 64
@@ -36,40 +37,46 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class _Ranked:
-    """One class sorted once; everything AUC and average precision need for any integer weights of the rows.
+    """One class sorted once; everything AUC and average precision need for any integer weights of the N images.
 
-    negatives, positives: row numbers by rising score. For the i-th positive: `below` and `through` count the
-    negatives with a score < and <= its own, `first` is the first positive that ties with it.
+    blocks (K, N): which negatives lie between two neighbouring scores of positives, lowest first; positives: image of
+    each positive by rising score. For the i-th positive: `below` and `through` count the blocks with a score < and <=
+    its own, `first` is the first positive that ties with it.
     """
 
-    negatives: np.ndarray
+    blocks: sparse.csr_array
     positives: np.ndarray
     below: np.ndarray
     through: np.ndarray
     first: np.ndarray
 
 
-def _rank(labels: np.ndarray, scores: np.ndarray) -> _Ranked:
+def _rank(labels: np.ndarray, scores: np.ndarray, each: int = 1) -> _Ranked:
+    """labels and scores (N each,), `each` entries an image."""
     negatives, positives = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
     negatives = negatives[np.argsort(scores[negatives], kind="stable")]
     positives = positives[np.argsort(scores[positives], kind="stable")]
     low, high = scores[negatives], scores[positives]
+    below, through = np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right")
+    # A running sum over few blocks is six times faster than one over all negatives.
+    edges = np.unique(np.concatenate([[0], below, through, [len(low)]]))
+    ones, shape = np.ones(len(low), np.int32), (len(edges) - 1, len(labels) // each)
     return _Ranked(
-        negatives,
-        positives,
-        np.searchsorted(low, high, "left"),
-        np.searchsorted(low, high, "right"),
+        sparse.csr_array((ones, negatives // each, edges), shape=shape),
+        positives // each,
+        np.searchsorted(edges, below),
+        np.searchsorted(edges, through),
         np.searchsorted(high, high, "left"),
     )
 
 
 def _ranking(r: _Ranked, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and average precision, (R,) each, with row n counted weights[n] times; weights (N, R) int32.
+    """AUC and average precision, (R,) each, with image n counted weights[n] times; weights (N, R) int32.
 
-    Everything up to the last division is whole numbers, so a weight of 2 is exactly a row that occurs twice.
+    Everything up to the last division is whole numbers, so a weight of 2 is exactly an image that occurs twice.
     """
-    won = _running(weights[r.negatives])
-    own = weights[r.positives]
+    won = _running(r.blocks @ weights)
+    own = np.take(weights, r.positives, axis=0)
     positive, negative = own.sum(axis=0, dtype=np.int64), won[-1].astype(np.int64)
     twice = (own * (won[r.below] + won[r.through])).sum(axis=0, dtype=np.int64)
     true = positive - _running(own)[r.first]
@@ -458,7 +465,7 @@ def bootstrap(
     """
     of, ids = _figures(labels, probs, thresholds), _group_ids(groups, len(labels))
     drawn = _resampled(of, ids, resamples, seed)
-    return _intervals(_plain(of, len(labels)), drawn, _tails(labels, ids, level), bounds=(0, 1))
+    return _intervals(_plain(of, len(labels)), drawn, _tails(labels, ids, level), turned=REVERSED)
 
 
 def paired_bootstrap(
@@ -473,7 +480,10 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """`bootstrap` of b minus a, both scored on the same resamples; an interval without 0 is a difference."""
+    """`bootstrap` of b minus a, both scored on the same resamples; an interval without 0 is a difference.
+
+    All by percentiles, mAP too: what repeated positives add to one run they add to the other.
+    """
     a, b = _figures(labels, probs_a, thresholds_a), _figures(labels, probs_b, thresholds_b)
 
     def difference(weights: np.ndarray) -> Figures:
@@ -482,7 +492,7 @@ def paired_bootstrap(
 
     ids = _group_ids(groups, len(labels))
     drawn = _resampled(difference, ids, resamples, seed)
-    return _intervals(_plain(difference, len(labels)), drawn, _tails(labels, ids, level), bounds=(-1, 1))
+    return _intervals(_plain(difference, len(labels)), drawn, _tails(labels, ids, level))
 
 
 def support(labels: np.ndarray, groups: Sequence[str]) -> np.ndarray:
@@ -515,18 +525,19 @@ def _figures(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | flo
     """Sort once; the answer turns weights (N, R) into every figure, (R,) or (C, R)."""
     labels, probs = _checked(labels, probs, probabilities=True)
     called = decisions(probs, thresholds)
-    classes, ranked = labels.shape[1], [_rank(y, p) for y, p in zip(labels.T, probs.T, strict=True)]
-    pooled = _pooled_rank(labels, probs)
-    cells = [cell.T.astype(np.float64) for cell in _cells(labels, called)]
+    classes = labels.shape[1]
+    ranked = [_rank(y, p) for y, p in zip(labels.T, probs.T, strict=True)]
+    pooled = _rank(labels.ravel(), probs.ravel(), classes)
+    cells = sparse.csr_array(np.concatenate([cell.T for cell in _cells(labels, called)]).astype(np.float64))
     per_image = _image_jaccard(labels, called)
     overlap = np.stack([np.nan_to_num(per_image), ~np.isnan(per_image)])
-    squared, known = _squared_error(labels, probs).T, (labels >= 0).T.astype(np.float64)
-    gaps = _bin_gaps(labels, probs).reshape(classes * BINS, -1)
+    squared, gaps = _squared_error(labels, probs).T, _bin_gaps(labels, probs)
 
     def figures(weights: np.ndarray) -> Figures:
         w = weights.astype(np.float64)
-        total, areas = _sums(known, w), [_ranking(r, weights) for r in ranked]
-        errors, gap = _sums(squared, w), _sums(gaps, w).reshape(classes, BINS, -1)
+        table = Counts(*(cells @ w).reshape(4, classes, -1))
+        total, areas = table.tp + table.fp + table.fn + table.tn, [_ranking(r, weights) for r in ranked]
+        errors, gap = _sums(squared, w), (gaps @ w).reshape(classes, BINS, -1)
         of_classes: Figures = {
             "auc": np.array([area for area, _ in areas]),
             "ap": np.array([precision for _, precision in areas]),
@@ -535,7 +546,7 @@ def _figures(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | flo
         }
         return (
             of_classes
-            | _at_threshold(Counts(*(_sums(cell, w) for cell in cells)))
+            | _at_threshold(table)
             | {
                 "sample_jaccard": _ratio(*_sums(overlap, w)),
                 "macro_auc": _mean_of_classes(of_classes["auc"]),
@@ -574,19 +585,12 @@ def _at_threshold(table: Counts) -> Figures:
     )
 
 
-def _pooled_rank(labels: np.ndarray, probs: np.ndarray) -> _Ranked:
-    """All entries as one class; the rows are then images, so that one weight serves all labels of an image."""
-    r, classes = _rank(labels.ravel(), probs.ravel()), labels.shape[1]
-    return dataclasses.replace(r, negatives=r.negatives // classes, positives=r.positives // classes)
-
-
-def _bin_gaps(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Label minus probability of image n in its bin, 0 elsewhere: (C, BINS, N), what calibration error sums."""
-    gaps = np.zeros((labels.shape[1], BINS, len(labels)))
+def _bin_gaps(labels: np.ndarray, probs: np.ndarray) -> sparse.csr_array:
+    """Label minus probability of image n in its bin, (C BINS, N), what calibration error sums."""
     rows, columns = np.nonzero(labels >= 0)
     p = probs[rows, columns].astype(np.float64)
-    gaps[columns, _bin(p, BINS), rows] = labels[rows, columns] - p
-    return gaps
+    slots, shape = columns * BINS + _bin(p, BINS), (labels.shape[1] * BINS, len(labels))
+    return sparse.coo_array((labels[rows, columns] - p, (slots, rows)), shape=shape).tocsr()
 
 
 def _plain(of: Callable[[np.ndarray], Figures], images: int) -> Figures:
@@ -614,15 +618,15 @@ def _tails(labels: np.ndarray, ids: np.ndarray, level: float) -> dict[str, np.nd
 
 
 def _intervals(
-    values: Figures, drawn: Figures, tails: dict[str, np.ndarray], bounds: tuple[float, float]
+    values: Figures, drawn: Figures, tails: dict[str, np.ndarray], turned: Sequence[str] = ()
 ) -> dict[str, Interval]:
     def one(name: str) -> Interval:
         value, draws = values[name], np.atleast_2d(drawn[name])
         rows = [row[~np.isnan(row)] for row in draws]
         ends = np.broadcast_to(tails["of_class" if value.ndim else "overall"], len(rows))
         limits = np.array([_quantiles(row, end) for row, end in zip(rows, ends, strict=True)])
-        if name in REVERSED:
-            limits = np.clip(2 * value.reshape(-1, 1) - limits[:, ::-1], *bounds)
+        if name in turned:
+            limits = np.clip(2 * value.reshape(-1, 1) - limits[:, ::-1], 0, 1)
         low, high, defined = limits[:, 0], limits[:, 1], np.array([len(row) for row in rows])
         return Interval(
             value=value,
