@@ -72,13 +72,14 @@ class Saved:
         """Everything scored in one of PARTS, calibrated. InputError, without a path, where it cannot be had."""
         fold = self.arrays["fold"]
         if name == "holdout":
-            return self._scored(self.arrays["final"], fold == -1, f"images held out, scored by {self._final()}")
+            of = f"images held out, scored by {self._final()}{self._shared()}"
+            return self._scored(self.arrays["final"], fold == -1, of)
         if name == "out_of_fold":
             budget = next(i for i, b in enumerate(self.run["budgets"]) if b["chosen"])
             folds = int(fold.max()) + 1
             of = (
                 f"images of the folds, each scored by the one model that did not train on it: {folds} models are mixed "
-                "here, so figures over all folds also compare the scores of different models"
+                f"here, so figures over all folds also compare the scores of different models{self._shared()}"
             )
             return self._scored(self.arrays["out_of_fold"][budget], fold >= 0, of)
         seen = (fold >= 0) & (fold != self.run["chosen"]["fold"]) if self._kind == "best-fold" else fold >= 0
@@ -95,6 +96,10 @@ class Saved:
         return {"best-fold": "the best fold's model", "ensemble": "the mean of the folds' models"}.get(
             self._kind, "the model trained on all folds' images"
         )
+
+    def _shared(self) -> str:
+        by_image = self.run["spec"]["split_by"] == "image"
+        return "; split by image, so other images of their groups were trained on" if by_image else ""
 
     def _scored(self, probs: np.ndarray, rows: np.ndarray, of: str) -> Scored:
         if not rows.any():

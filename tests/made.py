@@ -51,6 +51,7 @@ def description(count: int, **changes: Any) -> dict[str, Any]:
         "classes": [f"class {c}" for c in range(count)],
         "thresholds": np.linspace(0.3, 0.6, count).tolist(),
         "calibration": None,
+        "spec": {"split_by": "group"},
         "budgets": [{"epochs": b, "chosen": b == BUDGETS[1]} for b in BUDGETS],
         "chosen": {"epochs": BUDGETS[1], "fold": 1},
         "final": {"kind": "best-fold", "members": ["fold1"]},

@@ -36,6 +36,10 @@ def test_each_part_has_its_images_and_its_models(kind: str) -> None:
         np.testing.assert_array_equal(part.labels, found["labels"][rows])
         for column in saved.COLUMNS:
             np.testing.assert_array_equal(part.columns[column], found[column][rows])
+    other = read(found, spec={"split_by": "image"})
+    for name in ("out_of_fold", "holdout"):
+        assert "other images of their groups were trained on" in other.part(name).of
+        assert "other images" not in run.part(name).of
     assert "3 models are mixed" in run.part("out_of_fold").of
     assert ("new to one of its members" in run.part("train").of) == (kind == "ensemble")
 
