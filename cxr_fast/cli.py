@@ -851,6 +851,7 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
 
 def describe_comparison(result: dict[str, Any]) -> str:
     """What was compared, the headline figures, and each class."""
+    from .metrics import HEADLINE
 
     def row(found: dict[str, Any]) -> list[str]:
         low, high = found["low"], found["high"]
@@ -860,7 +861,7 @@ def describe_comparison(result: dict[str, Any]) -> str:
         return [number(found["a"]), number(found["b"]), change, ends, sure]
 
     head = ["A", "B", "B - A", f"{result['level']:.0%} interval", ""]
-    figures = [[name.replace("_", " "), *row(found)] for name, found in result["figures"].items()]
+    figures = [[HEADLINE[name], *row(found)] for name, found in result["figures"].items()]
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
     lines = [
         f"A: {result['a']}\nB: {result['b']}",

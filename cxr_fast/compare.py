@@ -69,7 +69,7 @@ def _same_classes(run_a: Path, a: Sequence[str], run_b: Path, b: Sequence[str]) 
     if odd := sorted(set(a) ^ set(b)):
         raise InputError(
             f"{run_a} has {len(a)} classes and {run_b} {len(b)}; not in both: {', '.join(odd[:5])}"
-            f"{', ...' if len(odd) > 5 else ''}. Only runs of the same classes can be compared."
+            f"{' and more' if len(odd) > 5 else ''}. Only runs of the same classes can be compared."
         )
 
 

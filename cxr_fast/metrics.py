@@ -19,12 +19,24 @@ from .errors import InputError
 
 BINS = 15
 TIERS = ((0.85, "excellent"), (0.70, "good"), (0.60, "fair"), (-math.inf, "poor"))
-# The headline figures; in what `bootstrap` returns the last two are `pooled_brier` and `pooled_ece`, beside those of
-# each class.
-HEADLINE = (
-    *("label_accuracy", "macro_auc", "micro_auc", "map", "sample_jaccard", "class_jaccard", "macro_f1", "micro_f1"),
-    *("macro_sensitivity", "macro_specificity", "macro_ppv", "macro_npv", "brier", "ece"),
-)
+# The headline figures and what people call them; in what `bootstrap` returns the last two are `pooled_brier` and
+# `pooled_ece`, beside those of each class.
+HEADLINE = {
+    "label_accuracy": "label-wise accuracy",
+    "macro_auc": "macro AUC",
+    "micro_auc": "micro AUC",
+    "map": "mAP",
+    "sample_jaccard": "sample-wise Jaccard",
+    "class_jaccard": "per-class Jaccard, mean",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "macro_sensitivity": "macro sensitivity",
+    "macro_specificity": "macro specificity",
+    "macro_ppv": "macro PPV",
+    "macro_npv": "macro NPV",
+    "brier": "Brier score",
+    "ece": "calibration error (ECE)",
+}
 OF_CLASSES = ("auc", "ap", "jaccard", "f1", "sensitivity", "specificity", "ppv", "npv", "brier", "ece")
 # Figures that lie higher in every resample than in the sample, see `bootstrap`.
 REVERSED = ("map",)

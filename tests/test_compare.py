@@ -46,7 +46,7 @@ def test_figures_are_those_of_each_run(two: tuple[Path, Path], part: Any) -> Non
     each = [evaluate(run, resamples=0)["parts"][part] for run in two]
     assert found["images"] == each[0]["n"]
     assert (found["only_a"], found["only_b"]) == (0, 0)
-    assert tuple(found["figures"]) == metrics.HEADLINE
+    assert list(found["figures"]) == list(metrics.HEADLINE)
     for name, figure in found["figures"].items():
         assert [figure["a"], figure["b"]] == [side["figures"][name]["value"] for side in each]
         assert figure["difference"] == figure["b"] - figure["a"]
@@ -187,7 +187,7 @@ def test_the_command_prints_what_the_file_holds(two: tuple[Path, Path], tmp_path
     lines = {line.split("  ")[0]: line for line in done.output.splitlines()}
     figure = found["figures"]["macro_auc"]
     for value in (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['low']:+.4f} to {figure['high']:+.4f}", "*"):
-        assert value in lines["macro auc"]
+        assert value in lines["macro AUC"]
     assert f"{found['images']} out-of-fold images of {found['groups']} groups in common" in done.output
     assert all(f"class {c} (" in done.output for c in range(4))
     assert "Not a medical device" in done.output or "not a medical device" in done.output

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import made
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cxr_fast import calibrate, metrics
+from cxr_fast import calibrate, metrics, saved
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.evaluation import FEW, bootstrap_key, cooccurrence, enough_groups, evaluate, reliability
 
@@ -87,7 +90,7 @@ def test_every_part_has_every_figure(found: dict[str, Any]) -> None:
     parts += [part for column in found["subgroups"].values() for part in column.values()]
     assert len(parts) > 8
     for part in parts:
-        assert tuple(part["figures"]) == metrics.HEADLINE
+        assert list(part["figures"]) == list(metrics.HEADLINE)
         for figure in part["figures"].values():
             assert figure["value"] is not None
     for part in (found["parts"]["holdout"], found["studies"]["parts"]["out_of_fold"]):
@@ -307,6 +310,31 @@ def test_a_handful_of_images(tmp_path: Path, images: int) -> None:
     assert found["parts"]["holdout"]["n"] == 1
     assert "hold-out: no intervals, all its images are of one group" in found["missing"]
     assert found["views"] == {}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 3), st.sampled_from([0.0, 0.0, 0.1]))
+def test_whatever_is_saved_there_is_an_answer_in_json(seed: int, images: int, classes: int, broken: float) -> None:
+    random = np.random.default_rng(seed)
+    arrays = made.arrays(images, classes, seed=seed)
+    arrays["fold"] = random.integers(-1, 3, images)
+    arrays["labels"] = random.integers(-1, 2, (images, classes)).astype(np.int8)
+    for name in ("out_of_fold", "final"):
+        arrays[name] = np.round(random.random(arrays[name].shape) * 2).astype(np.float32) / 2
+        arrays[name][random.random(arrays[name].shape) < broken] = np.nan
+    for name in ("study", "view", "group", "meta:age"):
+        arrays[name] = random.choice(["", "1", "2", "30-39", "x"], images)
+    with tempfile.TemporaryDirectory() as folder:
+        found = evaluate(made.write(Path(folder), arrays), resamples=7, pool="max")
+    json.dumps(found, allow_nan=False)
+    told = " ".join(found["missing"])
+    for name, title in saved.PARTS.items():
+        assert name in found["parts"] or f"{title}: " in told
+    chief = found["per_class_of"]
+    assert (chief is None) == (found["parts"] == {})
+    if chief:
+        assert len(found["per_class"]) == len(found["confusion"]) == classes
+        assert sum(found["reliability"]["count"]) == sum(r["positives"] + r["negatives"] for r in found["per_class"])
 
 
 def test_one_class_and_one_of_unknown_labels_alone(tmp_path: Path) -> None:
