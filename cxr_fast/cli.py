@@ -863,26 +863,35 @@ def describe_comparison(result: dict[str, Any]) -> str:
     head = ["A", "B", "B - A", f"{result['level']:.0%} interval", ""]
     figures = [[HEADLINE[name], *row(found)] for name, found in result["figures"].items()]
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
+    said = {side: f" ({text.upper()})" if (text := result[f"provenance_{side}"]) else "" for side in "ab"}
     lines = [
-        f"A: {result['a']}\nB: {result['b']}",
+        f"A: {result['a']}{said['a']}\nB: {result['b']}{said['b']}",
         f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
         f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
         "",
         table(["figure", *head], figures),
     ]
+    shown = [r for r in result["per_class"] if r["auc"]["difference"] is not None]
     for key, text in (("auc", "AUC"), ("ap", "average precision")):
-        rows = [[f"{r['class']} ({r['positives']:,})", *row(r[key])] for r in result["per_class"]]
+        rows = [[f"{r['class']} ({r['positives']:,})", *row(r[key])] for r in shown]
         lines += ["", table([f"{text} (positives)", *head], rows)]
-    count = len(result["per_class"])
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}. Of "
-            f"{count} classes without any difference about {count * (1 - result['level']):.1f} are marked by chance.",
-            NOTICE,
-        ]
+    lines += ["", *comparison_notes(result, shown), NOTICE]
+    return "\n".join(lines)
+
+
+def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> list[str]:
+    """What is left out, and what a star is worth."""
+    total, sure = len(result["per_class"]), sum(r["auc"]["low"] is not None for r in shown)
+    notes = []
+    if left := total - len(shown):
+        notes.append(f"{left} of {total} classes have no positive or no negative among these images and are left out.")
+    if few := len(shown) - sure:
+        notes.append(f"{few} of {total} classes are in too few groups for an interval.")
+    notes.append(
+        f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}. Where "
+        f"nothing differs, about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
     )
+    return notes
 
 
 @main.command()

@@ -32,8 +32,9 @@ def compare(
     undefined. Images are told by the bytes of their file. Raises InputError where the runs share no image, have other
     classes, or label an image differently.
     """
-    a, limits_a, classes = _side(run_a, part)
-    b, limits_b, others = _side(run_b, part)
+    info_a, a, limits_a = _side(run_a, part)
+    info_b, b, limits_b = _side(run_b, part)
+    classes, others = list(info_a["classes"]), list(info_b["classes"])
     _same_classes(run_a, classes, run_b, others)
     order = [others.index(name) for name in classes]
     rows_a, rows_b = _common(a, b)
@@ -50,11 +51,12 @@ def compare(
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
+    sides |= {"provenance_a": info_a["provenance"], "provenance_b": info_b["provenance"]}
     how = {"level": LEVEL, "resamples": resamples, "seed": seed, "unit": "group"}
     return dict(clean({"schema": SCHEMA, **sides, **how, **counted, **figures}))
 
 
-def _side(folder: Path, part: Part) -> tuple[Scored, np.ndarray, list[str]]:
+def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray]:
     run = read_info(folder)
     try:
         scored = read(folder, run).part(part)
@@ -62,7 +64,7 @@ def _side(folder: Path, part: Part) -> tuple[Scored, np.ndarray, list[str]]:
         if str(folder) in str(error):
             raise
         raise InputError(f"{folder}: {PARTS[part]}: {error}") from error
-    return scored, np.array(run["thresholds"], float), list(run["classes"])
+    return run, scored, np.array(run["thresholds"], float)
 
 
 def _same_classes(run_a: Path, a: Sequence[str], run_b: Path, b: Sequence[str]) -> None:

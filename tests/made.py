@@ -48,6 +48,7 @@ def description(count: int, **changes: Any) -> dict[str, Any]:
         "kind": KIND,
         "schema": SCHEMA,
         "written_by": "cxr-fast test",
+        "provenance": "",
         "classes": [f"class {c}" for c in range(count)],
         "thresholds": np.linspace(0.3, 0.6, count).tolist(),
         "calibration": None,

@@ -193,6 +193,21 @@ def test_the_command_prints_what_the_file_holds(two: tuple[Path, Path], tmp_path
     assert "Not a medical device" in done.output or "not a medical device" in done.output
 
 
+def test_the_command_says_what_the_figures_are_worth(tmp_path: Path) -> None:
+    arrays = made.arrays(240, 4)
+    arrays["labels"][:, 1] = 0
+    arrays["labels"][np.flatnonzero(arrays["fold"] == -1)[:2], 1] = 1
+    arrays["labels"][:, 2] = -1
+    runs = made.write(tmp_path / "a", arrays, provenance="random backbone"), made.write(tmp_path / "b", arrays)
+    text = CliRunner().invoke(main, ["compare", *map(str, runs), "--resamples", "100"]).output
+    assert f"A: {runs[0]} (RANDOM BACKBONE)\nB: {runs[1]}\n" in text
+    assert "1 of 4 classes have no positive or no negative among these images and are left out." in text
+    assert "1 of 4 classes are in too few groups for an interval." in text
+    assert "about 0.1 of 2 AUC intervals are marked" in text
+    assert "class 2 (" not in text
+    assert "*" not in text.split("* the interval")[0], "nothing differs"
+
+
 def test_the_command_refuses_in_one_line(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["compare", str(two[0]), str(tmp_path)])
     assert done.exit_code == 2
