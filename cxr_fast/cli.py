@@ -526,9 +526,9 @@ def sweep(
     bar.done()
     from . import report
 
-    page = report.write(job.out)
     click.echo(describe_run(run))
-    click.echo(f"\nrun: {job.out}   report: {page}   took {duration(run['seconds'])}")
+    written = report.write(job.out)
+    click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
 
 
 def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
@@ -806,12 +806,40 @@ def latency(
 
 
 @main.command()
-@click.argument("run", type=PATH)
-def report(run: Path) -> None:
-    """Write RUN/report.html from the run's saved files."""
+@click.argument("runs", metavar="RUN...", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="The comparison of several runs.  [default: FIRST_RUN/comparison.html]")
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "max"]),
+    default="mean",
+    show_default=True,
+    help="How the views of a study become one probability a class.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+def report(runs: tuple[Path, ...], out: Path | None, pool: Any, resamples: int, seed: int) -> None:
+    """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
+
+    Exit 1 where a saved file is missing or damaged: the page then says what it lacks.
+    """
+    if out is not None and len(runs) < 2:
+        raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
+    if len(runs) > 1 and resamples < 1:
+        raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
     from . import report as reports
 
-    click.echo(reports.write(run))
+    pages = reports.write_all(runs, out, resamples=resamples, seed=seed, pool=pool)
+    for written in pages:
+        click.echo(written.page)
+        for line in written.missing if not written.whole else ():
+            click.echo(f"  missing: {line}", err=True)
+    sys.exit(0 if all(written.whole for written in pages) else 1)
 
 
 @main.command()

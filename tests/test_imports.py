@@ -18,14 +18,17 @@ from cxr_fast.cli import main
 PACKAGE = Path(cxr_fast.__file__).parent
 FLOORS = {
     0: ("__init__", "errors"),
-    1: ("config", "labels", "tables", "dicom", "anatomy", "lock"),
+    1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat"),
     2: ("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
-    3: ("cpu", "datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
-    4: ("tail", "reuse"),
-    5: ("encode", "train", "runs", "selection", "tails"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation"),
-    7: ("search", "export", "bench", "info", "report", "compare"),
-    8: ("finals", "record"),
+    3: (
+        *("datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
+        *("cpu", "material"),
+    ),
+    4: ("tail", "reuse", "outcome", "making", "card"),
+    5: ("encode", "train", "runs", "selection", "tails", "page"),
+    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus"),
+    7: ("search", "export", "bench", "info", "compare"),
+    8: ("finals", "record", "report"),
     9: ("sweep",),
     10: ("cli",),
 }

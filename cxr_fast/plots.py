@@ -1,0 +1,259 @@
+"""Every picture of a report as PNG bytes, from the dicts the page shows and nothing else."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+INK, ACCENT, GREY, FAINT = "#1b2a3a", "#1d5c8f", "#6b7884", "#c9d2da"
+# Okabe and Ito: told apart by colour-blind readers too, and by lightness in a grey print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DPI = 160
+# Inches. One column of a phone: what is drawn no wider stays readable there.
+NARROW = 4.4
+LARGEST = 6
+
+Row = dict[str, Any]
+
+
+def all_plots(run: Row, history: Sequence[Row], evaluation: Row | None) -> dict[str, bytes]:
+    """The pictures of a run by file name; those whose data is missing are left out."""
+    plots: dict[str, Callable[[], bytes]] = {"epoch_search_plot.png": lambda: epoch_search(run)}
+    if history:
+        plots["training_plot.png"] = lambda: training(history)
+    if evaluation is not None:
+        known, curves = evaluation, evaluation["curves"]
+        if any(row["auc"]["value"] is not None for row in known["per_class"]):
+            plots["evaluation_plot.png"] = lambda: class_intervals(known["per_class"], "auc", "AUC")
+            plots["precision_plot.png"] = lambda: class_intervals(known["per_class"], "ap", "average precision")
+        if known["confusion"]:
+            plots["confusion_matrices.png"] = lambda: confusion(largest(known))
+        if curves:
+            plots["roc_curves.png"] = lambda: curve_plot(known, "roc")
+            plots["pr_curves.png"] = lambda: curve_plot(known, "pr")
+        if known["reliability"]:
+            plots["reliability_diagram.png"] = lambda: reliability(known["reliability"])
+        if len(known["cooccurrence"]["classes"]) > 1:
+            plots["cooccurrence_plot.png"] = lambda: cooccurrence(known["cooccurrence"])
+    return {name: draw() for name, draw in plots.items()}
+
+
+def largest(evaluation: Row) -> list[Row]:
+    """The confusion counts of the classes with most positives, most first."""
+    order = sorted(evaluation["confusion"], key=lambda row: -(row["tp"] + row["fn"]))
+    return order[:LARGEST]
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **named: Any) -> tuple[Any, Any]:
+    """A figure without a window or global state, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots(rows, columns, **named)
+    for each in np.atleast_1d(axes).flat:
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=8)
+        each.xaxis.label.set_size(9)
+        each.yaxis.label.set_size(9)
+    return made, axes
+
+
+def png(made: Any) -> bytes:
+    """The figure's bytes; a script the font lacks is drawn as boxes without a word on the terminal."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        made.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def label(name: str, length: int = 26) -> str:
+    """A class name as matplotlib shows it: short enough to leave room, and never a formula."""
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def epoch_search(run: Row) -> bytes:
+    """Validation macro AUC against the epoch budget: each fold, and their mean with its spread."""
+    made, axes = figure(NARROW, 3.2)
+    epochs = [b["epochs"] for b in run["budgets"]]
+    for fold in run["folds"]:
+        scores = _floats(fold[f"auc_{e}"] for e in epochs)
+        axes.plot(epochs, scores, color=ACCENT if fold["best"] else GREY, lw=0.9, marker=".", alpha=0.8)
+    means, spread = (_floats(b[key] for b in run["budgets"]) for key in ("mean_auc", "std_auc"))
+    axes.errorbar(epochs, means, spread, color=INK, lw=2, marker="o", ms=4, capsize=3, label="mean ± std of folds")
+    for budget in (b for b in run["budgets"] if b["chosen"]):
+        axes.plot(budget["epochs"], budget["mean_auc"], "o", ms=12, mfc="none", mec=COLOURS[1], mew=1.6, label="chosen")
+    axes.plot([], [], color=ACCENT, marker=".", lw=0.9, label="best fold")
+    axes.plot([], [], color=GREY, marker=".", lw=0.9, label="other folds")
+    axes.set(xlabel="epochs", ylabel="validation macro AUC", xticks=epochs)
+    _legend_below(made, axes)
+    return png(made)
+
+
+def training(history: Sequence[Row]) -> bytes:
+    """Training loss and validation macro AUC of each fold, epoch by epoch."""
+    made, (above, below) = figure(NARROW, 4.2, 2, 1, sharex=True)
+    for k, colour in zip(sorted({row["fold"] for row in history}), COLOURS * 20, strict=False):
+        lines = [row for row in history if row["fold"] == k]
+        epochs = [row["epoch"] for row in lines]
+        above.plot(epochs, _floats(row["train_loss"] for row in lines), lw=1.1, color=colour)
+        marker = "." if len(epochs) < 12 else ""
+        scores = _floats(row["valid_auc"] for row in lines)
+        below.plot(epochs, scores, lw=1.1, marker=marker, color=colour, label=f"fold {k + 1}")
+    above.set_ylabel("training loss")
+    below.set(xlabel="epoch", ylabel="validation macro AUC")
+    _legend_below(made, below, columns=5)
+    return png(made)
+
+
+def class_intervals(rows: Sequence[Row], key: str, name: str) -> bytes:
+    """One line a class, best above: the figure as a dot, its interval as a bar, chance where it is known."""
+    known = sorted((row for row in rows if row[key]["value"] is not None), key=lambda row: row[key]["value"])
+    made, axes = figure(NARROW, 0.9 + 0.19 * max(len(known), 2))
+    places = np.arange(len(known))
+    values = [row[key]["value"] for row in known]
+    ends = [[row[key]["low"], row[key]["high"]] for row in known]
+    for place, (low, high) in zip(places, ends, strict=True):
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=ACCENT, lw=2.2, alpha=0.45, solid_capstyle="butt")
+    axes.plot(values, places, "o", ms=4, color=ACCENT, label=f"{name}, 95 % interval")
+    if key == "ap":
+        chance = _floats(row["prevalence"] for row in known)
+        axes.plot(chance, places, "|", ms=7, mew=1.6, color=COLOURS[1], label="prevalence (chance)")
+        _legend_below(made, axes)
+    else:
+        axes.axvline(0.5, color=GREY, lw=1, ls=":")
+    axes.set_yticks(places, [f"{label(row['class'])} ({row['positives']:,})" for row in known])
+    axes.set(xlabel=name, xlim=(-0.02, 1.02), ylim=(-0.7, len(known) - 0.3))
+    axes.grid(axis="x", color=FAINT, lw=0.5)
+    axes.set_axisbelow(True)
+    return png(made)
+
+
+def confusion(rows: Sequence[Row]) -> bytes:
+    """Two by two counts of the largest classes, shaded by the share of the true row."""
+    lines = -(-len(rows) // 2)
+    made, axes = figure(NARROW, 2.15 * lines, lines, 2, squeeze=False)
+    for place, row in zip(axes.flat, rows, strict=False):
+        counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]], float)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        place.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), value in np.ndenumerate(counts):
+            colour = "white" if share[i, j] > 0.48 else INK
+            words = f"{value:,.0f}\n{100 * share[i, j]:.0f} %"
+            place.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
+        place.set_title(label(row["class"]), fontsize=9)
+        place.set_xticks([0, 1], ["called no", "called yes"])
+        place.set_yticks([0, 1], ["is no", "is yes"], rotation=90, va="center")
+        place.spines[:].set_visible(False)
+        place.tick_params(length=0, labelsize=8)
+    for place in axes.flat[len(rows) :]:
+        place.set_visible(False)
+    return png(made)
+
+
+def curve_plot(evaluation: Row, kind: str) -> bytes:
+    """ROC or precision against recall: all labels pooled in black, the largest classes in colour, others in grey."""
+    made, axes = figure(NARROW, 4.9)
+    named = [row["class"] for row in largest(evaluation)]
+    figures = {row["class"]: row["auc" if kind == "roc" else "ap"]["value"] for row in evaluation["per_class"]}
+    for name, curve in evaluation["curves"].items():
+        if name != "micro" and name not in named and curve.get(kind):
+            axes.plot(*np.array(curve[kind], float).T, color=FAINT, lw=0.7)
+    for name, colour in zip(named, COLOURS, strict=False):
+        points = evaluation["curves"].get(name, {}).get(kind)
+        if points:
+            said = f"{label(name)} {_short(figures.get(name))}"
+            axes.plot(*np.array(points, float).T, color=colour, lw=1.4, label=said)
+    if pooled := evaluation["curves"].get("micro", {}).get(kind):
+        axes.plot(*np.array(pooled, float).T, color=INK, lw=2, ls="--", label="all labels pooled (micro)")
+    if kind == "roc":
+        axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=":")
+        axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+    else:
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    _legend_below(made, axes)
+    return png(made)
+
+
+def reliability(table: Row) -> bytes:
+    """Observed frequency against predicted probability, and how many predictions each bin holds."""
+    made, (above, below) = figure(NARROW, 4.9, 2, 1, sharex=True, height_ratios=[3, 1])
+    edges, count = np.array(table["edges"]), np.array(table["count"], float)
+    confidence, frequency = (np.array(_floats(table[key])) for key in ("confidence", "frequency"))
+    filled = count > 0
+    above.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=":", label="perfect calibration")
+    above.plot(confidence[filled], frequency[filled], color=ACCENT, lw=1.2, marker="o", ms=4, label="all labels pooled")
+    above.set(ylabel="observed frequency", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    above.legend(frameon=False, fontsize=8, loc="upper left")
+    below.bar(edges[:-1], np.maximum(count, 0.5), np.diff(edges), align="edge", color=ACCENT, alpha=0.6, ec="white")
+    below.set(yscale="log", ylim=(0.5, max(count.max(), 1) * 3), xlabel="predicted probability", ylabel="labels")
+    return png(made)
+
+
+def cooccurrence(table: Row) -> bytes:
+    """Share of the images with one finding (row) that have another (column) as well."""
+    names, counts = table["classes"], np.array(table["counts"], float)
+    side = 1.9 + 0.155 * len(names)
+    made, axes = figure(side, side)
+    own = np.diag(counts)[:, None]
+    share = np.divide(counts, own, out=np.full_like(counts, np.nan), where=own > 0)
+    np.fill_diagonal(share, np.nan)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    size = 7 if len(names) > 12 else 8
+    axes.set_xticks(range(len(names)), [label(name, 22) for name in names], rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), [label(name, 22) for name in names], fontsize=size)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="… also have this one", ylabel="of the images with this finding …")
+    bar = made.colorbar(image, ax=axes, shrink=0.5, aspect=25, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    return png(made)
+
+
+def differences(rows: Sequence[Row], names: Sequence[str]) -> bytes:
+    """One line a class, largest gain above: the AUC of the second run minus that of the first, with its interval."""
+    known = [row for row in rows if row["auc"]["difference"] is not None]
+    known.sort(key=lambda row: row["auc"]["difference"])
+    made, axes = figure(NARROW, 0.9 + 0.19 * max(len(known), 2))
+    for place, found in enumerate(row["auc"] for row in known):
+        low, high = found["low"], found["high"]
+        colour = COLOURS[1] if excludes_zero(found) else ACCENT
+        if low is not None:
+            axes.plot([low, high], [place, place], color=colour, lw=2.2, alpha=0.45, solid_capstyle="butt")
+        axes.plot(found["difference"], place, "o", ms=4, color=colour)
+    axes.axvline(0, color=INK, lw=1)
+    axes.set_yticks(range(len(known)), [f"{label(row['class'])} ({row['positives']:,})" for row in known])
+    axes.set(xlabel=f"AUC: {label(names[1], 18)} minus {label(names[0], 18)}", ylim=(-0.7, len(known) - 0.3))
+    axes.grid(axis="x", color=FAINT, lw=0.5)
+    axes.set_axisbelow(True)
+    return png(made)
+
+
+def excludes_zero(found: Row) -> bool:
+    """Whether the interval of a difference lies on one side of zero."""
+    return found["low"] is not None and (found["low"] > 0 or found["high"] < 0)
+
+
+def _floats(values: Any) -> list[float]:
+    return [float("nan") if value is None else float(value) for value in values]
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _legend_below(made: Any, axes: Any, columns: int = 2) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        made.legend(
+            handles, names, loc="outside lower center", ncols=min(columns, len(names)), frameon=False, fontsize=8
+        )
