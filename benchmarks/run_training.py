@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -195,18 +194,24 @@ def heads(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def peak() -> int:
+    """The process's largest resident size so far, in bytes; getrusage's outlives exec and would show the parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+
+
 def memory_child(weights: str) -> None:
     """Train a few steps of a fold and print the peak of resident memory, in bytes, on the way."""
-    peaks = {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peaks = {"imports": peak()}
     tower = backbone.load(weights)
-    peaks["tower loaded"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks["tower loaded"] = peak()
     tokens, width, _ = tower.shape
     array = np.random.default_rng(0).standard_normal((64, 1, tokens, width)).astype(np.float16)
     rows = np.arange(64)
     fold = Fold(tower.visual, Activations(array, CPU), labels(64), rows, rows, TrainSpec(), unfreeze_blocks=2, seed=0)
     fold.run_epoch()
     fold.state()
-    peaks["an epoch and a saved state"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks["an epoch and a saved state"] = peak()
     print(json.dumps(peaks | {"activations": array.nbytes}))
 
 
