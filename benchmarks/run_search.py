@@ -11,7 +11,8 @@ FLOPs a sample, counting a multiply-add as two; T tokens, D width, M MLP width, 
     full block              2 T (4 D^2 + 2 D M) + 4 T^2 D       qkv and projection, MLP; scores and their sum
     class-token-only block  8 D^2 + 4 D M + 4 H T D             one query, H heads: no token's key or value is made
     projection, head        2 D E; 2 (512 E + 512 256 + 256 C)
-    backward                twice forward; once for the projection, which is frozen
+    backward                twice forward; once for the projection, which is frozen; and 6 T D^2 less: the first block's
+                            queries, keys and values send no gradient on to its input
     validation              forward alone
 """
 
@@ -120,7 +121,8 @@ def flops(tail: Tail, tokens: int) -> tuple[float, float]:
     widths = [tail.head[0].in_features, *HEAD_WIDTHS, CLASSES]
     head = 2 * sum(a * b for a, b in itertools.pairwise(widths))
     projection = 2 * width * widths[0]
-    return 3 * (blocks + head) + 2 * projection, blocks + head + projection
+    no_gradient = 6 * tokens * width**2 if len(tail.blocks) > 1 or tail.pool != "token" else 0
+    return 3 * (blocks + head) + 2 * projection - no_gradient, blocks + head + projection
 
 
 def peak_memory(device: torch.device) -> int:
