@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def python_s_own_interrupt() -> Iterator[None]:
+    """A shell starts what runs behind `&` with SIGINT ignored; the test is of what Python does with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_s_own_interrupt")
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with graceful() as stopped:
