@@ -1,6 +1,6 @@
 """The head alone, on a CPU: a step written out by hand, folds side by side on the cores.
 
-With nothing unfrozen a step is 30 MFLOP in some forty small operations, and autograd takes as long as the arithmetic.
+With nothing unfrozen a step is 30 MFLOP in some forty small operations, so that what calls them costs time too.
 Here the gradient is written out, all parameters lie in one array, and the steps run in TorchScript where torch has
 it, which holds no interpreter lock: two folds train on two cores. `Fold` is the slow twin it is tested against.
 """

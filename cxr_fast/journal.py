@@ -86,7 +86,7 @@ class Journal:
         """Have the fold's state written soon. Raises InputError when an earlier write failed."""
         self._raise()
         if fold.device.type == "cuda" and self._waiting:
-            return  # five folds' states are 0.9 GB and a GPU's epoch is under a second: no disk takes each
+            return  # five folds' states are 0.9 GB an epoch, and an epoch there should be short: no disk takes each
         state = fold.state()
         with self._changed:
             self._waiting[key] = state

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, calibrate
+from . import __version__
 from .config import digest
 from .errors import InputError, SchemaError
 
@@ -68,10 +68,6 @@ class Run:
         """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated."""
         each = [member.logits(pixels).sigmoid().numpy() for member in self.members]
         return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
-
-    def probabilities(self, pixels: torch.Tensor) -> np.ndarray:
-        """What the model answers: `raw_probabilities`, calibrated where the run is."""
-        return calibrate.apply(self.info["calibration"], self.raw_probabilities(pixels))
 
 
 def read_info(folder: Path) -> dict[str, Any]:

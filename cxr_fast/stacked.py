@@ -1,7 +1,8 @@
 """Folds trained together: stacked weights, one step for all, captured as a CUDA graph.
 
-A fold's step at batch 16 is some 400 kernels of a few microseconds each, most of them waiting for Python. Here every
-weight carries a leading axis of K folds, so that all folds share those kernels, and a graph launches them at once.
+A fold's step at batch 16 is hundreds of small kernels, which Python would launch one by one (not measured on a GPU).
+Here every weight carries a leading axis of K folds, so that all folds share those kernels, and a graph launches them
+at once.
 `Fold` is the slow twin this is tested against.
 """
 
