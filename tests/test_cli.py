@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_fast import __version__, cli, predict, store, timing
+from cxr_fast import __version__, predict, shell, store, timing, train_commands
 from cxr_fast.cli import main
 
 GPU = predict._gpu_present()
@@ -601,20 +601,20 @@ def test_every_command_shows_its_help() -> None:
 @pytest.mark.parametrize(
     ("function", "value", "expected"),
     [
-        (cli.duration, 0.4, "0 s"),
-        (cli.duration, 59.4, "59 s"),
-        (cli.duration, 59.6, "1 min 00 s"),
-        (cli.duration, 190, "3 min 10 s"),
-        (cli.duration, 3599.6, "1 h 00 min"),
-        (cli.duration, 7500, "2 h 05 min"),
-        (cli.gigabytes, 4.52e9, "4.5 GB"),
-        (cli.gigabytes, 83e6, "83 MB"),
-        (cli.gigabytes, 2.1e5, "210 kB"),
-        (cli.number, None, "-"),
-        (cli.number, 0.123456, "0.1235"),
-        (cli.parse_epochs, "30, 50", (30, 50)),
-        (cli.column_name, "fold_0", "fold 1"),
-        (cli.column_name, "holdout", "holdout"),
+        (shell.duration, 0.4, "0 s"),
+        (shell.duration, 59.4, "59 s"),
+        (shell.duration, 59.6, "1 min 00 s"),
+        (shell.duration, 190, "3 min 10 s"),
+        (shell.duration, 3599.6, "1 h 00 min"),
+        (shell.duration, 7500, "2 h 05 min"),
+        (shell.gigabytes, 4.52e9, "4.5 GB"),
+        (shell.gigabytes, 83e6, "83 MB"),
+        (shell.gigabytes, 2.1e5, "210 kB"),
+        (shell.number, None, "-"),
+        (shell.number, 0.123456, "0.1235"),
+        (train_commands.parse_epochs, "30, 50", (30, 50)),
+        (train_commands.column_name, "fold_0", "fold 1"),
+        (train_commands.column_name, "holdout", "holdout"),
     ],
 )
 def test_numbers_for_people(function: Callable[[object], object], value: object, expected: object) -> None:
@@ -622,7 +622,7 @@ def test_numbers_for_people(function: Callable[[object], object], value: object,
 
 
 def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = cli.Progress(every=1000)
+    bar = shell.Progress(every=1000)
     bar.show(1, 10, "one")
     assert capsys.readouterr().err == ""
     bar.show(5, 10, "half", force=True)
@@ -640,7 +640,7 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_time_left_is_of_this_run(
     capsys: pytest.CaptureFixture[str], done: int, before: int, seconds: float, left: str
 ) -> None:
-    cli.Progress().show(done, 100, "some", before=before, seconds=seconds, force=True)
+    shell.Progress().show(done, 100, "some", before=before, seconds=seconds, force=True)
     assert capsys.readouterr().err == f"{done:5.1f} %  some{', ' * bool(left)}{left}\n"
 
 
@@ -671,7 +671,7 @@ def test_predictions_never_overwrite_the_model(pantry: Path, toy_model: Path) ->
     ("name", "expected"), [("iu", "iu"), ("a/b", "a-b"), ("../x", "--x"), (".hidden", "-hidden"), ("", "dataset")]
 )
 def test_a_datasets_name_is_one_file_name(name: str, expected: str) -> None:
-    assert cli.file_name(name) == expected
+    assert shell.file_name(name) == expected
 
 
 def test_a_trial_run_never_costs_a_finished_cache(phantoms: Path, here: Path) -> None:

@@ -22,7 +22,7 @@ FLOORS = {
     2: ("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
     3: (
         *("datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material"),
+        *("cpu", "material", "shell"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card"),
     5: ("encode", "train", "runs", "selection", "tails", "page"),
@@ -30,7 +30,8 @@ FLOORS = {
     7: ("search", "export", "bench", "info", "compare"),
     8: ("finals", "record", "report"),
     9: ("sweep",),
-    10: ("cli",),
+    10: ("data_commands", "train_commands", "model_commands"),
+    11: ("cli",),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 HEAVY = ("torch", "open_clip", "timm", "h5py", "pandas", "sklearn", "onnx", "matplotlib", "transformers")

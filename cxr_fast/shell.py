@@ -1,0 +1,180 @@
+"""What every command shares: options, tables, the progress line, and errors as one or two lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .config import choices, default, reference_value
+from .errors import CxrFastError
+
+PATH = click.Path(path_type=Path)
+
+NOTICE = "Research use only: not a medical device, not for diagnosis."
+
+
+class Group(click.Group):
+    """A plain group that turns this package's errors into one or two lines and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half-written files are cleaned up
+        try:
+            return super().invoke(ctx)
+        except CxrFastError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+                raise
+            usage = error.ctx.command_path if error.ctx else "cxrfast"
+            click.echo(f"error: {error.format_message()}\n`{usage} --help` lists what it takes.", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; no unfinished file has a final name, run the same command again", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+def setting(cls: type, name: str, help: str, flag: str | None = None, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option whose name, choices and default come from a field of a config dataclass."""
+    value = default(cls, name)
+    try:
+        kind: Any = click.Choice(choices(cls, name)) if choices(cls, name) and isinstance(value, str) else None
+    except TypeError:
+        kind = None
+    if isinstance(value, tuple):
+        value, kind = ",".join(map(str, value)), str
+    if isinstance(value, bool):
+        flag = flag or f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
+    kind = kwargs.pop("type", kind)
+    flag = flag or "--" + name.replace("_", "-")
+    return click.option(flag, name, default=value, show_default=value is not None, type=kind, help=help, **kwargs)
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
+)
+
+recipe_option = click.option(
+    "--recipe",
+    type=click.Choice(["default", "reference"]),
+    default="default",
+    show_default=True,
+    help="reference: the published choices where our defaults differ.",
+)
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+source_argument = click.argument("source", type=PATH)
+
+images_option = click.option("--images", type=PATH, help="Folder to look for the images in, where it is not SOURCE.")
+
+skip_option = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not there.")
+
+unindexed_option = click.option(
+    "--unindexed",
+    type=click.Choice(["normal", "unknown"]),
+    default="normal",
+    show_default=True,
+    help='How Indiana studies headed "No Indexing" count; the published labels say normal.',
+)
+
+
+def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
+    """A flag's value; where it was not given, the recipe's."""
+    from click.core import ParameterSource
+
+    given = ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    return ctx.params[name] if given or recipe == "default" else reference_value(cls, name)
+
+
+def table(head: list[str], rows: list[list[str]], *, mark: int | None = None) -> str:
+    """Columns aligned, first left, the others right; `mark` puts an arrow behind one row."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+    body = [line(row) + ("  <- chosen" if i == mark else "") for i, row in enumerate(rows)]
+    return "\n".join([line(head), "  ".join("-" * w for w in widths), *body])
+
+
+class Progress:
+    """One line that updates on a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self, every: float = 20.0) -> None:
+        self.live = sys.stderr.isatty()
+        self.every = 0.1 if self.live else every
+        self.began = self.last = time.monotonic()
+
+    def show(
+        self,
+        done: float,
+        total: float,
+        text: str,
+        *,
+        before: float = 0,
+        seconds: float | None = None,
+        force: bool = False,
+    ) -> None:
+        """`done` of `total` in any unit, `before` of them by an earlier run.
+
+        The time left follows from what this run did, in `seconds` or since the line began.
+        """
+        now = time.monotonic()
+        if now - self.last < self.every and not force:
+            return
+        self.last = now
+        took = now - self.began if seconds is None else seconds
+        left = f", {duration(took / (done - before) * (total - done))} left" if done > before else ""
+        line = f"{100 * done / total:5.1f} %  {text}{left}"
+        click.echo(f"\r{line:<100}" if self.live else line, err=True, nl=not self.live)
+
+    def done(self) -> None:
+        """Leave the line."""
+        if self.live:
+            click.echo("\r" + " " * 100 + "\r", err=True, nl=False)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 10 s`, `2 h 05 min`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def gigabytes(count: float) -> str:
+    """`4.5 GB`, `83 MB`, `210 kB`."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def number(value: Any) -> str:
+    """Four decimals, or `-` where a figure is undefined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def file_name(name: str) -> str:
+    """A dataset's name as part of a path: separators and what hides a file become a dash."""
+    return re.sub(r"[/\\\0]+|^\.+", "-", name).strip() or "dataset"
+
+
+def echo_notes(notes: Iterable[str]) -> None:
+    """What a user should know of the data and nothing went wrong with."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
