@@ -24,9 +24,10 @@ from .calibrate import EDGE
 from .config import PreprocessSpec, from_dict
 from .encode import normalise
 from .errors import ImageError, InputError, ParityError
-from .predict import PREFIX, SCHEMA, Predictor
-from .preprocess import load
+from .predict import PREFIX, SCHEMA, Predictor, golden_pixels, labels_sha256
+from .preprocess import load, self_check
 from .runs import Member, Run, read_run
+from .timing import machine
 
 OPSET = 20
 IR_VERSION = 10
@@ -330,7 +331,8 @@ def export(
                 f"{path.name} was not kept: ONNX Runtime and torch differ by {parity.largest:.2e} in probability "
                 f"(limit {LIMIT:g}) on {parity.images} images; please report this with the run folder."
             )
-        info = metadata(run, model) | {"parity": _parity_json(parity), "golden": golden(run)}
+        pair = golden(run, Predictor(scratch, device="cpu"))
+        info = metadata(run, model) | {"parity": _parity_json(parity), "golden": pair}
         _save(model, info, scratch)
         os.replace(scratch, path)
     except OSError as error:
@@ -404,20 +406,17 @@ def torch_probabilities(run: Run, pixels: np.ndarray, *, batch: int = 8) -> np.n
     return np.concatenate(out)
 
 
-def golden_pixels(size: int) -> np.ndarray:
-    """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
-    i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
-    return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
-
-
-def golden(run: Run) -> dict[str, Any]:
-    """Recipe of an input and torch's float32 answer to it, so that any machine can check the file."""
-    raw = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
-    expected = calibrate.apply(run.info["calibration"], raw)[0]
+def golden(run: Run, predictor: Predictor) -> dict[str, Any]:
+    """Recipe of an input, torch's float32 answer, and this file's own answer here: what another machine must repeat."""
+    pixels = golden_pixels(run.info["preprocess"]["size"])
+    expected = calibrate.apply(run.info["calibration"], torch_probabilities(run, pixels))[0]
     return {
         "recipe": "pixels[0, i, j] = (7*i + 13*j + i*j//16) % 256",
         "probabilities": [float(p) for p in expected],
+        "expected": [float(p) for p in predictor.run(pixels)[0]],
         "tolerance": 1e-4,
+        "provider": predictor.provider,
+        "cpu": machine()["cpu"],
     }
 
 
@@ -434,11 +433,13 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
         "written_by": f"cxr-fast {__version__}",
         "variant": "fp32",
         "labels": info["classes"],
+        "labels_sha256": labels_sha256(info["classes"]),
         "thresholds": info["thresholds"],
         "threshold_source": info["threshold_source"],
         "calibration": info["calibration"],
         "final": info["final"],
         "preprocess": info["preprocess"],
+        "pixel_check": self_check(),
         "dicom_policy": info["preprocess"]["dicom_policy"],
         "mean": info["mean"],
         "std": info["std"],

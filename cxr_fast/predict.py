@@ -24,7 +24,7 @@ from .config import PreprocessSpec, from_dict
 from .errors import DeviceError, ImageError, InputError, SchemaError
 from .preprocess import IMAGE_SUFFIXES, array_pixels, load
 
-SCHEMA = 1
+SCHEMA = 2
 BATCH = 8
 PREFIX = "cxr."
 
@@ -148,6 +148,17 @@ def read_metadata(session: onnxruntime.InferenceSession, path: Path) -> dict[str
     if missing := [name for name in ("labels", "thresholds", "preprocess") if name not in info]:
         raise InputError(f"{path}: damaged metadata (no {', '.join(missing)}).")
     return info
+
+
+def labels_sha256(labels: Sequence[str]) -> str:
+    """sha256 (hex) of the class names, in order, a line each."""
+    return hashlib.sha256("\n".join(labels).encode()).hexdigest()
+
+
+def golden_pixels(size: int) -> np.ndarray:
+    """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
+    i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
 
 
 def expand(inputs: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -18,10 +19,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cxr_fast import backbone, calibrate, export
+from cxr_fast import backbone, calibrate, export, predict
 from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.predict import Predictor
+from cxr_fast.preprocess import self_check
 from cxr_fast.runs import Member, Run, read_run
 from cxr_fast.sweep import Sweep
 from cxr_fast.tail import Head
@@ -170,7 +172,10 @@ def test_the_metadata_is_json_and_complete(run: Run, model: Path) -> None:
         *("schema", "written_by", "variant", "labels", "thresholds", "threshold_source", "calibration", "preprocess"),
         *("dicom_policy", "mean", "std", "weights", "provenance", "backbone", "tower_sha256", "model_sha256"),
         *("trainable", "cache_fingerprint", "data", "nodes", "toolchain", "intended_use", "parity", "golden"),
+        *("labels_sha256", "pixel_check"),
     }
+    assert found["labels_sha256"] == hashlib.sha256("\n".join(run.info["classes"]).encode()).hexdigest()
+    assert found["pixel_check"] == self_check()
     assert found["labels"] == run.info["classes"]
     assert found["thresholds"] == run.info["thresholds"]
     assert found["preprocess"] == {"size": SIZE, "resize": "squash", "dicom_policy": "voi"}
@@ -197,9 +202,11 @@ def test_the_golden_pair_is_reproduced(run: Run, model: Path) -> None:
     code = compile(recipe.strip(), "recipe", "eval")
     pixels = [[eval(code, {"__builtins__": {}}, {"i": i, "j": j}) for j in range(SIZE)] for i in range(SIZE)]
     image = np.array(pixels, np.uint8)[None]
-    np.testing.assert_array_equal(image, export.golden_pixels(SIZE))
+    np.testing.assert_array_equal(image, predict.golden_pixels(SIZE))
     (found,) = session(model).run(["probabilities"], {"pixels": image})
     np.testing.assert_allclose(found[0], pair["probabilities"], atol=pair["tolerance"], rtol=0)
+    np.testing.assert_allclose(found[0], pair["expected"], atol=1e-6, rtol=0)
+    assert pair["provider"] == "CPUExecutionProvider"
     # Another image gives another answer, by more than the tolerance.
     (other,) = session(model).run(["probabilities"], {"pixels": image[:, ::-1].copy()})
     assert np.abs(other[0] - pair["probabilities"]).max() > 3 * pair["tolerance"]

@@ -238,7 +238,7 @@ def put(key: str, value: str | None) -> Callable[[onnx.ModelProto], None]:
 @pytest.mark.parametrize(
     ("key", "value", "error", "match"),
     [
-        ("cxr.schema", "2", SchemaError, r"schema 2 \(written by cxr-fast .*Export the run again"),
+        ("cxr.schema", "3", SchemaError, r"schema 3 \(written by cxr-fast .*Export the run again"),
         ("cxr.schema", None, InputError, "not one `cxrfast export` wrote"),
         ("cxr.schema", "{", InputError, "damaged metadata"),
         ("cxr.labels", None, InputError, r"damaged metadata \(no labels\)"),
