@@ -2,33 +2,124 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .shell import PATH, Progress, device_option, gigabytes, images_option, threads_option
+from .shell import PATH, Progress, device_option, gigabytes, images_option, number, table, threads_option
 
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, help="The ONNX file.  [default: RUN/model.fp32.onnx]")
+@click.option("--out", type=PATH, help="A folder, or a file for one variant.  [default: RUN/model.VARIANT.onnx]")
+@click.option(
+    "--variants",
+    default="fp32,fp16,int8",
+    show_default=True,
+    help="fp32 for any machine, fp16 for CUDA, int8 for CPUs with VNNI or AMX.",
+)
+@click.option(
+    "--final",
+    type=click.Choice(["best-fold", "refit", "ensemble"]),
+    help="Another final model of the run.  [default: the one the sweep chose]",
+)
+@click.option("--embedding", is_flag=True, help="Also put out the L2-normalised embedding.")
+@click.option("--allow-drift", is_flag=True, help="Keep fp16 and int8 files over their limits.")
+@click.option(
+    "--check",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Cached images that each variant is checked on, hold-out first.",
+)
 @images_option
-def export(run: Path, out: Path | None, images: Path | None) -> None:
-    """Write one self-describing ONNX file, kept only when ONNX Runtime and torch agree on real cached images."""
+def export(
+    run: Path,
+    out: Path | None,
+    variants: str,
+    final: str | None,
+    embedding: bool,
+    allow_drift: bool,
+    check: int,
+    images: Path | None,
+) -> None:
+    """Write self-describing ONNX files, each kept only when it agrees with torch on real cached images.
+
+    Exit 1 where a variant was over its limit and not kept.
+    """
     from . import export as exports
 
-    path, parity, info = exports.export(run, out=out, images=images)
-    each = ", ".join(f"batch {b}: {d:.1e}" for b, d in parity.by_batch.items())
-    click.echo(f"wrote {path} ({gigabytes(path.stat().st_size)}), {len(info['labels'])} classes")
-    click.echo(
-        f"largest probability difference to torch on {parity.images} images: {parity.largest:.1e} "
-        f"(limit {exports.LIMIT:g}; {each})"
+    bar = Progress()
+    found = exports.export(
+        run,
+        out=out,
+        variants=[name.strip() for name in variants.split(",")],
+        final=final,
+        images=images,
+        embedding=embedding,
+        allow_drift=allow_drift,
+        count=check,
+        on_progress=lambda text, done, total: bar.show(done, total, text),
     )
-    if parity.cached is not None:
-        click.echo(f"largest difference to the sweep's own predictions from stored activations: {parity.cached:.1e}")
+    bar.done()
+    click.echo(describe_export(found))
+    sys.exit(0 if all(one.kept for one in found) else 1)
+
+
+def describe_export(found: list[Any]) -> str:
+    """What was kept and why not, one line a variant, and the classes that lose most."""
+    info, first, far = found[0].info, found[0].parity, found[0].drift
+    head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
+    rows = [
+        [
+            one.variant,
+            f"{one.drift.largest:.1e}",
+            f"{one.drift.p99:.1e}",
+            f"{one.drift.flips:.1f}",
+            number(finite(one.drift.macro_auc)),
+            signed(finite(-one.drift.macro_drop)),
+            gigabytes(one.size),
+            "-" if one.variant == "fp16" else f"{1000 * one.seconds:.1f}",
+        ]
+        for one in found
+    ]
+    lines = [
+        f"{info['final']['kind']} model, {len(info['labels'])} classes; against torch float32 on {far.images} images "
+        f"({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
+        table(head, rows),
+    ]
+    if any(one.variant == "fp16" for one in found):
+        lines.append("fp16 was computed on this CPU, as float32 between float16 values; `cxrfast verify` it on the GPU")
+    if first.cached is not None:
+        lines.append(f"largest difference to the sweep's own predictions from stored activations: {first.cached:.1e}")
+    lines += [worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
+    for one in found:
+        left = one.info["float_matrices"]
+        text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
+        lines.append(text + (f" ({len(left)} matrices left in float: {', '.join(left)})" if left and one.kept else ""))
     if info["provenance"]:
-        click.echo(f"note: {info['provenance'].upper()}")
+        lines.append(f"note: {info['provenance'].upper()}")
+    return "\n".join(lines)
+
+
+def worst_classes(one: Any, labels: list[str], most: int = 3) -> str:
+    """The classes whose AUC a variant lowers most."""
+    drops = [(drop, name) for drop, name in zip(one.drift.auc_drop, labels, strict=True) if drop is not None]
+    worst = ", ".join(f"{name} {signed(-drop)}" for drop, name in sorted(drops, reverse=True)[:most])
+    return f"{one.variant}: largest AUC losses {worst}"
+
+
+def finite(value: float) -> float | None:
+    """None for NaN."""
+    return value if math.isfinite(value) else None
+
+
+def signed(value: float | None) -> str:
+    """A change with its sign, `-` where it is undefined."""
+    return "-" if value is None else f"{value:+.4f}"
 
 
 @click.command()

@@ -53,6 +53,7 @@ class Run:
     folder: Path
     info: dict[str, Any]
     members: tuple[Member, ...]
+    chosen: str  # the kind of final model the sweep chose, by flag
 
     @property
     def visual(self) -> Any:
@@ -89,13 +90,15 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def read_run(folder: Path) -> Run:
-    """The run's description and its final model, the hash of each part checked."""
+def read_run(folder: Path, final: str | None = None) -> Run:
+    """The run's description and its final model, or the one of another kind, the hash of each part checked."""
     from safetensors import SafetensorError, safe_open
 
     from .backbone import weights_sha256
 
     info = read_info(folder)
+    chosen = info["final"]["kind"]
+    info = info if final in (None, chosen) else _other_final(info, str(final))
     path = folder / "model.safetensors"
     parts: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -112,7 +115,31 @@ def read_run(folder: Path) -> Run:
                 f"{path}: not the weights run.json was written with (hash of {part} differs); run the sweep again."
             )
     tower = parts.pop("tower")
-    return Run(folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()))
+    return Run(
+        folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()), chosen=chosen
+    )
+
+
+def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:
+    """run.json as if the sweep had been asked for another final model.
+
+    Thresholds and calibration stay, they are of the folds' own predictions; the hold-out figures are the kind's own.
+    """
+    folds = [f"fold{k}" for k in range(info["spec"]["folds"])]
+    members = {"best-fold": [f"fold{info['chosen']['fold']}"], "refit": ["refit"], "ensemble": folds}.get(kind)
+    if members is None:
+        raise InputError(f"--final: {kind!r} is not best-fold, refit or ensemble.")
+    if lacking := [name for name in members if name not in info["weights_sha256"]]:
+        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; run `cxrfast sweep --final {kind}` again.")
+    return info | {
+        "final": {
+            "kind": kind,
+            "members": members,
+            "rule": f"chosen when exporting; the sweep's was {info['final']['kind']}",
+        },
+        "model_sha256": model_sha256(info["weights_sha256"], members),
+        "metrics": info["metrics"] | {"holdout": (info["finals"] or {}).get(kind)},
+    }
 
 
 def _member(info: Mapping[str, Any], tower: Mapping[str, Any], tail: Mapping[str, Any]) -> Member:

@@ -136,4 +136,4 @@ def toy_model(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`toy_run` as an ONNX file; do not write into it."""
     from cxr_fast.export import export
 
-    return export(toy_run, out=tmp_path_factory.mktemp("toy") / "toy.onnx")[0]
+    return export(toy_run, out=tmp_path_factory.mktemp("toy") / "toy.onnx")[0].path

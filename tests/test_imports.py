@@ -22,11 +22,11 @@ FLOORS = {
     2: ("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
     3: (
         *("datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material", "shell"),
+        *("cpu", "material", "shell", "drift"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card"),
     5: ("encode", "train", "runs", "selection", "tails", "page"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus"),
+    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph"),
     7: ("search", "export", "bench", "info", "compare"),
     8: ("finals", "record", "report"),
     9: ("sweep",),
@@ -164,7 +164,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    entries = {"schema": 1, "labels": ["bright"], "thresholds": [0.5], "preprocess": {"size": 16}}
+    entries = {"schema": 2, "labels": ["bright"], "thresholds": [0.5], "preprocess": {"size": 16}}
     helper.set_model_props(proto, {f"cxr.{name}": json.dumps(value) for name, value in entries.items()})
     path = tmp_path_factory.mktemp("model") / "grey.onnx"
     onnx.save(proto, path)
