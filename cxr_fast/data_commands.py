@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -219,10 +220,78 @@ def cache(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images.")
 @device_option
 @threads_option
+@click.option("--json", "json_out", type=PATH, help="Write what was found of a model here.")
+@click.pass_context
 def verify(
-    file: Path, reencode: int, images: Path | None, weights: str | None, seed: int, device: str, threads: int | None
+    ctx: click.Context,
+    file: Path,
+    reencode: int,
+    images: Path | None,
+    weights: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
 ) -> None:
-    """Prove a cache: checksums, finite values, and random images encoded again; exit 1 names the bad rows."""
+    """Prove a cache, or that a model file answers on this machine as it did where it was exported.
+
+    FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, or a
+    folder whose model.*.onnx are each checked (bytes, label order, pixels, golden answer; exit 1 says what differs).
+    --reencode, --images, --weights and --seed are for a cache, --json is for a model.
+    """
+    model = _is_model(file)
+    foreign = ("json_out",) if not model else ("reencode", "images", "weights", "seed")
+    for name in foreign:
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            kind, other = ("a model", "a cache") if model else ("a cache", "a model")
+            raise InputError(f"--{name.removesuffix('_out')} is for {other}; {file} is {kind}.")
+    if model:
+        sys.exit(_verify_models(file, device, threads, json_out))
+    sys.exit(_verify_cache(file, reencode, images, weights, seed, device, threads))
+
+
+def _is_model(file: Path) -> bool:
+    """By content: a cache begins with HDF5's signature, a model with its IR version; the name decides for the rest."""
+    if file.is_dir():
+        return True
+    head = b""
+    with contextlib.suppress(OSError):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                head = opened.read(8)
+    if head == b"\x89HDF\r\n\x1a\n":
+        return False
+    return head[:1] == b"\x08" or ".h5" not in file.suffixes
+
+
+def _verify_models(file: Path, device: str, threads: int | None, json_out: Path | None) -> int:
+    from . import model_check
+
+    paths = model_check.models(file)
+    if json_out is not None and json_out.exists() and any(json_out.samefile(path) for path in paths if path.exists()):
+        raise InputError(f"--json: {json_out} is the model itself; give the name of a JSON file.")
+    found = model_check.verify_all(paths, device=device, threads=threads)
+    if len(found) == 1 and isinstance(found[0], model_check.Unjudged):
+        raise found[0].error
+    for item in found:
+        click.echo(model_check.describe(item))
+    if json_out is not None:
+        from .bench import write_json
+
+        write_json({"models": [model_check.to_json(item) for item in found]}, json_out)
+        click.echo(f"wrote {json_out}")
+    return model_check.exit_code(found)
+
+
+def _verify_cache(
+    file: Path,
+    reencode: int,
+    images: Path | None,
+    weights: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+) -> int:
     from . import verify as verifying
 
     cpu.prepare(threads)
@@ -239,7 +308,7 @@ def verify(
     if found.reencoded:
         text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {verifying.TOLERANCE:g})"
     click.echo(text)
-    sys.exit(echo_verdict(found, file))
+    return echo_verdict(found, file)
 
 
 def echo_verdict(found: Any, file: Path) -> int:

@@ -23,7 +23,7 @@ CONFIDENCE = 0.99
 # More samples than this are not a plan but a sign that the truth sits on the budget.
 MANY = 1_000_000
 NOISY = 0.10
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
 
 

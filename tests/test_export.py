@@ -22,6 +22,7 @@ from onnx import numpy_helper
 from cxr_fast import backbone, calibrate, export, graph, predict
 from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.errors import InputError, ParityError, SchemaError
+from cxr_fast.model_file import content_sha256
 from cxr_fast.preprocess import self_check
 from cxr_fast.runs import Member, Run, read_run
 from cxr_fast.sweep import Sweep
@@ -171,7 +172,7 @@ def test_the_metadata_is_json_and_complete(run: Run, model: Path) -> None:
         *("schema", "written_by", "variant", "labels", "thresholds", "threshold_source", "calibration", "preprocess"),
         *("dicom_policy", "mean", "std", "weights", "provenance", "backbone", "tower_sha256", "model_sha256"),
         *("trainable", "cache_fingerprint", "data", "nodes", "toolchain", "intended_use", "parity", "golden"),
-        *("labels_sha256", "pixel_check"),
+        *("labels_sha256", "pixel_check", "content_sha256"),
     }
     assert found["labels_sha256"] == hashlib.sha256("\n".join(run.info["classes"]).encode()).hexdigest()
     assert found["pixel_check"] == self_check()
@@ -216,6 +217,7 @@ def test_the_parity_found_is_in_the_file(toy_run: Path, tmp_path: Path) -> None:
     (one,) = export.export(toy_run, out=tmp_path / "m.onnx")
     path, parity, info = one.path, one.parity, one.info
     found = metadata(path)
+    assert found.pop("content_sha256") == content_sha256(path)
     assert found == json.loads(json.dumps(info))
     assert found["parity"]["max_probability_difference"] == parity.largest <= found["parity"]["limit"] == 1e-5
     assert found["parity"]["by_batch"].keys() == {"1", "2", "7", "64"}

@@ -13,20 +13,24 @@ from pathlib import Path
 import pytest
 
 import cxr_fast
+from cxr_fast import model_file
 from cxr_fast.cli import main
 
 PACKAGE = Path(cxr_fast.__file__).parent
 FLOORS = {
     0: ("__init__", "errors"),
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat"),
-    2: ("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
+    2: (
+        *("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
+        "model_file",
+    ),
     3: (
         *("datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
         *("cpu", "material", "shell", "drift"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card"),
     5: ("encode", "train", "runs", "selection", "tails", "page"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph"),
+    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check"),
     7: ("search", "export", "bench", "info", "compare"),
     8: ("finals", "record", "report"),
     9: ("sweep",),
@@ -143,7 +147,6 @@ def test_the_process_check_can_fail(module: str, brings: str) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model file of ours, written by hand: the probability of its one class is the mean grey level."""
-    import onnx
     from onnx import TensorProto, helper
 
     nodes = [
@@ -164,10 +167,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    entries = {"schema": 2, "labels": ["bright"], "thresholds": [0.5], "preprocess": {"size": 16}}
+    entries = {
+        "schema": model_file.SCHEMA,
+        "labels": ["bright"],
+        "labels_sha256": model_file.labels_sha256(["bright"]),
+        "thresholds": [0.5],
+        "preprocess": {"size": 16, "resize": "squash", "dicom_policy": "voi"},
+    }
     helper.set_model_props(proto, {f"cxr.{name}": json.dumps(value) for name, value in entries.items()})
     path = tmp_path_factory.mktemp("model") / "grey.onnx"
-    onnx.save(proto, path)
+    model_file.write(path, proto.SerializeToString())
     return path
 
 

@@ -77,7 +77,7 @@ def test_a_run(toy_run: Path, tmp_path: Path) -> None:
 
 def test_a_model(toy_model: Path, toy_run: Path) -> None:
     found, run = facts(toy_model), json.loads((toy_run / "run.json").read_text())
-    assert found["model"].startswith(f"{toy_model}, schema 1, cxr-fast ")
+    assert found["model"].startswith(f"{toy_model}, schema 2, cxr-fast ")
     assert found["labels"] == f"35: {', '.join(run['classes'])}"
     assert found["note"] == "PHANTOM IMAGES"
     assert found["variant"] == "fp32"

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cxr_fast import export, predict
 from cxr_fast.errors import DeviceError, ImageError, InputError, SchemaError
-from cxr_fast.predict import Predictor, Result, expand, read_metadata, write_csv
+from cxr_fast.predict import Predictor, Result, expand, write_csv
 from cxr_fast.preprocess import load
 from cxr_fast.runs import read_run
 
@@ -450,8 +450,5 @@ def test_results_say_whether_they_are_sound() -> None:
     assert not Result(path="a", reason="missing", message="a: no such file").ok
 
 
-def test_metadata_is_read_from_a_session(predictor: Predictor) -> None:
-    found = read_metadata(predictor.session, predictor.path)
-    assert tuple(found["labels"]) == predictor.labels
-    assert found == predictor.info
-    assert predictor.warning == "phantom images"
+def test_the_warning_is_the_files_own(predictor: Predictor) -> None:
+    assert predictor.warning == predictor.info["provenance"] == "phantom images"

@@ -1,0 +1,363 @@
+"""Over 700 broken model files: refused in a line, or the same answers; no traceback, crash, hang or wrong row."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fuzz_worker
+import numpy as np
+import onnx
+import pytest
+from model_edits import Edit, changed, put, weights
+from onnx import TensorProto, helper, numpy_helper
+
+from cxr_fast import model_file
+from cxr_fast.model_file import SEAL
+
+SECONDS = 120
+FLOAT = TensorProto.FLOAT
+
+
+def run(folder: Path) -> dict[str, dict[str, Any]]:
+    """What became of each file; a crash or a hang fails here, with the name of the file."""
+    command = [sys.executable, fuzz_worker.__file__, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        out, how = done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    except subprocess.TimeoutExpired as error:
+        out, how = (error.stdout or b"").decode(), f"more than {SECONDS} s"
+        done = None
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert done is not None, (how, lines[-1:])
+    assert done.returncode == 0, (how, lines[-1:])
+    return {line["name"]: line for line in lines if "name" in line}
+
+
+def judged(model: Path, folder: Path, made: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What became of each, none of it a traceback and every refusal a line; a PASS answers as the sound file does."""
+    found, sound = run(folder), np.array(fuzz_worker.answers(model))
+    assert set(found) == {path.name for path in made.values()}
+    for name, path in made.items():
+        print(name, found[path.name]["predict"].get("refused") or "rows", "|", found[path.name]["verify"])
+    for name, path in made.items():
+        line = found[path.name]
+        for command in ("predict", "verify"):
+            assert "traceback" not in line[command], (name, line[command])
+            message = line[command].get("refused", "")
+            assert message.count("\n") <= 1, (name, message)
+            assert len(message) < len(str(path)) + 300, (name, message)
+        rows = line["predict"].get("found")
+        if rows is not None:
+            assert np.shape(rows) == sound.shape, name
+            assert np.isfinite(rows).all(), name
+        if line["verify"].get("found") == "PASS":
+            np.testing.assert_allclose(rows, sound, atol=1e-4, err_msg=name)
+    return found
+
+
+def write_all(folder: Path, made: Iterator[tuple[str, bytes]]) -> dict[str, Path]:
+    paths = {}
+    for i, (name, data) in enumerate(made):
+        paths[f"{i} {name}"] = folder / f"{i:04}.onnx"
+        paths[f"{i} {name}"].write_bytes(data)
+    return paths
+
+
+# ------------------------------------------------------------------------------- damage, which nobody seals
+
+
+def flips(data: bytes, draw: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Half of them among the metadata at the end, where structure is; the rest anywhere, so in weights."""
+    for k in range(240):
+        broken = bytearray(data)
+        low = len(data) - 9000 if k % 2 else 0
+        for _ in range(draw.choice((1, 1, 1, 2, 40))):
+            broken[draw.randrange(low, len(data))] ^= 1 << draw.randrange(8)
+        yield "flip", bytes(broken)
+
+
+def cuts(data: bytes, draw: random.Random) -> Iterator[tuple[str, bytes]]:
+    for k in range(90):
+        at = draw.randrange(len(data)) if k % 3 else draw.randrange(len(data) - 9000, len(data))
+        tail = draw.choice((b"", bytes(len(data) - at), draw.randbytes(50), data[: 1 << 12]))
+        yield f"cut at {at} + {len(tail)}", data[:at] + tail
+    yield from [("empty", b""), ("one byte", data[:1]), ("zeros", bytes(5000)), ("noise", draw.randbytes(5000))]
+    yield from [("doubled", data + data), ("more", data + b"\0"), ("text", b"hello"), ("head", data[:40])]
+
+
+def swaps(data: bytes, draw: random.Random) -> Iterator[tuple[str, bytes]]:
+    for _ in range(90):
+        size = draw.choice((1, 4, 64, 4096))
+        a, b = sorted(draw.randrange(len(data) // size) * size for _ in range(2))
+        if a == b or data[a : a + size] == data[b : b + size]:
+            continue
+        broken = bytearray(data)
+        broken[a : a + size], broken[b : b + size] = data[b : b + size], data[a : a + size]
+        yield f"swap {size} at {a} and {b}", bytes(broken)
+
+
+@pytest.mark.parametrize("damage", [flips, cuts, swaps])
+def test_damage_is_refused(
+    toy_model: Path, tmp_path: Path, damage: Callable[[bytes, random.Random], Iterator[tuple[str, bytes]]]
+) -> None:
+    """Not one damaged file gives a row or passes, whatever the damage hit; what ORT would make of it is never tried."""
+    made = write_all(tmp_path, damage(toy_model.read_bytes(), random.Random(7)))
+    assert len(made) > 80
+    found = judged(toy_model, tmp_path, made)
+    for name, path in made.items():
+        assert "refused" in found[path.name]["predict"], name
+        assert found[path.name]["verify"].get("found") != "PASS", name
+
+
+def test_a_flipped_weight_would_have_answered(toy_model: Path, tmp_path: Path) -> None:
+    """What the check is for: unchecked, the file runs and the row is another one."""
+    data = bytearray(toy_model.read_bytes())
+    tensor = weights(onnx.load(toy_model))["blocks.0.fc1.weight"].raw_data
+    data[data.index(tensor) + 403] ^= 0x40  # the exponent of the 100th weight
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    predictor = fuzz_worker.Predictor(path, device="cpu", threads=1, check=False)
+    rows = [list(row.values()) for row in predictor(fuzz_worker.images())]
+    assert np.abs(np.array(rows) - fuzz_worker.answers(toy_model)).max() > 1e-3
+    assert "damaged or edited" in fuzz_worker.told(fuzz_worker.answers, path)["refused"]
+    assert fuzz_worker.verdict(path) == "DIFFERS: content, golden answer"
+
+
+# --------------------------------------------------------------- edits by somebody who seals the file again
+
+VALUES = [
+    *("null", "true", "0", "-1", "2", "1e999", "NaN", "[]", "{}", '""', '"text"', '"\\ud800"', "[[]]", "[null]"),
+    *('{"a": 1}', "[1, 2, 3]", '["a", "a"]', '["a"]', "{", "", "[" * 100_000, "9" * 5000, "1e-400", '"\\n\\n"'),
+]
+NAMES = (*("schema", "labels", "labels_sha256", "thresholds", "preprocess", "golden", "pixel_check", "calibration"),)
+OTHERS = (*("variant", "provenance", "toolchain", "dicom_policy", "written_by", "data", "nodes"), SEAL)
+
+
+def entries(model: Path, draw: random.Random) -> Iterator[tuple[str, Edit]]:
+    for name in (*NAMES, *OTHERS):
+        yield f"{name} gone", put(name, None)
+        for value in draw.sample(VALUES, 10 if name in NAMES else 3):
+            if (name, value) == ("schema", "2"):
+                continue
+            yield f"{name} = {value[:20]}", put(name, value)
+    info = model_file.read(model)
+    labels, limits, spec, golden = (info[name] for name in ("labels", "thresholds", "preprocess", "golden"))
+    for name, value in [
+        *(("labels", labels[:-1]), ("labels", [*labels, "x"]), ("labels", labels[::-1]), ("labels", [*labels[:-1], 3])),
+        *(("thresholds", limits[1:]), ("thresholds", [*limits, 0.5]), ("thresholds", [*limits[:-1], None])),
+        *(("thresholds", [*limits[:-1], bad]) for bad in (float("nan"), float("inf"), "0.5", True, -0.1, 1.1)),
+        *(("preprocess", spec | {"size": bad}) for bad in (224, 0, -8, 8.5, 160.0, "160", None, 10**30, [160], True)),
+        *(("preprocess", spec | {"resize": bad}) for bad in ("sideways", None, 1, [], {})),
+        *(("preprocess", {k: v for k, v in spec.items() if k != gone}) for gone in spec),
+        *(("golden", golden | {"tolerance": bad}) for bad in (0, -1, 5, "x", None, float("nan"))),
+        *(("golden", golden | {"expected": bad}) for bad in ([], golden["expected"][1:], "x", [None] * 35, {})),
+        *(("golden", golden | {"recipe": bad}) for bad in ("", "pixels[0, i, j] = 0", None, ["x"])),
+        *(("schema", bad) for bad in (1, 3, 2.0, True, "2", [2], {"2": 2}, 10**40)),
+    ]:
+        yield f"{name} = {json.dumps(value)[:60]}", put(name, json.dumps(value))
+
+
+def test_entries_changed_and_sealed_again(toy_model: Path, tmp_path: Path) -> None:
+    made = {}
+    for i, (name, edit) in enumerate(entries(toy_model, random.Random(3))):
+        made[f"{i} {name}"] = changed(toy_model, tmp_path / f"{i:04}.onnx", edit)
+    assert len(made) > 150
+    found = judged(toy_model, tmp_path, made)
+    for name, path in made.items():
+        if name.split()[1] in ("schema", "labels", "thresholds", "preprocess"):
+            assert "refused" in found[path.name]["predict"], name
+        if name.split()[1] in (*NAMES, "dicom_policy") and name.split()[1] != "calibration":
+            assert found[path.name]["verify"].get("found") != "PASS", name
+
+
+def io_name(which: str, name: str, new: str) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        (value,) = (v for v in getattr(proto.graph, which) if v.name == name)
+        value.name = new
+
+    return edit
+
+
+def renamed(name: str, new: str) -> Edit:
+    """A tensor's name everywhere in the graph."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.name = new if value.name == name else value.name
+        for node in proto.graph.node:
+            node.input[:] = [new if n == name else n for n in node.input]
+            node.output[:] = [new if n == name else n for n in node.output]
+
+    return edit
+
+
+def declared(which: str, k: int, *, dtype: int = 0, dims: list[int | str] | None = None) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        kind = getattr(proto.graph, which)[k].type.tensor_type
+        kind.elem_type = dtype or kind.elem_type
+        if dims is not None:
+            kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, dims).tensor_type)
+
+    return edit
+
+
+def weight(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        tensor = weights(proto)[name]
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor))), name))
+
+    return edit
+
+
+def outside(name: str, location: str) -> Edit:
+    """Its values in another file."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        tensor = weights(proto)[name]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+
+    return edit
+
+
+def dims(name: str, *shape: int) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        weights(proto)[name].dims[:] = shape
+
+    return edit
+
+
+def ends(*nodes: onnx.NodeProto) -> Edit:
+    """Further nodes between the old `probabilities`, now `before`, and the output."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        renamed("probabilities", "before")(proto)
+        proto.graph.node.extend(nodes)
+        io_name("output", "before", "probabilities")(proto)
+
+    return edit
+
+
+def constant(name: str, values: Any, dtype: Any) -> onnx.NodeProto:
+    value = numpy_helper.from_array(np.array(values, dtype), name)
+    return helper.make_node("Constant", [], [name], value=value)
+
+
+def drop(which: str, k: int) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        del getattr(proto.graph, which)[k]
+
+    return edit
+
+
+def outer(field: str, value: Any) -> Edit:
+    return lambda proto: setattr(proto, field, value)
+
+
+def opset(version: int) -> Edit:
+    def edit(proto: onnx.ModelProto) -> None:
+        proto.opset_import[0].version = version
+
+    return edit
+
+
+def graphs(model: Path) -> Iterator[tuple[str, Edit]]:
+    proto = onnx.load(model)
+    names = [name for name, tensor in weights(proto).items() if tensor.data_type == FLOAT]
+    for old, new in [("pixels", "image"), ("probabilities", "p"), ("logits", "scores"), ("pixels", ""), ("logits", "")]:
+        yield f"renamed {old} {new}", renamed(old, new)
+    for which, name in [("input", "pixels"), ("output", "probabilities"), ("output", "logits")]:
+        yield f"{name} undeclared", io_name(which, name, "nowhere")
+    for dtype in (FLOAT, TensorProto.INT8, TensorProto.STRING, TensorProto.FLOAT16, 99):
+        yield f"pixels of type {dtype}", declared("input", 0, dtype=dtype)
+        yield f"probabilities of type {dtype}", declared("output", 1, dtype=dtype)
+    for shape in ([1, 160, 160], ["N", 160], ["N", 224, 224], [], ["N", -1, 160], ["N", 2**40, 2**40], ["N", "S", "S"]):
+        yield f"pixels {shape}", declared("input", 0, dims=shape)
+    for shape in (["N", 34], ["N", 36], [35], [], ["N", "C"], ["N", 2**62], [1, 35], ["N", 35, 1]):
+        yield f"probabilities {shape}", declared("output", 1, dims=shape)
+    for which, k in [("input", 0), ("output", 0), ("output", 1), ("node", 0), ("node", 20), ("node", -1)]:
+        yield f"without {which} {k}", drop(which, k)
+    for name in ("patch.weight", "positions", "head.0.weight", "logits.weight", "blocks.2.norm1.bias"):
+        assert name in names
+        yield f"{name} NaN", weight(name, lambda a: a * np.nan)
+        yield f"{name} infinite", weight(name, lambda a: a + np.inf)
+        yield f"{name} doubled", weight(name, lambda a: a * 2)
+        yield f"{name} cut", weight(name, lambda a: a[..., :-1])
+        yield f"{name} of integers", weight(name, lambda a: a.astype(np.int32))
+        yield f"{name} empty", weight(name, lambda a: a[..., :0])
+        for location in ("/etc/passwd", "../../../etc/passwd", "gone.bin", "", "0000.onnx", "/dev/zero"):
+            yield f"{name} in {location}", outside(name, location)
+    for shape in ((2**40,), (2**62, 4), (-1, 64), (0,), (2**31, 2**31), (1,) * 60):
+        yield f"dims {shape[:3]}", dims("head.0.weight", *shape)
+    yield "classes permuted", weight("logits.weight", lambda a: a[:, ::-1])
+    yield from ends_of(proto)
+    yield from [("old opset", opset(1)), ("new opset", opset(999)), ("negative opset", opset(-1))]
+    yield from [("ir version", outer("ir_version", 2**40)), ("ir version 1", outer("ir_version", 1))]
+    yield from [("domain", outer("domain", "x" * 5000)), ("producer", outer("producer_name", "somebody"))]
+
+
+def ends_of(proto: onnx.ModelProto) -> Iterator[tuple[str, Edit]]:
+    """Graphs that run and whose answer is not one row an image."""
+    node, answer = helper.make_node, "probabilities"
+    flat = constant("shape", [-1], np.int64)
+    yield "flat", ends(flat, node("Reshape", ["before", "shape"], ["probabilities"]))
+    one = constant("axes", [0], np.int64)
+    yield "one row", ends(one, node("ReduceMean", ["before", "axes"], ["probabilities"], keepdims=1))
+    yield "classes first", ends(node("Transpose", ["before"], ["probabilities"], perm=[1, 0]))
+    yield "double", ends(node("Cast", ["before"], ["probabilities"], to=TensorProto.DOUBLE))
+    yield (
+        "batch mean",
+        ends(one, node("ReduceMean", ["before", "axes"], ["m"]), node("Mean", ["m", "before"], [answer])),
+    )
+    yield "above 1", ends(node("Add", ["before", "before"], ["twice"]), node("Exp", ["twice"], ["probabilities"]))
+    yield "log", ends(node("Log", ["before"], ["l"]), node("Log", ["l"], ["probabilities"]))
+    wide = constant("wide", [1, 1 << 40], np.int64)
+    yield "terabytes", ends(wide, node("Expand", ["before", "wide"], ["probabilities"]))
+    huge = constant("huge", [1 << 62, 4], np.int64)
+    yield "exabytes", ends(huge, node("ConstantOfShape", ["huge"], ["probabilities"]))
+    yield "unknown operator", ends(node("Frobnicate", ["before"], ["probabilities"], domain="com.example"))
+    yield (
+        "a ring",
+        ends(
+            node("Add", ["before", "x"], ["y"]),
+            node("Add", ["y", "y"], ["x"]),
+            node("Identity", ["x"], ["probabilities"]),
+        ),
+    )
+
+
+def test_graphs_edited_and_sealed_again(toy_model: Path, tmp_path: Path) -> None:
+    """A seal is no signature: what its maker changed is found by the graph's own shape and the golden answer."""
+    made = {}
+    for i, (name, edit) in enumerate(graphs(toy_model)):
+        made[f"{i} {name}"] = changed(toy_model, tmp_path / f"{i:04}.onnx", edit)
+    assert len(made) > 100
+    found = judged(toy_model, tmp_path, made)
+    passed = {name.split(" ", 1)[1] for name, path in made.items() if found[path.name]["verify"].get("found") == "PASS"}
+    # A declared output shape that ONNX Runtime overrules by the one it infers, what it does not read, and no change.
+    harmless = {"domain", "producer", "probabilities of type 1", "ir version 1"}
+    assert {name for name in passed if not name.startswith("probabilities [")} <= harmless
+    outside = [found[path.name]["predict"] for name, path in made.items() if " in " in name]
+    assert all("its weights lie in another file" in line.get("refused", "") for line in outside)
+
+
+def test_the_worker_sees_a_crash_a_hang_and_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail."""
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(fuzz_worker, "__file__", str(script))
+    begins = 'print(\'{"begins": "a.onnx"}\', flush=True)\n'
+    script.write_text(begins + "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    with pytest.raises(AssertionError, match=r"exit -11.*a\.onnx"):
+        run(tmp_path)
+    script.write_text(begins + "import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
+    with pytest.raises(AssertionError, match=r"more than 1 s.*a\.onnx"):
+        run(tmp_path)
+    assert "ZeroDivisionError" in fuzz_worker.told(lambda _: 1 / 0, tmp_path)["traceback"]
