@@ -130,7 +130,7 @@ def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:
     if members is None:
         raise InputError(f"--final: {kind!r} is not best-fold, refit or ensemble.")
     if lacking := [name for name in members if name not in info["weights_sha256"]]:
-        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; run `cxrfast sweep --final {kind}` again.")
+        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; run the sweep again.")
     return info | {
         "final": {
             "kind": kind,
