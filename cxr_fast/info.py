@@ -78,17 +78,16 @@ def _run(path: Path) -> str:
 
 
 def _model(path: Path) -> str:
-    from .predict import Predictor
+    from . import model_file
 
-    predictor = Predictor(path, device="cpu")
-    info = predictor.info
+    info = model_file.read(path)
     parity: dict[str, Any] = info.get("parity", {})
     return lines(
         {
             "model": f"{path}, schema {info['schema']}, {info['written_by']}, {path.stat().st_size / 1e6:,.0f} MB",
             "note": str(info.get("provenance", "")).upper(),
             "variant": info["variant"],
-            "labels": f"{len(predictor.labels)}: {', '.join(predictor.labels)}",
+            "labels": f"{len(info['labels'])}: {', '.join(info['labels'])}",
             "weights": info["weights"],
             "data": info["data"]["name"],
             "pixels": json.dumps(info["preprocess"]),

@@ -160,6 +160,7 @@ def predict(
         f"{good:,} of {summary['images']:,} images predicted in {summary['seconds']:.1f} s ({rate:.1f}/s) "
         f"on {predictor.where}: {out}"
     )
+    click.echo(f"device: {predictor.why}", err=True)
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
-from . import __version__, model_file, timing
+from . import __version__, timing
 from .config import PreprocessSpec, from_dict
-from .errors import DeviceError, ImageError, InputError
+from .devices import onnxruntime
+from .errors import ImageError, InputError
 from .preprocess import IMAGE_SUFFIXES, array_pixels, load
+from .session import open_model
 
 BATCH = 8
 ROUNDING = 1e-6  # of float32 sums in a calibration
@@ -46,22 +47,27 @@ class Result:
 class Predictor:
     """A model file ready to run: `Predictor("model.onnx")(["a.png", array]) -> [{label: probability}, ...]`.
 
-    `device` is `auto`, `cpu` or `cuda[:N]`; `threads` defaults to the cores this process may use. Unless `check` is
-    off, the file is hashed before it is run, 0.2 s for 350 MB: a flipped bit in a weight would answer without a word.
-    Raises InputError for a file that is not ours or is damaged, SchemaError for one of another schema, DeviceError
-    when an explicit device cannot be had.
+    `path` may be a folder of variants (`exports/RUN`): the one this device runs best is taken. `device` is `auto`,
+    `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
+    it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
+    damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
+    the file. `spin`, `strict` and `check` are those of `session.open_model`.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None, check: bool = True
+        self,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        spin: bool = True,
+        strict: bool = True,
+        check: bool = True,
     ) -> None:
-        self.path = Path(path)
-        self.info = model_file.read(self.path, check=check)  # first: a damaged graph may crash ONNX Runtime
-        self.threads = threads or timing.cpu_count()
-        self.session = _session(self.path, device, self.threads)
-        self.provider = self.session.get_providers()[0]
-        self.wanted_gpu = device == "auto" and _gpu_present()
-        model_file.check_graph(self.session, self.info, self.path)
+        opened = open_model(path, device, threads, spin=spin, strict=strict, check=check)
+        self.path, self.session, self.threads = opened.path, opened.session, opened.threads
+        self.provider, self.where, self.why = opened.provider, opened.where, opened.why
+        self.info = opened.info
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
         self.spec = from_dict(PreprocessSpec, self.info["preprocess"])
@@ -70,14 +76,6 @@ class Predictor:
     def warning(self) -> str:
         """What must be said beside every figure of this model, such as `random backbone`; empty for a real one."""
         return str(self.info.get("provenance", ""))
-
-    @property
-    def where(self) -> str:
-        """What runs the model, said aloud because a CUDA provider that cannot load falls back without a word."""
-        if self.provider != "CPUExecutionProvider":
-            return self.provider.removesuffix("ExecutionProvider")
-        lost = "; a GPU is here but CUDA did not load: pip install 'cxr-fast[gpu]'" if self.wanted_gpu else ""
-        return f"CPU, {self.threads} thread(s){lost}"
 
     def pixels(self, image: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
         """uint8 (S, S) as the model wants them, by the same code that made the training pixels."""
@@ -246,52 +244,3 @@ def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        raise InputError(f"{path}: no such model; `cxrfast export RUN` makes one.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    providers = _providers(device)
-    # Its log line names the library that is missing; where there is no GPU at all the error below says enough.
-    onnxruntime.set_default_logger_severity(3 if device.startswith("cuda") and _gpu_present() else 4)
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
-        text = str(error).strip().splitlines()
-        raise InputError(
-            f"{path}: not an ONNX file that runs here ({text[0][:160] if text else 'no reason'})."
-        ) from error
-    # A CUDA provider that cannot load falls back to CPU without a word; only the session's own list tells.
-    if device.startswith("cuda") and session.get_providers()[0] != "CUDAExecutionProvider":
-        if not _gpu_present():
-            raise DeviceError(f"--device {device}: no NVIDIA GPU is visible on this machine; use --device cpu.")
-        raise DeviceError(
-            f"--device {device}: ONNX Runtime could not load its CUDA provider (a CUDA or cuDNN library is missing).\n"
-            "pip install 'cxr-fast[gpu]' brings them; or use --device cpu."
-        )
-    return session
-
-
-def _providers(device: str) -> list[Any]:
-    available = onnxruntime.get_available_providers()
-    name, _, number = device.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (number and not (name == "cuda" and number.isdigit())):
-        raise DeviceError(f"--device: {device!r} is not auto, cpu, cuda or cuda:N.")
-    wants = name == "cuda" or (name == "auto" and _gpu_present())
-    if name == "cuda" and "CUDAExecutionProvider" not in available:
-        raise DeviceError(
-            f"--device {device}: this ONNX Runtime has no CUDA provider.\n"
-            "pip uninstall onnxruntime; pip install 'cxr-fast[gpu]'; or use --device cpu."
-        )
-    if wants and "CUDAExecutionProvider" in available:
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()
-        return [("CUDAExecutionProvider", {"device_id": int(number or 0)}), "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
-
-
-def _gpu_present() -> bool:
-    return os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg")

@@ -75,7 +75,9 @@ recipe_option = click.option(
     help="reference: the published choices where our defaults differ.",
 )
 
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; for ONNX files also tensorrt."
+)
 
 source_argument = click.argument("source", type=PATH)
 

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_fast import __version__, predict, shell, store, timing, train_commands
+from cxr_fast import __version__, devices, shell, store, timing, train_commands
 from cxr_fast.cli import main
 
-GPU = predict._gpu_present()
+GPU = devices.gpu_present()
 RANDOM = "random:0:test_vit"
 TRAIN = ["--epochs", "1,2", "--folds", "2", "--lr", "1e-3", "--device", "cpu"]
 # A line of Python that runs the command on one core: two threads that spin on a busy machine are 30 times slower.

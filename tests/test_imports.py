@@ -22,13 +22,13 @@ FLOORS = {
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat"),
     2: (
         *("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
-        "model_file",
+        *("model_file", "devices"),
     ),
     3: (
-        *("datasets", "phantom", "store", "predict", "backbone", "activations", "losses", "saved", "subgroups"),
+        *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
         *("cpu", "material", "shell", "drift"),
     ),
-    4: ("tail", "reuse", "outcome", "making", "card"),
+    4: ("tail", "reuse", "outcome", "making", "card", "predict"),
     5: ("encode", "train", "runs", "selection", "tails", "page"),
     6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check"),
     7: ("search", "export", "bench", "info", "compare"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cxr_fast import export, predict
-from cxr_fast.errors import DeviceError, ImageError, InputError, SchemaError
+from cxr_fast.errors import ImageError, InputError, SchemaError
 from cxr_fast.predict import Predictor, Result, expand, write_csv
 from cxr_fast.preprocess import load
 from cxr_fast.runs import read_run
 
-GPU = predict._gpu_present()
 SPEC_SIZE = 160
 
 
@@ -115,18 +115,28 @@ def test_the_first_unreadable_image_is_raised(predictor: Predictor, files: list[
         assert caught.value.reason == reason
 
 
-def test_one_predictor_serves_several_threads(predictor: Predictor, files: list[str]) -> None:
-    expected, found = flat(predictor(files[:2])), {}
+def test_many_threads_share_one_predictor(predictor: Predictor, files: list[str]) -> None:
+    """Calls and streams at once, each with images of its own: the answers are those of one thread, to the bit."""
+    sound = [file for file in files[:15] if file != files[3]]
+    calls = [sound[k : k + 3] for k in range(12)]
+    expected = [flat(predictor(names)) for names in calls]
+    streamed = [[result.probabilities for result in predictor.stream(names, workers=1)] for names in calls]
+    ready = threading.Barrier(24)
 
-    def work(k: int) -> None:
-        found[k] = flat(predictor(files[:2]))
+    def call(k: int) -> np.ndarray:
+        ready.wait(60)
+        return flat(predictor(calls[k]))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.allclose(found[k], expected, atol=1e-6) for k in range(4))
+    def stream(k: int) -> list[Any]:
+        ready.wait(60)
+        return [result.probabilities for result in predictor.stream(calls[k], workers=1)]
+
+    with ThreadPoolExecutor(24) as pool:
+        called, ran = [pool.submit(call, k) for k in range(12)], [pool.submit(stream, k) for k in range(12)]
+        for k in range(12):
+            np.testing.assert_array_equal(called[k].result(), expected[k])
+            np.testing.assert_array_equal(ran[k].result(), streamed[k])
+    assert len({tuple(rows.ravel()) for rows in expected}) == 12, "all answers look alike: the comparison shows nothing"
 
 
 # ---------------------------------------------------------------------------------------------------- stream
@@ -290,42 +300,6 @@ def test_a_model_cut_short_is_refused(toy_model: Path, tmp_path: Path) -> None:
         Predictor(tmp_path, device="cpu")
 
 
-# -------------------------------------------------------------------------------------------------- devices
-
-
-@pytest.mark.skipif(GPU, reason="there is a GPU here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
-def test_cuda_that_cannot_be_had_is_an_error(toy_model: Path, device: str) -> None:
-    with pytest.raises(DeviceError, match=f"--device {device}: .*--device cpu") as caught:
-        Predictor(toy_model, device=device)
-    assert caught.value.exit_code == 2
-
-
-def test_cuda_without_a_cuda_provider_is_an_error(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(DeviceError, match="has no CUDA provider"):
-        Predictor(toy_model, device="cuda")
-    assert Predictor(toy_model, device="auto").provider == "CPUExecutionProvider"
-
-
-@pytest.mark.skipif(GPU, reason="there is a GPU here")
-def test_cuda_that_falls_back_without_a_word_is_an_error(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU and without cuDNN: the session is there, and it runs on the CPU."""
-    monkeypatch.setattr(predict, "_gpu_present", lambda: True)
-    with pytest.raises(DeviceError, match=r"could not load its CUDA provider"):
-        Predictor(toy_model, device="cuda")
-
-
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cuda:-1", "cpu:1", "CPU", "auto:0", "mps"])
-def test_unknown_devices_are_an_error(toy_model: Path, device: str) -> None:
-    with pytest.raises(DeviceError, match="is not auto, cpu, cuda or cuda:N"):
-        Predictor(toy_model, device=device)
-
-
-def test_threads_are_what_was_asked_for(toy_model: Path) -> None:
-    assert Predictor(toy_model, device="cpu", threads=3).session.get_session_options().intra_op_num_threads == 3
-
-
 # ------------------------------------------------------------------------------------------------ the table
 
 
@@ -452,3 +426,18 @@ def test_results_say_whether_they_are_sound() -> None:
 
 def test_the_warning_is_the_files_own(predictor: Predictor) -> None:
     assert predictor.warning == predictor.info["provenance"] == "phantom images"
+
+
+def test_device_and_threads_may_be_given_by_place(toy_model: Path) -> None:
+    found = Predictor(toy_model, "cpu", 1)
+    assert (found.provider, found.threads, found.where) == ("CPUExecutionProvider", 1, "CPU, 1 thread(s)")
+    assert found.why == "CPU: as asked"
+
+
+def test_a_folder_of_variants_is_a_model(toy_model: Path, files: list[str], tmp_path: Path) -> None:
+    shutil.copy(toy_model, tmp_path / "model.fp32.onnx")
+    found = Predictor(tmp_path, device="cpu", threads=1)
+    assert found.path == tmp_path / "model.fp32.onnx"
+    assert "model.fp32.onnx" in found.why
+    write_csv(found, files[:1], tmp_path / "p.csv")
+    assert json.loads((tmp_path / "p.run.json").read_text())["model"] == str(found.path)
