@@ -224,3 +224,18 @@ def latency(
         benches.write_json(result, json_out)
         click.echo(f"wrote {json_out}")
     sys.exit(benches.EXIT[result["verdict"]["result"]])
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also import torch, make a CUDA tensor, and run a session on each provider.")
+@click.option("--json", "json_out", type=PATH, help="Write the findings here.")
+def doctor(deep: bool, json_out: Path | None) -> None:
+    """What this machine and installation can do: ok, -- absent and optional, !! needed and wrong (exit 1)."""
+    from . import doctor as doctors
+
+    findings = doctors.examine(deep=deep)
+    click.echo(doctors.describe(findings))
+    if json_out is not None:
+        doctors.write_json(findings, json_out)
+        click.echo(f"wrote {json_out}")
+    sys.exit(0 if doctors.healthy(findings) else 1)

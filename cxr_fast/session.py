@@ -70,7 +70,7 @@ def open_model(
         why = f"CPU: a GPU is here, but {trouble}" + (f"; {rest}" if rest else "")
         return dataclasses.replace(fallen, why=why)
     if trouble:
-        raise DeviceError(f"--device {device}: {trouble}.\nUse --device cpu.")
+        raise DeviceError(f"--device {device}: {trouble}.\nUse --device cpu, or ask `cxrfast doctor` what is missing.")
     model_file.check_graph(session, info, path)
     place = SAID[target] + (f":{number}" if number else "")
     return Opened(

@@ -28,7 +28,7 @@ FLOORS = {
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
         *("cpu", "material", "shell", "drift"),
     ),
-    4: ("tail", "reuse", "outcome", "making", "card", "predict"),
+    4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
     5: ("encode", "train", "runs", "selection", "tails", "page"),
     6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check"),
     7: ("search", "export", "bench", "info", "compare"),
