@@ -15,7 +15,8 @@ import numpy as np
 
 from . import __version__, timing
 from .errors import InputError
-from .predict import Predictor, expand, file_sha256
+from .inputs import expand
+from .predict import Predictor, file_sha256
 from .preprocess import decode_grey, read_bytes, resize
 
 SCHEMA = 1

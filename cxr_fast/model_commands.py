@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -125,8 +125,16 @@ def signed(value: float | None) -> str:
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", type=PATH, required=True, help="CSV of path, status, reason and one probability a class.")
+@click.option(
+    "--out", type=PATH, required=True, help="NAME.csv, .parquet or .jsonl: path, status, reason, a probability a class."
+)
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
+@click.option(
+    "--study-pool",
+    type=click.Choice(["mean", "max"]),
+    help="Also NAME.studies.csv: the images of a manifest's study (else group) as one.",
+)
+@click.option("--overwrite", is_flag=True, help="Drop what --out holds instead of going on from it.")
 @device_option
 @threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
@@ -136,36 +144,65 @@ def predict(
     inputs: tuple[str, ...],
     out: Path,
     decide: bool,
+    study_pool: Literal["mean", "max"] | None,
+    overwrite: bool,
     device: str,
     threads: int | None,
     batch_size: int,
     workers: int | None,
 ) -> None:
-    """Probabilities for files, folders (recursive) and globs, from the ONNX file alone; needs no torch."""
+    """Probabilities for images, from the ONNX file alone; needs no torch.
+
+    INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
+    a line, or - for such a list on standard input. The same command again does only what is missing or has changed.
+    """
+    from . import answers
     from . import predict as predicting
+    from .inputs import read
 
     predictor = predicting.Predictor(model, device=device, threads=threads)
-    paths = predicting.expand(inputs)
-    bar = Progress()
+    wanted, bar = read(inputs), Progress()
 
-    def show(done: int, failed: int) -> None:
-        bar.show(done, len(paths), f"{done:,} of {len(paths):,} images, {failed} failed")
+    def show(state: answers.State) -> None:
+        fresh = state.done - state.reused
+        text = f"{state.done:,} of {state.total:,} images, {fresh / max(bar.seconds, 1e-9):.1f} images/s, "
+        text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")
+        bar.show(state.done, state.total, text, before=state.reused)
 
-    summary = predicting.write_csv(
-        predictor, paths, out, batch_size=batch_size, workers=workers, decide=decide, on_result=show
+    summary = answers.write(
+        predictor,
+        wanted,
+        out,
+        batch_size=batch_size,
+        workers=workers,
+        decide=decide,
+        pool=study_pool,
+        overwrite=overwrite,
+        on_batch=show,
     )
     bar.done()
-    good, rate = summary["images"] - summary["failed"], summary["images"] / max(summary["seconds"], 1e-9)
-    click.echo(
-        f"{good:,} of {summary['images']:,} images predicted in {summary['seconds']:.1f} s ({rate:.1f}/s) "
-        f"on {predictor.where}: {out}"
-    )
+    _say_predicted(summary, predictor.where, out)
     click.echo(f"device: {predictor.why}", err=True)
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:
         click.echo(f"{summary['failed']:,} image(s) failed; their rows say why", err=True)
         sys.exit(1)
+
+
+def _say_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
+    from .answers import studies_path
+
+    images, reused = summary["images"], summary["reused"]
+    rate = (images - reused) / max(summary["seconds"], 1e-9)
+    before = f", {reused:,} of them by an earlier run," if reused else ""
+    click.echo(
+        f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
+        f"({rate:.1f}/s) on {where}: {out}"
+    )
+    if pooled := summary["study_pool"]:
+        said = f"{pooled['studies']:,} studies by the column {pooled['column']}, {pooled['how']} of their images"
+        click.echo(f"{said}: {studies_path(out)}")
 
 
 @click.group()

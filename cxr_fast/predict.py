@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import glob
 import hashlib
-import json
+import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, timing
+from . import timing
 from .config import PreprocessSpec, from_dict
-from .devices import onnxruntime
 from .errors import ImageError, InputError
-from .preprocess import IMAGE_SUFFIXES, array_pixels, load
+from .preprocess import array_pixels, load
 from .session import open_model
 
 BATCH = 8
 ROUNDING = 1e-6  # of float32 sums in a calibration
+# A file changed within one tick of its clock keeps its time: 10 ms on ext4, 1 s on NFS servers, 2 s on FAT.
+TICK_NS = 2 * 10**9
+
+Decoded = tuple[np.ndarray | None, "Result"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One image's answer: probabilities (C,), or a reason code and message."""
+    """One image's answer: probabilities (C,) float32, or a reason code and message; and which file it is of.
+
+    `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was the file's before they were read: 0
+    where it was too young to show a change that came next.
+    """
 
     path: str
     probabilities: np.ndarray | None = field(default=None, repr=False)
     reason: str = ""
     message: str = ""
+    sha256: str = ""
+    size: int = 0
+    mtime_ns: int = 0
 
     @property
     def ok(self) -> bool:
@@ -94,11 +102,15 @@ class Predictor:
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """`run`, with InputError where the answer is not a row of probabilities an image."""
+        out = self._rows(pixels)
+        if not all(map(_probable, out)):
+            raise InputError(f"{self.path}: the model answers what is no probability (NaN, or outside 0..1).")
+        return out
+
+    def _rows(self, pixels: np.ndarray) -> np.ndarray:
         out, count = self.run(pixels), len(pixels)
         if out.shape != (count, len(self.labels)):
             raise InputError(f"{self.path}: the model answers {out.shape} for {count} x {len(self.labels)} classes.")
-        if not (np.isfinite(out).all() and out.min(initial=0) >= -ROUNDING and out.max(initial=0) <= 1 + ROUNDING):
-            raise InputError(f"{self.path}: the model answers what is no probability (NaN, or outside 0..1).")
         return out
 
     def __call__(self, images: Sequence[str | os.PathLike[str] | np.ndarray]) -> list[dict[str, float]]:
@@ -113,131 +125,88 @@ class Predictor:
         self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[Result]:
         """Results in input order; decoding runs ahead by a few batches only, so memory stays flat."""
-        with ThreadPoolExecutor(workers or timing.cpu_count()) as pool:
-            pending: deque[tuple[str, Future[np.ndarray | ImageError]]] = deque()
-            upcoming = iter(paths)
+        upcoming = iter(paths)
+        batches = iter(lambda: list(itertools.islice(upcoming, batch_size)), [])
+        with contextlib.closing(self.stream_batches(batches, workers=workers)) as answers:
+            for results in answers:
+                yield from results
+
+    def stream_batches(
+        self,
+        batches: Iterable[Sequence[str | os.PathLike[str]]],
+        *,
+        workers: int | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> Generator[list[Result], None, None]:
+        """The results of one batch after the other, in order, each batch one call of the model.
+
+        The model runs in the calling thread while `workers` threads decode what comes next; Pillow and hashing drop
+        the GIL. `seconds` collects what the caller's thread spent in each: `decode` waiting for pixels, `model`.
+        """
+        # Where the model waits for pixels and all cores are busy, ONNX Runtime's idle threads, which spin, take time
+        # from the decoding ones: `threads`, and session.intra_op.allow_spinning, are what to tune then.
+        workers = workers or timing.cpu_count()
+        spent = seconds if seconds is not None else {}
+        pending: deque[list[Future[Decoded]]] = deque()
+        upcoming = iter(batches)
+        with ThreadPoolExecutor(workers) as pool:
             try:
                 while True:
-                    while len(pending) < 3 * batch_size and (path := next(upcoming, None)) is not None:
-                        pending.append((os.fspath(path), pool.submit(self._decode, path)))
+                    while _short(pending, workers) and (batch := next(upcoming, None)) is not None:
+                        pending.append([pool.submit(self._decode, path) for path in batch])
                     if not pending:
                         return
-                    batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
-                    yield from self._answer([(path, future.result()) for path, future in batch])
+                    began = time.perf_counter()
+                    decoded = [future.result() for future in pending.popleft()]
+                    ready = time.perf_counter()
+                    results = self._answer(decoded)
+                    spent["decode"] = spent.get("decode", 0.0) + ready - began
+                    spent["model"] = spent.get("model", 0.0) + time.perf_counter() - ready
+                    yield results
             finally:
-                for _, future in pending:
+                for future in itertools.chain.from_iterable(pending):
                     future.cancel()
 
-    def _decode(self, path: str | os.PathLike[str]) -> np.ndarray | ImageError:
+    def _decode(self, path: str | os.PathLike[str]) -> Decoded:
+        name, now = os.fspath(path), time.time_ns()
+        size = changed = 0
+        with contextlib.suppress(OSError, ValueError):  # reading it says what is wrong
+            status = os.stat(name)
+            size, changed = status.st_size, status.st_mtime_ns
         try:
-            return self.pixels(path)
+            pixels, sha256 = load(name, self.spec)
         except ImageError as error:
-            return error
+            return None, Result(path=name, reason=error.reason, message=str(error))
+        old = changed if now - changed > TICK_NS else 0
+        return pixels, Result(path=name, sha256=sha256, size=size, mtime_ns=old)
 
-    def _answer(self, batch: list[tuple[str, np.ndarray | ImageError]]) -> list[Result]:
-        good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-        rows = iter(self.probabilities(np.stack(good)) if good else ())
-        return [
-            Result(path=path, reason=found.reason, message=str(found))
-            if isinstance(found, ImageError)
-            else Result(path=path, probabilities=next(rows))
-            for path, found in batch
-        ]
+    def _answer(self, decoded: list[Decoded]) -> list[Result]:
+        good = [pixels for pixels, _ in decoded if pixels is not None]
+        rows = iter(self._rows(np.stack(good)) if good else ())
+        return [result if pixels is None else _checked(result, next(rows)) for pixels, result in decoded]
+
+
+def _short(pending: Sequence[Sequence[Any]], workers: int) -> bool:
+    """Whether to hand out more: three batches, or two images a thread beside the next batch."""
+    return len(pending) < 3 or sum(map(len, pending)) < len(pending[0]) + 2 * workers
+
+
+def _checked(result: Result, row: np.ndarray) -> Result:
+    """The result with its probabilities (C,), unless they are none: one row fails, the others stand."""
+    if _probable(row):
+        return replace(result, probabilities=row)
+    text = f"{result.path}: the model's answer is no probability"
+    return Result(path=result.path, reason="not_finite", message=text)
+
+
+def _probable(row: np.ndarray) -> bool:
+    return bool(np.isfinite(row).all() and row.min(initial=0) >= -ROUNDING and row.max(initial=0) <= 1 + ROUNDING)
 
 
 def golden_pixels(size: int) -> np.ndarray:
     """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
     i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
-
-
-def expand(inputs: Iterable[str]) -> list[str]:
-    """Files, folders (recursive, image suffixes only) and globs to a list of paths, in order, each once.
-
-    A named file is taken whatever its suffix, and need not exist: it then becomes a row that says so.
-    """
-    found: list[str] = []
-    for item in inputs:
-        if not item:
-            raise InputError("one of the inputs is empty: a shell variable without a value?")
-        path = Path(item)
-        if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-            if not inside:
-                raise InputError(f"{item}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-            found += [str(p) for p in sorted(inside)]
-        elif not path.exists() and glob.has_magic(item):
-            matched = sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
-            if not matched:
-                raise InputError(f"{item}: matches no file.")
-            found += matched
-        else:
-            found.append(item)
-    return list(dict.fromkeys(found))
-
-
-def write_csv(
-    predictor: Predictor,
-    paths: Sequence[str],
-    out: Path,
-    *,
-    batch_size: int = BATCH,
-    workers: int | None = None,
-    decide: bool = False,
-    on_result: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Predict `paths` into a CSV (path, status, reason, one probability a class) and `NAME.run.json` beside it.
-
-    The file appears under its name when complete. Returns the counts and times that the JSON holds.
-    """
-    if out.is_dir():
-        raise InputError(f"--out: {out} is a folder; give the name of a CSV file.")
-    if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in paths):
-        raise InputError(f"--out: {out} is one of the images; give the name of a CSV file.")
-    if out.exists() and out.samefile(predictor.path):
-        raise InputError(f"--out: {out} is the model itself; give the name of a CSV file.")
-    scratch = out.with_name(out.name + f".partial.{os.getpid()}")
-    began, failed = time.perf_counter(), 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "status", "reason", *predictor.labels, *(["findings"] if decide else [])])
-            for count, result in enumerate(predictor.stream(paths, batch_size=batch_size, workers=workers), 1):
-                writer.writerow(_row(result, predictor, decide))
-                failed += not result.ok
-                if on_result is not None:
-                    on_result(count, failed)
-        summary = {
-            "model": str(predictor.path),
-            "model_sha256": file_sha256(predictor.path),
-            "provenance": predictor.warning,
-            "provider": predictor.provider,
-            "threads": predictor.threads,
-            "images": len(paths),
-            "failed": failed,
-            "seconds": time.perf_counter() - began,
-            "versions": {"cxr-fast": __version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
-        }
-        out.with_suffix(".run.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, out)
-    except OSError as error:
-        raise InputError(f"--out: cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-    return summary
-
-
-def _row(result: Result, predictor: Predictor, decide: bool) -> list[str]:
-    if result.probabilities is None:
-        empty = [""] * (len(predictor.labels) + decide)
-        return [result.path, "failed", f"{result.reason}: {result.message}", *empty]
-    row = [result.path, "ok", "", *(f"{p:.6f}" for p in result.probabilities)]
-    if decide:
-        positive = np.flatnonzero(result.probabilities >= predictor.thresholds)
-        row.append(";".join(predictor.labels[i] for i in positive))
-    return row
 
 
 def file_sha256(path: Path) -> str:

@@ -145,6 +145,11 @@ class Progress:
         line = f"{100 * done / total:5.1f} %  {text}{left}"
         click.echo(f"\r{line:<100}" if self.live else line, err=True, nl=not self.live)
 
+    @property
+    def seconds(self) -> float:
+        """Since the line began."""
+        return time.monotonic() - self.began
+
     def done(self) -> None:
         """Leave the line."""
         if self.live:

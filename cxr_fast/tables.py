@@ -115,7 +115,8 @@ def multi_hot(found: Sequence[Collection[str]], classes: Sequence[str]) -> np.nd
     return out
 
 
-def _pyarrow(module: str, file: Path) -> Any:
+def pyarrow(module: str, file: Path) -> Any:
+    """A module of pyarrow, loaded only where Parquet is asked for. Raises InputError naming the extra."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -130,7 +131,7 @@ def _cell(value: Any) -> str:
 
 def read_parquet(path: Path) -> Cells:
     """A Parquet file as column name to stripped cells; null and NaN are "". Raises InputError."""
-    parquet = _pyarrow("pyarrow.parquet", path)
+    parquet = pyarrow("pyarrow.parquet", path)
     try:
         columns = parquet.read_table(path).to_pydict()
     except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
@@ -148,7 +149,7 @@ def _write_csv(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
 
 
 def _write_parquet(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    _pyarrow("pyarrow.parquet", path).write_table(_pyarrow("pyarrow", path).table(dict(columns)), path)
+    pyarrow("pyarrow.parquet", path).write_table(pyarrow("pyarrow", path).table(dict(columns)), path)
 
 
 def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:

@@ -6,14 +6,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cxr_fast import backbone, datasets, encode
+from cxr_fast import answers, backbone, datasets, encode, inputs
 from cxr_fast.config import CacheSpec, SweepSpec
 from cxr_fast.errors import Interrupted
+from cxr_fast.predict import Predictor
 from cxr_fast.sweep import Sweep
 from cxr_fast.train import Epoch
 
@@ -21,7 +23,7 @@ from cxr_fast.train import Epoch
 def server() -> multiprocessing.context.ForkServerContext:
     """Processes that need not import torch again: thirty starts in the time of a few."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cxr_fast.sweep", "open_clip.timm_model", "timm"])
+    context.set_forkserver_preload(["cxr_fast.answers", "cxr_fast.sweep", "open_clip.timm_model", "timm"])
     return context
 
 
@@ -45,6 +47,26 @@ def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: 
 
     try:
         Sweep(Path(cache), Path(out), spec, device="cpu").run(hit)
+    except Interrupted as error:
+        told.send(str(error))
+        sys.exit(error.exit_code)
+
+
+def predict_all(model: str, data: str, out: str, number: int, after: int, told: Any) -> None:
+    """Predictions of a folder that tell each batch and send themselves a signal after so many; 130 when interrupted."""
+    count = 0
+
+    def batch(state: answers.State) -> None:
+        nonlocal count
+        count += 1
+        told.send(state.done)
+        if count == after:
+            os.kill(os.getpid(), number)
+        time.sleep(0.002)  # or a fast machine is done before the first kill comes
+
+    predictor = Predictor(Path(model), device="cpu", threads=1)
+    try:
+        answers.write(predictor, inputs.read([data]), Path(out), batch_size=2, workers=1, decide=True, on_batch=batch)
     except Interrupted as error:
         told.send(str(error))
         sys.exit(error.exit_code)

@@ -96,7 +96,7 @@ def test_the_road_leaves_what_the_help_page_says(road: tuple[Path, dict[str, Res
     assert "model.fp32.onnx" in run
     assert {p.name for p in (folder / "cache").iterdir()} == {"phantom.h5"}
     assert {p.name for p in (folder / "exports").iterdir()} == {"phantom"}
-    assert {p.name for p in (folder / "out").iterdir()} == {"p.csv", "p.run.json"}
+    assert {p.name for p in (folder / "out").iterdir()} == {"p.csv", "p.csv.resume", "p.run.json"}
     assert not [p for p in folder.rglob("*") if "partial" in p.name or p.name.endswith(".lock")]
 
 
@@ -187,6 +187,38 @@ def test_predict_with_an_unreadable_image_ends_with_1(toy_model: Path, toy_data:
         failed = [row for row in csv.DictReader(file) if row["status"] != "ok"]
     assert len(failed) == 1
     assert failed[0]["reason"].startswith("truncated: ")
+
+
+def test_predict_goes_on_where_it_stopped(toy_model: Path, toy_data: Path, here: Path) -> None:
+    command = ["predict", toy_model, "--out", "p.jsonl", "--device", "cpu", "--batch-size", 4]
+    films = sorted((toy_data / "images").iterdir())[4:10]
+    shown = done(cxr(*command, *films[:4])).stdout
+    assert "4 of 4 images predicted in" in shown
+    assert "6 of 6 images predicted, 4 of them by an earlier run, in" in done(cxr(*command, *films)).stdout
+    listed = CliRunner().invoke(main, [*map(str, command), "-"], input="\n".join(map(str, films[::-1])))
+    assert "6 of 6 images predicted, 6 of them by an earlier run, in" in done(listed).stdout
+    found = [json.loads(line)["path"] for line in Path("p.jsonl").read_text().splitlines()]
+    assert found == [str(film) for film in films[::-1]]
+
+
+def test_predict_pools_the_studies_of_a_manifest(toy_model: Path, toy_data: Path, here: Path) -> None:
+    films = sorted((toy_data / "images").iterdir())[4:8]
+    Path("m.csv").write_text("image,group\n" + "".join(f"{film},p{i // 2}\n" for i, film in enumerate(films)))
+    command = ["predict", toy_model, "m.csv", "--out", "p.csv", "--decide", "--study-pool", "max", "--device", "cpu"]
+    assert "2 studies by the column group, max of their images: p.studies.csv" in done(cxr(*command)).stdout
+    with open("p.studies.csv", newline="", encoding="utf-8") as file:
+        assert [(row["study"], row["images"], row["status"]) for row in csv.DictReader(file)] == [
+            ("p0", "2", "ok"),
+            ("p1", "2", "ok"),
+        ]
+
+
+def test_predict_says_how_far_it_is_and_what_it_waits_for(
+    toy_model: Path, toy_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell.Progress.__init__, "__defaults__", (0.0,))
+    said = done(cxr("predict", toy_model, toy_data, "--out", "p.csv", "--device", "cpu"), 1).stderr
+    assert re.search(r" 8 of \d+ images, [\d.]+ images/s, waiting for (decode|model|write), 1 failed, .* left", said)
 
 
 def test_bench_ends_with_its_verdict(toy_model: Path, phantoms: Path, here: Path) -> None:
@@ -366,6 +398,11 @@ CASES: list[tuple[list[object], str]] = [
     (["predict", "model.onnx", "", "--out", "p.csv"], "empty: a shell variable"),
     (["predict", "model.onnx", "one_image", "--out", "file/p.csv"], "--out: cannot write file/p.csv"),
     (["predict", "model.onnx", "one_image", "--out", "empty"], "--out: empty is a folder"),
+    (["predict", "model.onnx", "one_image", "--out", "p.txt"], r"--out: p\.txt is to end in \.csv, \.parquet, \.jsonl"),
+    (["predict", "model.onnx", "one_image", "--out", "good.csv"], r"good\.csv\.resume, .* is not; .* --overwrite"),
+    (["predict", "model.onnx", "good.csv", "--out", "good.csv", "--overwrite"], "good.csv is the manifest or list"),
+    (["predict", "model.onnx", "one_image", "--out", "p.csv", "--study-pool", "mean"], "--study-pool: .* has no study"),
+    (["predict", "model.onnx", "@gone.txt", "--out", "p.csv"], "@gone.txt: No such file"),
     (["predict", "model.onnx", "one_image", "--out", "p.csv", "--device", "gpu"], "--device: 'gpu' is not"),
     (["predict", "model.onnx", "one_image", "--out", "p.csv", "--threads", 0], "--threads"),
     (["predict", "model.onnx", "one_image"], "--out"),

@@ -26,11 +26,11 @@ FLOORS = {
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material", "shell", "drift"),
+        *("cpu", "material", "shell", "drift", "inputs"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
-    5: ("encode", "train", "runs", "selection", "tails", "page"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check"),
+    5: ("encode", "train", "runs", "selection", "tails", "page", "resume"),
+    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
     7: ("search", "export", "bench", "info", "compare"),
     8: ("finals", "record", "report"),
     9: ("sweep",),
@@ -197,7 +197,7 @@ def test_a_whole_prediction_runs_without_torch(model: Path, tmp_path: Path) -> N
     assert "onnxruntime" in found
     head, row = out.read_text().splitlines()
     assert head == "path,status,reason,bright,findings"
-    assert row == f"{tmp_path / 'a.png'},ok,,0.800000,bright"
+    assert row == f"{tmp_path / 'a.png'},ok,,0.8000001,bright"
 
 
 COMMANDS = ["", *main.commands, *(f"bench {name}" for name in getattr(main.commands["bench"], "commands", ()))]

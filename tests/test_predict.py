@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from cxr_fast import export, predict
 from cxr_fast.errors import ImageError, InputError, SchemaError
-from cxr_fast.predict import Predictor, Result, expand, write_csv
+from cxr_fast.predict import Decoded, Predictor, Result, file_sha256
 from cxr_fast.preprocess import load
 from cxr_fast.runs import read_run
 
@@ -179,48 +176,87 @@ def test_the_stream_reads_ahead_by_little(predictor: Predictor, files: list[str]
     assert taken <= 4 + 3 * 2
 
 
-# ---------------------------------------------------------------------------------------------------- expand
+class Fake(Predictor):
+    """Decodes nothing and knows how many images are decoded and not answered yet."""
+
+    def __init__(self, slow: float = 0) -> None:
+        self.held = self.most = 0
+        self.slow = slow
+        self.counting = threading.Lock()
+
+    def _decode(self, path: str | os.PathLike[str]) -> Decoded:
+        with self.counting:
+            self.held += 1
+            self.most = max(self.most, self.held)
+        return np.full((1, 1), int(path) % 251, np.uint8), Result(path=os.fspath(path))
+
+    def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
+        with self.counting:
+            self.held -= len(pixels)
+        time.sleep(self.slow)
+        return pixels.reshape(-1, 1).astype(np.float32) / 255
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ["b.png", "a.JPG", "notes.txt", "deep/er/c.dcm", "deep/d.jpeg", "x[1].png", "none/readme.md"]:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"?")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def test_two_hundred_thousand_paths_stay_bounded() -> None:
+    """Decoding is faster than the model: without a bound all of them would wait decoded."""
+    fake, taken = Fake(), 0
+
+    def names() -> Iterator[str]:
+        nonlocal taken
+        for taken in range(1, 200_001):
+            yield str(taken)
+
+    for count, result in enumerate(fake.stream(names(), batch_size=64, workers=2), 1):
+        assert result.path == str(count)
+        assert result.probabilities is not None
+        assert result.probabilities[0] == np.float32(count % 251) / np.float32(255)
+        assert taken - count < 4 * 64
+    assert count == 200_000
+    assert 0 < fake.most <= 4 * 64
 
 
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        (["b.png"], ["b.png"]),
-        (["deep"], ["deep/d.jpeg", "deep/er/c.dcm"]),
-        (["."], ["a.JPG", "b.png", "deep/d.jpeg", "deep/er/c.dcm", "x[1].png"]),
-        (["*.png"], ["b.png", "x[1].png"]),
-        (["**/*.dcm"], ["deep/er/c.dcm"]),
-        (["x[1].png"], ["x[1].png"]),  # a file of that name, not a glob for x1.png
-        (["notes.txt", "gone.png"], ["notes.txt", "gone.png"]),  # named by hand: the answer says what is wrong
-        (["b.png", "*.png", ".", "b.png"], ["b.png", "x[1].png", "a.JPG", "deep/d.jpeg", "deep/er/c.dcm"]),
-        ([], []),
-    ],
-)
-def test_inputs_become_paths(tree: Path, inputs: list[str], expected: list[str]) -> None:
-    assert expand(inputs) == expected
+def test_small_batches_keep_every_thread_busy() -> None:
+    """A batch of one image each and sixteen threads: the model must not wait for one decode after the other."""
+    fake = Fake(slow=0.01)
+    assert len(list(fake.stream(map(str, range(60)), batch_size=1, workers=16))) == 60
+    assert fake.most >= 16
 
 
-@pytest.mark.parametrize(
-    ("item", "match"), [("none", "none: a folder without images"), ("*.tif", r"\*.tif: matches no file"), ("", "empty")]
-)
-def test_inputs_that_are_surely_a_mistake(tree: Path, item: str, match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        expand(["b.png", item])
+def test_batches_are_answered_as_given(predictor: Predictor, files: list[str]) -> None:
+    seconds: dict[str, float] = {}
+    wanted = [files[:2], [files[3]], ["gone.png", *files[4:9]], []]
+    found = list(predictor.stream_batches(wanted, workers=2, seconds=seconds))
+    assert [[result.path for result in batch] for batch in found] == wanted
+    assert set(seconds) == {"decode", "model"}
+    assert min(seconds.values()) > 0
 
 
-@given(st.lists(st.sampled_from(["a.png", "b.png", "c.dcm"]), max_size=8))
-def test_each_path_comes_once_where_it_came_first(names: list[str]) -> None:
-    assert expand(names) == sorted(set(names), key=names.index)
+def test_an_answer_says_which_bytes_it_is_of(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
+    old = tmp_path / "old.png"
+    shutil.copy(files[0], old)
+    os.utime(old, ns=(10**18, 10**18))
+    young = tmp_path / "young.png"
+    shutil.copy(files[0], young)
+    first, second, third = predictor.stream([str(old), str(young), files[3]])
+    assert first.sha256 == second.sha256 == file_sha256(old)
+    assert first.size == old.stat().st_size
+    assert (first.mtime_ns, second.mtime_ns) == (10**18, 0)  # changed again within a tick, its time would not show it
+    assert third.sha256 == ""
+
+
+def test_an_answer_that_is_no_number_is_a_failure(
+    predictor: Predictor, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = predictor.run
+
+    def spoilt(pixels: np.ndarray, **named: str) -> np.ndarray:
+        out = real(pixels, **named)
+        out[1, 4] = np.nan
+        return out
+
+    monkeypatch.setattr(predictor, "run", spoilt)
+    found = list(predictor.stream(files[:3], batch_size=3))
+    assert [(result.ok, result.reason) for result in found] == [(True, ""), (False, "not_finite"), (True, "")]
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -300,93 +336,6 @@ def test_a_model_cut_short_is_refused(toy_model: Path, tmp_path: Path) -> None:
         Predictor(tmp_path, device="cpu")
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def test_the_table_has_a_row_for_every_image(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    out = tmp_path / "new" / "p.csv"
-    summary = write_csv(predictor, files[:6], out, on_result=lambda *counts: seen.append(counts))
-    head, *body = rows(out)
-    assert head == ["path", "status", "reason", *predictor.labels]
-    assert [row[0] for row in body] == files[:6]
-    assert [row[1] for row in body] == ["ok", "ok", "ok", "failed", "ok", "ok"]
-    assert body[3][2].startswith("truncated: ")
-    assert body[3][3:] == [""] * 35
-    found = np.array([[float(cell) for cell in row[3:]] for row in body if row[1] == "ok"])
-    np.testing.assert_allclose(found, flat(predictor(files[:3] + files[4:6])), atol=1e-6)
-    assert seen == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
-    assert (summary["images"], summary["failed"]) == (6, 1)
-    saved = json.loads((tmp_path / "new" / "p.run.json").read_text())
-    assert saved == summary
-    assert saved["model_sha256"] == predict.file_sha256(predictor.path)
-    assert saved["provider"] == "CPUExecutionProvider"
-    assert sorted(os.listdir(out.parent)) == ["p.csv", "p.run.json"]
-
-
-def test_findings_are_those_over_their_thresholds(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
-    write_csv(predictor, files[:8], tmp_path / "p.csv", decide=True)
-    head, *body = rows(tmp_path / "p.csv")
-    assert head[-1] == "findings"
-    assert body[3][-1] == ""
-    answers = iter(predictor(files[:3] + files[4:8]))
-    some = 0
-    for row in body[:3] + body[4:]:
-        pairs = zip(next(answers).items(), predictor.thresholds, strict=True)
-        expected = [name for (name, p), limit in pairs if p >= limit]
-        assert row[-1].split(";") == (expected or [""])
-        some += len(expected)
-    assert some
-
-
-def test_the_table_appears_only_when_complete(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
-    def stop(count: int, failed: int) -> None:
-        assert [path.name for path in tmp_path.iterdir() if path.name == "p.csv"] == []
-        if count == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_csv(predictor, files, tmp_path / "p.csv", on_result=stop)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "p.csv").write_text("of before")
-    with pytest.raises(KeyboardInterrupt):
-        write_csv(predictor, files, tmp_path / "p.csv", on_result=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert (tmp_path / "p.csv").read_text() == "of before"
-
-
-@pytest.mark.parametrize("where", ["below a file", "a folder"])
-def test_a_table_that_cannot_be_written_is_named(
-    predictor: Predictor, files: list[str], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And before hours of predicting, not after."""
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(Predictor, "stream", lambda *_, **__: pytest.fail("predicted first"))
-    with pytest.raises(InputError, match="--out: "):
-        write_csv(predictor, files, tmp_path / ("file/p.csv" if where == "below a file" else "folder"))
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_awkward_names_survive_the_table(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
-    names = [tmp_path / name for name in ['a, "b".png', "ü 胸.png", "line\nbreak.png", "=1+1.png"]]
-    for name in names:
-        shutil.copy(files[0], name)
-    write_csv(predictor, [str(name) for name in names], tmp_path / "p.csv")
-    assert [row[:2] for row in rows(tmp_path / "p.csv")[1:]] == [[str(name), "ok"] for name in names]
-
-
-def test_probabilities_in_the_table_are_numbers(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
-    write_csv(predictor, files[:3], tmp_path / "p.csv")
-    for row in rows(tmp_path / "p.csv")[1:]:
-        assert all(re_is_probability(cell) for cell in row[3:])
-
-
-def re_is_probability(cell: str) -> bool:
-    value = float(cell)
-    return math.isfinite(value) and 0 <= value <= 1 and len(cell) == 8
-
-
 # --------------------------------------------------------------------------------------- what is not loaded
 
 LOADED = """
@@ -439,5 +388,4 @@ def test_a_folder_of_variants_is_a_model(toy_model: Path, files: list[str], tmp_
     found = Predictor(tmp_path, device="cpu", threads=1)
     assert found.path == tmp_path / "model.fp32.onnx"
     assert "model.fp32.onnx" in found.why
-    write_csv(found, files[:1], tmp_path / "p.csv")
-    assert json.loads((tmp_path / "p.run.json").read_text())["model"] == str(found.path)
+    assert found(files[:1]) == Predictor(toy_model, device="cpu", threads=1)(files[:1])
