@@ -21,6 +21,7 @@ import PIL
 
 from . import __version__, timing
 from .errors import InputError, Interrupted
+from .formats import WRITERS, Columns, Row, shown
 from .inputs import Inputs
 from .lock import FileLock, graceful
 from .predict import BATCH, Predictor, Result, file_sha256
@@ -30,30 +31,8 @@ from .tables import pyarrow
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 Pool = Literal["mean", "max"]
-Row = tuple[list[Any], np.ndarray | None]
 KEYS = ("path", "status", "reason")
 STUDY_KEYS = ("study", "images", "status", "reason")
-ROW_GROUP = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """What a table says of each row: `keys`, one probability a class (C), and the findings where `decide`."""
-
-    keys: tuple[str, ...]
-    labels: tuple[str, ...]
-    thresholds: np.ndarray
-    decide: bool
-
-    @property
-    def head(self) -> list[str]:
-        """The names, in order."""
-        return [*self.keys, *self.labels, *(["findings"] if self.decide else [])]
-
-    def findings(self, probabilities: np.ndarray) -> list[str]:
-        """The classes whose probability (C,) reaches its threshold, compared in double precision."""
-        over = probabilities.astype(np.float64) >= self.thresholds
-        return [label for label, positive in zip(self.labels, over, strict=True) if positive]
 
 
 @dataclass(kw_only=True)
@@ -95,6 +74,7 @@ def write(
     """
     began, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     _check(predictor, inputs, out, pool)
+    before = _earlier(out, pool, overwrite)
     identity = {"model_sha256": _model_sha256(predictor.path), "pixel_check": self_check()}
     state = State(total=len(inputs.paths))
     try:
@@ -113,6 +93,8 @@ def write(
                 "stages": state.seconds,
             }
             _replace(run_path(out), lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+            if before.get("study_pool") and not pool:  # of other answers than the table has now
+                studies_path(out).unlink(missing_ok=True)
     except OSError as error:
         kept_so_far = "; what is predicted so far is kept, the same command goes on" if beside(out).exists() else ""
         raise InputError(f"--out: cannot write {out}: {error.strerror or error}{kept_so_far}.") from error
@@ -168,24 +150,6 @@ class _Study:
         )
 
 
-def shown(name: str) -> str:
-    r"""A name that any UTF-8 file can hold: of bytes that are no UTF-8 each is written as `\udc` and its two digits."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def texts(probabilities: np.ndarray, thresholds: np.ndarray) -> list[str]:
-    """The shortest decimal that reads back as the same float32, (C,) each.
-
-    And longer where that, read in double precision, would fall on the other side of the threshold: whoever
-    thresholds the file finds what the findings say.
-    """
-    found = [str(p) for p in probabilities.astype(np.float32)]
-    for c, (text, p, limit) in enumerate(zip(found, map(float, probabilities), thresholds, strict=True)):
-        if (float(text) >= limit) != (p >= limit):
-            found[c] = repr(p)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- the parts of `write`
 
 
@@ -220,6 +184,23 @@ def _protect(predictor: Predictor, inputs: Inputs, out: Path) -> None:
     for path, what in readers:
         if (identity := _identity(path)) and identity in written:
             raise InputError(f"--out: {written[identity]} is {what}; give another name.")
+
+
+def _earlier(out: Path, pool: Pool | None, overwrite: bool) -> dict[str, Any]:
+    """What an earlier run said of `out`, {} for none. InputError where a file beside it is not of ours."""
+    try:
+        found = json.loads(run_path(out).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):  # the latter is refused by what writes
+        found = {}
+    except (OSError, ValueError):
+        found = None
+    ours = isinstance(found, dict) and found.get("kind", KIND) == KIND
+    foreign = [] if ours else [run_path(out)]
+    if pool and studies_path(out).exists() and not (ours and found.get("study_pool")):
+        foreign.append(studies_path(out))
+    if foreign and not overwrite:
+        raise InputError(f"--out: {foreign[0]} is there and not of ours; give another --out, or pass --overwrite.")
+    return found if ours else {}
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -340,60 +321,3 @@ def _replace(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
 
 def _write_table(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
     _replace(path, lambda file: WRITERS[path.suffix](file, columns, rows))
-
-
-def _csv_cell(text: str) -> str:
-    # csv.writer leaves a carriage return bare where lines end in a mere newline; most readers then see two rows.
-    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
-
-
-def _csv(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
-    file.write((",".join(map(_csv_cell, columns.head)) + "\n").encode())
-    for keys, probabilities in rows:
-        if probabilities is None:
-            cells = [""] * (len(columns.labels) + columns.decide)
-        else:
-            cells = texts(probabilities, columns.thresholds)
-            cells += [";".join(columns.findings(probabilities))] if columns.decide else []
-        file.write((",".join(map(_csv_cell, [*map(str, keys), *cells])) + "\n").encode())
-
-
-def _jsonl(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
-    for keys, probabilities in rows:
-        line: dict[str, Any] = dict(zip(columns.keys, keys, strict=True)) | {"probabilities": None}
-        if columns.decide:
-            line["findings"] = None
-        if probabilities is not None:
-            numbers = map(float, texts(probabilities, columns.thresholds))
-            line["probabilities"] = dict(zip(columns.labels, numbers, strict=True))
-            if columns.decide:
-                line["findings"] = columns.findings(probabilities)
-        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-
-
-def _parquet(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
-    """Text, whole numbers, float32 and null; 4,096 rows a group, so memory stays flat."""
-    arrow, parquet = pyarrow("pyarrow", Path("--out")), pyarrow("pyarrow.parquet", Path("--out"))
-    kinds = {key: arrow.int64() if key == "images" else arrow.string() for key in columns.keys}
-    kinds |= dict.fromkeys(columns.labels, arrow.float32()) | ({"findings": arrow.string()} if columns.decide else {})
-    schema = arrow.schema(list(kinds.items()))
-    iterator = iter(rows)
-    with parquet.ParquetWriter(file, schema) as writer:
-        while group := list(itertools.islice(iterator, ROW_GROUP)):
-            cells = [_parquet_cells(row, columns) for row in group]
-            arrays = [arrow.array(c, kind) for c, kind in zip(zip(*cells, strict=True), kinds.values(), strict=True)]
-            writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
-
-
-def _parquet_cells(row: Row, columns: Columns) -> list[Any]:
-    keys, probabilities = row
-    if probabilities is None:
-        return [*keys, *[None] * (len(columns.labels) + columns.decide)]
-    return [*keys, *probabilities.tolist(), *([";".join(columns.findings(probabilities))] if columns.decide else [])]
-
-
-WRITERS: dict[str, Callable[[IO[bytes], Columns, Iterable[Row]], None]] = {
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".jsonl": _jsonl,
-}

@@ -200,6 +200,9 @@ def _say_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
         f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
         f"({rate:.1f}/s) on {where}: {out}"
     )
+    if len(summary["answered_by"]) > 1:
+        each = "; ".join(f"{count:,} by {who}" for who, count in summary["answered_by"].items())
+        click.echo(f"note: not all on one device or version: {each}", err=True)
     if pooled := summary["study_pool"]:
         said = f"{pooled['studies']:,} studies by the column {pooled['column']}, {pooled['how']} of their images"
         click.echo(f"{said}: {studies_path(out)}")

@@ -201,6 +201,25 @@ def test_predict_goes_on_where_it_stopped(toy_model: Path, toy_data: Path, here:
     assert found == [str(film) for film in films[::-1]]
 
 
+def test_predict_interrupted_says_how_to_go_on(
+    toy_model: Path, toy_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cxr_fast.resume import Resume
+
+    command, real = ["predict", toy_model, toy_data, "--out", "p.csv", "--device", "cpu"], Resume.append
+
+    def append(self: Resume, results: Any, by: str) -> None:
+        real(self, results, by)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resume, "append", append)
+        said = done(cxr(*command), 130).stderr
+    assert re.search(r"interrupted after 8 of \d+ images; the same command goes on from there", said)
+    assert not Path("p.csv").exists()
+    assert ", 7 of them by an earlier run," in done(cxr(*command), 1).stdout
+
+
 def test_predict_pools_the_studies_of_a_manifest(toy_model: Path, toy_data: Path, here: Path) -> None:
     films = sorted((toy_data / "images").iterdir())[4:8]
     Path("m.csv").write_text("image,group\n" + "".join(f"{film},p{i // 2}\n" for i, film in enumerate(films)))

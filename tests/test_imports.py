@@ -22,7 +22,7 @@ FLOORS = {
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat"),
     2: (
         *("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
-        *("model_file", "devices"),
+        *("model_file", "devices", "formats"),
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
