@@ -377,6 +377,28 @@ def test_the_table_appears_when_complete_and_what_is_done_is_kept(
     assert sorted(counted) == [files[3], *files[6:9]]
 
 
+def test_batches_end_where_they_ended_before(
+    predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which images share a batch decides a probability's last bits: one tried again must not shift the others."""
+
+    def stop(state: State) -> None:
+        if state.done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(predictor, named(files[:11]), tmp_path / "p.csv", batch_size=3, workers=1, on_batch=stop)
+    given, real = [], Predictor.stream_batches
+
+    def spy(self: Predictor, batches: Iterable[list[str]], **named: Any) -> Any:
+        given.extend(batches)
+        return real(self, given, **named)
+
+    monkeypatch.setattr(Predictor, "stream_batches", spy)
+    write(predictor, named(files[:11]), tmp_path / "p.csv", batch_size=3, workers=1)
+    assert given == [[files[3]], files[6:9], files[9:11]]
+
+
 def test_a_signal_ends_after_the_batch_and_says_how_to_go_on(
     predictor: Predictor, files: list[str], tmp_path: Path
 ) -> None:

@@ -115,6 +115,13 @@ def test_what_has_changed_is_seen(out: Path, image: Path, change: Callable[[Path
         assert kept.holds(str(image)) is same
 
 
+def test_a_file_of_the_same_time_is_not_read_again(out: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Resume(out, MODEL) as kept:
+        kept.append([of_file(image)], "CPU")
+        monkeypatch.setattr("cxr_fast.resume.file_sha256", lambda path: pytest.fail("read"))
+        assert kept.holds(str(image))
+
+
 def test_a_file_that_was_young_is_told_by_its_content(out: Path, image: Path) -> None:
     """Changed again within one tick of the clock, it keeps size and time."""
     with Resume(out, MODEL) as kept:
