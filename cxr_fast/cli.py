@@ -6,7 +6,7 @@ import click
 
 from . import __version__
 from .data_commands import cache, info, phantom, prepare, verify
-from .model_commands import bench, doctor, export, predict
+from .model_commands import bench, doctor, explain, export, predict
 from .shell import Group
 from .train_commands import compare, report, sweep
 
@@ -26,7 +26,7 @@ def main() -> None:
     """
 
 
-for command in (prepare, cache, verify, sweep, export, predict, bench, report, info, compare, phantom, doctor):
+for command in (prepare, cache, verify, sweep, export, predict, explain, bench, report, info, compare, phantom, doctor):
     main.add_command(command)
 
 

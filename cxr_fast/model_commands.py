@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from .shell import PATH, Progress, device_option, gigabytes, images_option, number, table, threads_option
+from .shell import NOTICE, PATH, Progress, device_option, gigabytes, images_option, number, table, threads_option
 
 
 @click.command()
@@ -206,6 +206,30 @@ def _say_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
     if pooled := summary["study_pool"]:
         said = f"{pooled['studies']:,} studies by the column {pooled['column']}, {pooled['how']} of their images"
         click.echo(f"{said}: {studies_path(out)}")
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.argument("image", type=PATH)
+@click.option("--class", "classes", multiple=True, help="A class to show; may be given again.  [default: see --top]")
+@click.option("--top", type=click.IntRange(1), help="Show those highest above their thresholds.  [default: 3]")
+@click.option("--out", type=PATH, required=True, help="PNG of the film beside its heat maps.")
+@click.option("--npy", type=PATH, help="Also the maps on the patch grid, (classes, rows, columns), as a .npy file.")
+def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, npy: Path | None) -> None:
+    """Heat maps: where the class token looked, weighted by the gradient of a class's logit; no proof of a finding."""
+    if classes and top is not None:
+        raise click.UsageError("--top chooses classes where no --class does; give one of the two")
+    from . import explain as explaining
+
+    found = explaining.write(run, image, out, npy=npy, classes=classes, top=top or explaining.TOP)
+    rows = [
+        [each.name, number(each.probability), number(each.threshold), f"{each.shares.max():.1%}"] for each in found.maps
+    ]
+    click.echo(table(["class", "probability", "threshold", "highest patch"], rows))
+    click.echo(f"wrote {out}" + (f" and {npy}" if npy else ""))
+    if found.warning:
+        click.echo(f"note: {found.warning.upper()}: this picture says nothing about a patient", err=True)
+    click.echo(NOTICE)
 
 
 @click.group()

@@ -311,26 +311,37 @@ def _grey_float(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
 
 
-def _square(grey: Image.Image, spec: PreprocessSpec) -> Image.Image:
-    """Mode L of any size to (size, size). No reducing_gap and no JPEG draft: neither is exact."""
-    size, (width, height) = spec.size, grey.size
-    bicubic = Image.Resampling.BICUBIC
+def placed(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int, int, int]:
+    """How a picture comes into the model's square: resized to (wide, high), then moved by (left, top) up and left.
+
+    `left` and `top` are negative where the square is larger (`pad`). Column x of the picture, counted in pixel edges,
+    lies at x * wide / width - left of the square. Raises ImageError (`elongated`).
+    """
+    size = spec.size
     if spec.resize == "squash":
-        return grey.resize((size, size), bicubic)
+        return size, size, 0, 0
     if spec.resize == "pad":
         # timm's ResizeKeepRatio, longest=1, then open_clip's CenterCropOrPad
         ratio = max(height / size, width / size)
-        small = grey.resize((max(1, round(width / ratio)), max(1, round(height / ratio))), bicubic)
-        canvas = Image.new("L", (size, size))
-        canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
-        return canvas
+        wide, high = max(1, round(width / ratio)), max(1, round(height / ratio))
+        return wide, high, -((size - wide) // 2), -((size - high) // 2)
     # torchvision's Resize(int), which truncates the longer side, then CenterCrop, which rounds half to even
     longer = int(size * max(width, height) / min(width, height))
     if longer * size > MAX_PIXELS:
         raise ImageError("elongated", f"{width} x {height} pixels leave no square to crop; use --resize squash or pad")
     wide, high = (size, longer) if width <= height else (longer, size)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    return grey.resize((wide, high), bicubic).crop((left, top, left + size, top + size))
+    return wide, high, round((wide - size) / 2), round((high - size) / 2)
+
+
+def _square(grey: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """Mode L of any size to (size, size). No reducing_gap and no JPEG draft: neither is exact."""
+    wide, high, left, top = placed(*grey.size, spec)
+    small, size = grey.resize((wide, high), Image.Resampling.BICUBIC), spec.size
+    if spec.resize == "pad":
+        canvas = Image.new("L", (size, size))
+        canvas.paste(small, (-left, -top))
+        return canvas
+    return small if spec.resize == "squash" else small.crop((left, top, left + size, top + size))
 
 
 def _reason(error: Exception, data: bytes, kind: str) -> str:

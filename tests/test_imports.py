@@ -26,11 +26,11 @@ FLOORS = {
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material", "shell", "drift", "inputs"),
+        *("cpu", "material", "shell", "drift", "inputs", "overlay"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
     5: ("encode", "train", "runs", "selection", "tails", "page", "resume"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
+    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers", "explain"),
     7: ("search", "export", "bench", "info", "compare"),
     8: ("finals", "record", "report"),
     9: ("sweep",),
