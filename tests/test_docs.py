@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import csv
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import h5py
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from cxr_fast.cli import main
+from cxr_fast.predict import Predictor
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cxr_fast"
@@ -53,7 +60,8 @@ def commands(group: click.Group = main, path: str = "cxrfast") -> Iterator[tuple
             yield f"{path} {name}", command
 
 
-SHELL = [line for text in blocks("sh") for line in text.splitlines() if line.startswith("cxrfast ")]
+# What comes after `;` is another command's.
+SHELL = [line.split("; ")[0] for text in blocks("sh") for line in text.splitlines() if line.startswith("cxrfast ")]
 
 
 @pytest.mark.parametrize("line", SHELL)
@@ -167,6 +175,92 @@ def test_the_readmes_prediction_runs(
     assert 0 < float(first) < 1
     assert rest[0].startswith("film.png [")
     assert rest[-1] == "broken.png truncated"
+
+
+MODEL = "exports/indiana/model.fp32.onnx"
+
+
+@pytest.fixture
+def desk(toy_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the README's batch scripts read, under the names they use; one film is broken."""
+    (tmp_path / MODEL).parent.mkdir(parents=True)
+    shutil.copy(toy_model, tmp_path / MODEL)
+    images = sorted((toy_data / "images").iterdir())
+    (tmp_path / "new_films" / "ward").mkdir(parents=True)
+    for image, name in zip(images, ("a.png", "b.png", "ward/c.png", "d.png"), strict=False):
+        shutil.copy(image, tmp_path / "new_films" / name)
+    shutil.copy(images[0], tmp_path / "film.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def batch_scripts(language: str) -> list[str]:
+    """The blocks of the section, as they stand."""
+    section = README.partition("\n## Batch scripts\n")[2].partition("\n## ")[0]
+    return [text for text in blocks(language) if text in section]
+
+
+def positives() -> dict[str, dict[str, tuple[float, float]]]:
+    """What the folder's sound films hold over their thresholds: probability and threshold by film and class."""
+    predictor = Predictor(MODEL, device="cpu")
+    films = [f"new_films/{name}" for name in ("a.png", "b.png", "ward/c.png")]
+    limits = dict(zip(predictor.labels, predictor.thresholds, strict=True))
+    found = dict(zip(films, predictor(films), strict=True))
+    return {f: {c: (p, limits[c]) for c, p in each.items() if p >= limits[c]} for f, each in found.items()}
+
+
+def test_the_readmes_batch_script_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = batch_scripts("python")
+    exec(compile(code, "README.md", "exec"), {})
+    with open(desk / "positives.csv", newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["path", "class", "probability", "threshold"]
+    expected = [
+        [film, name, f"{p:.4f}", f"{limit:.4f}"]
+        for film, each in positives().items()
+        for name, (p, limit) in each.items()
+    ]
+    assert expected, "no film has a finding: the comparison shows nothing"
+    assert rows == expected
+    assert capsys.readouterr().err == "new_films/d.png: truncated\n"
+
+
+@pytest.mark.skipif(not (shutil.which("awk") and shutil.which("sh")), reason="needs sh and awk")
+def test_the_readmes_shell_line_runs(desk: Path) -> None:
+    (line,) = batch_scripts("sh")
+    (desk / "bin").mkdir()
+    (desk / "bin" / "cxrfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cxr_fast.cli "$@"\n')
+    (desk / "bin" / "cxrfast").chmod(0o755)
+    path = f"{desk / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    said = [row for row in result.stdout.splitlines() if row.startswith("new_films/")]
+    assert said == [f"{film}: {';'.join(each)}" for film, each in positives().items() if each]
+    assert "1 image(s) failed" in result.stderr
+
+
+def test_the_readmes_plain_onnxruntime_gives_the_predictors_numbers(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, code = batch_scripts("python")
+    assert "cxr_fast" not in code
+    assert len([line for line in code.splitlines() if line]) <= 10
+    found: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), found)
+    predictor = Predictor(MODEL, device="cpu")
+    np.testing.assert_array_equal(np.asarray(found["film"]), predictor.pixels("film.png"))
+    assert ast.literal_eval(capsys.readouterr().out) == predictor(["film.png"])[0]
+
+
+def test_the_readmes_heat_map_is_drawn(toy_run: Path, desk: Path) -> None:
+    shutil.copytree(toy_run, "exports/indiana", dirs_exist_ok=True)
+    line = next(line for line in SHELL if line.startswith("cxrfast explain"))
+    result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+    assert result.exit_code == 0, result.output
+    assert (desk / "overlay.png").stat().st_size > 1000
 
 
 def test_the_readmes_reading_of_a_cache_runs(toy_cache: Path) -> None:
