@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_edits import changed, put
 from PIL import Image
 from test_preprocess import mutated
 
@@ -280,10 +281,7 @@ def test_no_input_is_written_over(predictor: Predictor, files: list[str], tmp_pa
 def test_answers_of_another_model_are_kept(
     predictor: Predictor, toy_model: Path, files: list[str], tmp_path: Path
 ) -> None:
-    onnx = pytest.importorskip("onnx")
-    proto = onnx.load(toy_model)
-    proto.doc_string = "another"
-    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    changed(toy_model, tmp_path / "m.onnx", put("provenance", '"another"'))
     other, out = Predictor(tmp_path / "m.onnx", device="cpu", threads=1), tmp_path / "p.csv"
     write(predictor, named(files[:2]), out)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

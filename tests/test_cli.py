@@ -71,7 +71,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
             "prepare": ["prepare", "data", "--out", "tables/manifest.csv"],
             "cache": ["cache", "data", "--weights", RANDOM, "--device", "cpu"],
             "sweep": ["sweep", *TRAIN],
-            "export": ["export", "exports/phantom"],
+            "export": ["export", "exports/phantom", "--variants", "fp32"],
             "predict": ["predict", model, "data", "--out", "out/p.csv", "--decide", "--device", "cpu"],
             "latency": ["bench", "latency", model, "--images", "data/images", "--repeats", 4, "--json", "l.json"],
             "verify": ["verify", "cache/phantom.h5", "--reencode", 2],
@@ -114,7 +114,8 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert said["sweep"].stdout.count("<- chosen") == 3, "the fold, the budget, the final model"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
     assert "not a medical device" in said["sweep"].stdout
-    assert re.search(r"largest probability difference to torch on \d+ images: \S+e-0[6789]", said["export"].stdout)
+    assert re.search(r"against torch float32 on 58 images .*\nfp32 +\S+e-0[6789]", said["export"].stdout, re.DOTALL)
+    assert "wrote exports/phantom/model.fp32.onnx" in said["export"].stdout
     assert "note: RANDOM BACKBONE, PHANTOM IMAGES" in said["export"].stdout
     assert f"{images} of {images} images predicted" in said["predict"].stdout
     assert "RANDOM BACKBONE" in said["predict"].stderr
@@ -406,8 +407,10 @@ CASES: list[tuple[list[object], str]] = [
     (["export", "empty"], "empty: not a run folder"),
     (["export", "toy.h5"], "toy.h5: not a run folder"),
     (["export", "run", "--images", "empty"], "none of the 79 is readable under empty .*--images DIR"),
-    (["export", "run", "--out", "file/m.onnx"], "--out: cannot write"),
-    (["export", "run", "--out", "empty"], "--out: cannot write empty"),
+    (["export", "run", "--variants", "fp32", "--out", "file/m.onnx"], "--out: cannot write"),
+    (["export", "run", "--out", "m.onnx"], r"--out: m\.onnx is one file for 3 variants; give a folder"),
+    (["export", "run", "--variants", "fp32,fp4"], "--variants: 'fp4' is not one of fp32, fp16, int8"),
+    (["export", "run", "--final", "best"], "'best' is not one of"),
     (["predict", "gone.onnx", "one_image", "--out", "p.csv"], "gone.onnx: no such model; `cxrfast export RUN`"),
     (["predict", "run", "one_image", "--out", "p.csv"], "run: no such model"),
     (["predict", "text.onnx", "one_image", "--out", "p.csv"], "text.onnx: not an ONNX file"),

@@ -181,7 +181,7 @@ class Fake(Predictor):
 
     def __init__(self, slow: float = 0) -> None:
         self.held = self.most = 0
-        self.slow = slow
+        self.slow, self.labels = slow, ("one",)
         self.counting = threading.Lock()
 
     def _decode(self, path: str | os.PathLike[str]) -> Decoded:
