@@ -9,4 +9,5 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 "$PYTHON" benchmarks/run_cache.py --device cuda --count 512 --rounds 5
 "$PYTHON" benchmarks/run_search.py --device cuda
 "$PYTHON" benchmarks/run_search.py --device cuda --compile || echo "the compiled search did not run; the figures above stand"
+"$PYTHON" benchmarks/run_inference_gpu.py
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*.json "$OUT"/; fi
