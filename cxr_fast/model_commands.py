@@ -52,7 +52,11 @@ def export(
     """
     from . import export as exports
 
-    bar = Progress()
+    bars: dict[str, Progress] = {}  # one a stage, so that each stage's time left is its own
+
+    def show(text: str, done: int, total: int) -> None:
+        bars.setdefault(text, Progress()).show(done, total, text)
+
     found = exports.export(
         run,
         out=out,
@@ -62,9 +66,9 @@ def export(
         embedding=embedding,
         allow_drift=allow_drift,
         count=check,
-        on_progress=lambda text, done, total: bar.show(done, total, text),
+        on_progress=show,
     )
-    bar.done()
+    Progress().done()
     click.echo(describe_export(found))
     sys.exit(0 if all(one.kept for one in found) else 1)
 
@@ -107,9 +111,10 @@ def describe_export(found: list[Any]) -> str:
 
 def worst_classes(one: Any, labels: list[str], most: int = 3) -> str:
     """The classes whose AUC a variant lowers most."""
-    drops = [(drop, name) for drop, name in zip(one.drift.auc_drop, labels, strict=True) if drop is not None]
+    pairs = zip(one.drift.auc_drop, labels, strict=True)
+    drops = [(drop, name) for drop, name in pairs if drop is not None and drop >= 0.00005]
     worst = ", ".join(f"{name} {signed(-drop)}" for drop, name in sorted(drops, reverse=True)[:most])
-    return f"{one.variant}: largest AUC losses {worst}"
+    return f"{one.variant}: largest AUC losses {worst}" if worst else f"{one.variant}: no class loses AUC"
 
 
 def finite(value: float) -> float | None:
@@ -119,7 +124,7 @@ def finite(value: float) -> float | None:
 
 def signed(value: float | None) -> str:
     """A change with its sign, `-` where it is undefined."""
-    return "-" if value is None else f"{value:+.4f}"
+    return "-" if value is None else f"{round(value, 4) + 0.0:+.4f}"  # no -0.0000
 
 
 @click.command()

@@ -750,3 +750,16 @@ def test_predictions_never_overwrite_an_image(pantry: Path, toy_model: Path, pha
     text = refused(cxr("predict", toy_model, "film.png", "--out", "film.png", "--device", "cpu"))
     assert "is one of the images" in text
     assert Path("film.png").read_bytes() == before
+
+
+def test_export_says_what_each_variant_costs(toy_run: Path, tmp_path: Path) -> None:
+    found = CliRunner().invoke(main, ["export", str(toy_run), "--out", str(tmp_path), "--check", "20"])
+    assert found.exit_code == 1, "int8 is over its limits on the toy"
+    lines = found.stdout.splitlines()
+    assert re.match(r"best-fold model, 35 classes; against torch float32 on 20 images .*classes with an AUC", lines[0])
+    assert lines[1].split()[:2] == ["variant", "largest"]
+    assert [line.split()[0] for line in lines[3:6]] == ["fp32", "fp16", "int8"]
+    assert "-0.0000" not in found.stdout
+    assert f"wrote {tmp_path / 'model.fp32.onnx'}" in lines
+    assert any(line.startswith(f"NOT KEPT, {tmp_path / 'model.int8.onnx'}: ") for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.fp16.onnx", "model.fp32.onnx"]

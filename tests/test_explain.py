@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cxr_fast import backbone, calibrate, encode, export
+from cxr_fast import backbone, calibrate, checks, encode
 from cxr_fast.backbone import embed
 from cxr_fast.cli import main
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, from_dict
@@ -161,7 +161,7 @@ def test_probabilities_are_calibrated_and_order_the_classes(run: Run, film: Path
     calibration = {"kind": kind, "fitted": count, **maps[kind]}
     changed = dataclasses.replace(run, info={**run.info, "calibration": calibration})
     grey, _ = load(film, from_dict(PreprocessSpec, run.info["preprocess"]))
-    expected = calibrate.apply(calibration, export.torch_probabilities(run, grey[None]))[0]
+    expected = calibrate.apply(calibration, checks.torch_probabilities(run, grey[None]))[0]
     found = explain(changed, film)
     best = np.argsort(-(expected - np.array(run.info["thresholds"])), kind="stable")[:3]
     assert [each.name for each in found.maps] == [run.info["classes"][c] for c in best]

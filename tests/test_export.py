@@ -19,10 +19,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cxr_fast import backbone, calibrate, export, graph, predict
+from cxr_fast import backbone, calibrate, checks, drift, export, graph, predict
 from cxr_fast.config import SweepSpec, TrainSpec
-from cxr_fast.errors import InputError, ParityError, SchemaError
+from cxr_fast.drift import Drift
+from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.model_file import content_sha256
+from cxr_fast.predict import Predictor
 from cxr_fast.preprocess import self_check
 from cxr_fast.runs import Member, Run, read_run
 from cxr_fast.sweep import Sweep
@@ -292,13 +294,13 @@ def test_not_a_number_in_one_batch_size_alone_is_not_kept(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest of 1e-7 and NaN is NaN, whatever Python's `max` says."""
-    run = export.OpenFile.run
+    run = checks.OpenFile.run
 
-    def sometimes(self: export.OpenFile, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
+    def sometimes(self: checks.OpenFile, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
         out = run(self, pixels, output)
         return np.full_like(out, np.nan) if len(pixels) == 7 else out
 
-    monkeypatch.setattr(export.OpenFile, "run", sometimes)
+    monkeypatch.setattr(checks.OpenFile, "run", sometimes)
     with pytest.raises(ParityError, match="nan"):
         export.export(toy_run, out=tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -308,8 +310,8 @@ def test_images_that_moved_are_asked_for(toy_run: Path, toy_data: Path, tmp_path
     run = read_run(toy_run)
     run.info["cache"]["dataset"]["root"] = str(tmp_path / "gone")
     with pytest.raises(InputError, match=r"none of the 79 is readable under .*gone.*--images DIR"):
-        export.check_images(run, None)
-    pixels, kept, _ = export.check_images(run, toy_data, most=64)
+        checks.check_images(run, None)
+    pixels, kept, _ = checks.check_images(run, toy_data, most=64)
     assert pixels.shape == (64, SIZE, SIZE)
     assert len(set(kept)) == 64
 
@@ -322,13 +324,13 @@ def test_images_that_changed_are_not_compared(toy_run: Path, toy_data: Path, tmp
     shutil.copy(tmp_path / "data" / held[1], tmp_path / "data" / held[0])
     (tmp_path / "data" / held[2]).unlink()
     most = len(held) - 2
-    _, kept, _ = export.check_images(run, tmp_path / "data", most=most)
+    _, kept, _ = checks.check_images(run, tmp_path / "data", most=most)
     names = [str(image) for image in saved["image"][kept]]
     assert sorted(names) == sorted({*held} - {held[0], held[2]})
     for path in (tmp_path / "data" / "images").iterdir():
         path.write_bytes(b"changed")
     with pytest.raises(InputError, match="--images DIR"):
-        export.check_images(run, tmp_path / "data")
+        checks.check_images(run, tmp_path / "data")
 
 
 def test_fewer_images_than_the_largest_batch_are_repeated(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
@@ -439,3 +441,112 @@ def test_the_members_of_an_ensemble_share_the_frozen_part(ensemble: Run) -> None
     first, second = (member.visual.trunk.blocks for member in ensemble.members[:2])
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert (a.mlp.fc1.weight.data_ptr() == b.mlp.fc1.weight.data_ptr()) == (i < 4)
+
+
+# ---------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.fixture
+def calm_run(toy_run: Path, tmp_path: Path) -> Path:
+    """A copy of the toy run whose thresholds no probability is near; AUCs may drop by anything."""
+    shutil.copytree(toy_run, tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    info["thresholds"] = [0.999] * CLASSES
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    return tmp_path / "run"
+
+
+def test_variants_within_their_limits_are_kept(calm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "AUC_DROP", 1.0)
+    found = export.export(calm_run, variants=("fp32", "fp16", "int8"))
+    assert [one.path.name for one in found] == ["model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"]
+    assert all(one.kept and one.path.is_file() and one.size == one.path.stat().st_size for one in found)
+    for one in found:
+        said = metadata(one.path)
+        assert said["variant"] == one.variant
+        assert said["parity"]["images"] == one.drift.images == 79
+        assert said["parity"]["max_probability_difference"] == one.drift.largest
+        assert len(said["parity"]["auc_drop_by_class"]) == CLASSES
+        assert said["golden"]["tolerance"] >= 1e-4
+        assert said["float_matrices"] == []
+    fp32, _, int8 = found
+    assert fp32.drift.largest <= export.LIMIT < int8.drift.largest
+    assert int8.size < fp32.size
+    assert metadata(int8.path)["nodes"]["MatMulIntegerToFloat"] == 33
+    assert Predictor(calm_run, device="cpu").info["model_sha256"] == metadata(fp32.path)["model_sha256"]
+
+
+def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_path: Path) -> None:
+    """The toy's probabilities lie as near their thresholds as int8 is exact; half of the matrices do not help."""
+    (one,) = export.export(toy_run, variants=("int8",), out=tmp_path)
+    assert not one.kept
+    assert re.search(r"of 10,000 decisions change sides .limit 20.*with \d+ of 24 matrices left in float", one.reason)
+    assert list(tmp_path.iterdir()) == []
+    (one,) = export.export(toy_run, variants=("int8",), out=tmp_path, allow_drift=True)
+    assert one.kept
+    assert one.drift.over()
+    assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
+
+
+def test_float32_is_never_kept_over_its_limit(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_weight(monkeypatch, lambda weight: weight + np.float32(0.01))
+    with pytest.raises(ParityError):
+        export.export(toy_run, out=tmp_path / "m.onnx", allow_drift=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_matrices_that_int8_hurts_most_are_left_in_float(
+    calm_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half the distance has to go; the matrices named are among those that alone move the answers most."""
+    (plain,) = export.export(calm_run, variants=("int8",), out=tmp_path / "a.onnx", allow_drift=True)
+    monkeypatch.setattr(Drift, "over", lambda self: ["too far"] if self.p99 > 0.6 * plain.drift.p99 else [])
+    (one,) = export.export(calm_run, variants=("int8",), out=tmp_path / "b.onnx")
+    assert one.kept
+    left = metadata(one.path)["float_matrices"]
+    assert len(left) in (1, 2, 4, 8)
+    assert one.drift.p99 <= 0.6 * plain.drift.p99
+    run = read_run(calm_run)
+    order = export._most_moved(run, checks.checks_of(run, None, 79, lambda *_: None), lambda *_: None)
+    assert sorted(order[: len(left)]) == left
+
+
+@pytest.mark.parametrize("kind", ["refit", "ensemble"])
+def test_another_final_model_than_the_sweeps(toy_run: Path, tmp_path: Path, kind: str) -> None:
+    """Its hold-out figures and its hash, not those of the model the sweep chose; no drift to the sweep's own."""
+    (one,) = export.export(toy_run, out=tmp_path / "m.onnx", final=kind)
+    info = json.loads((toy_run / "run.json").read_text())
+    assert info["final"]["kind"] == "best-fold"
+    assert one.info["final"]["kind"] == kind
+    assert one.info["model_sha256"] != info["model_sha256"]
+    assert one.info["data"]["metrics"]["holdout"] == info["finals"][kind]
+    assert one.parity.cached is None
+    saved, run = arrays(toy_run), read_run(toy_run, kind)
+    pixels, kept, _ = checks.check_images(run, None, most=8)
+    held = np.flatnonzero(saved["fold"] < 0)
+    expected = saved[f"holdout_{kind}"][np.searchsorted(held, kept)]
+    found = Predictor(one.path, device="cpu").run(pixels)
+    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=0)
+
+
+def test_an_embedding_is_put_out_when_asked(toy_run: Path, tmp_path: Path) -> None:
+    (one,) = export.export(toy_run, out=tmp_path / "m.onnx", embedding=True)
+    outputs = [value.name for value in onnx.load(one.path).graph.output]
+    assert outputs == ["logits", "probabilities", "embedding"]
+    with pytest.raises(InputError, match="--embedding: an ensemble"):
+        export.export(toy_run, out=tmp_path / "m.onnx", embedding=True, final="ensemble")
+
+
+def test_a_float16_file_is_not_for_the_cpu(calm_run: Path, tmp_path: Path) -> None:
+    (one,) = export.export(calm_run, variants=("fp16",), out=tmp_path / "m.onnx")
+    with pytest.raises(DeviceError, match="float16 is slower than float32 on a CPU"):
+        Predictor(one.path, device="cpu")
+
+
+def test_some_images_are_enough_and_spread_over_the_holdout(toy_run: Path) -> None:
+    run = read_run(toy_run)
+    held = np.flatnonzero(arrays(toy_run)["fold"] < 0)
+    _, kept, _ = checks.check_images(run, None, most=5)
+    assert set(kept) <= set(held)
+    assert (kept[0], kept[-1]) == (held[0], held[-1])
+    assert checks.checks_of(run, None, 5, lambda *_: None).part == "hold-out"

@@ -19,7 +19,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from cxr_fast import export, predict
+from cxr_fast import checks, predict
 from cxr_fast.errors import ImageError, InputError, SchemaError
 from cxr_fast.predict import Decoded, Predictor, Result, file_sha256
 from cxr_fast.preprocess import load
@@ -59,7 +59,7 @@ def flat(answers: list[dict[str, float]]) -> np.ndarray:
 def test_probabilities_are_torchs(predictor: Predictor, files: list[str], toy_run: Path) -> None:
     sound = [file for file in files[:20] if file != files[3]]
     run = read_run(toy_run)
-    expected = export.torch_probabilities(run, np.stack([load(file, predictor.spec)[0] for file in sound]))
+    expected = checks.torch_probabilities(run, np.stack([load(file, predictor.spec)[0] for file in sound]))
     found = predictor(sound)
     assert all(tuple(answer) == tuple(run.info["classes"]) == predictor.labels for answer in found)
     np.testing.assert_allclose(flat(found), expected, atol=1e-5, rtol=0)
