@@ -71,7 +71,7 @@ def test_a_command_of_the_readme_parses(line: str) -> None:
 
 def test_the_main_job_is_in_the_readme() -> None:
     steps = [shlex.split(line, comments=True)[1] for line in SHELL]
-    assert steps[:6] == ["prepare", "cache", "sweep", "export", "predict", "bench"]
+    assert steps[:7] == ["prepare", "cache", "sweep", "export", "verify", "predict", "bench"]
 
 
 def test_commands_within_sentences_parse() -> None:
