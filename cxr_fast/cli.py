@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from . import __version__
+from .bench_commands import bench
 from .data_commands import cache, info, phantom, prepare, verify
-from .model_commands import bench, doctor, explain, export, predict
+from .model_commands import doctor, explain, export, predict
 from .shell import Group
 from .train_commands import compare, report, sweep
 

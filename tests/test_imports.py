@@ -34,7 +34,7 @@ FLOORS = {
     7: ("search", "checks", "bench", "info", "compare"),
     8: ("finals", "record", "report", "export"),
     9: ("sweep",),
-    10: ("data_commands", "train_commands", "model_commands"),
+    10: ("data_commands", "train_commands", "model_commands", "bench_commands"),
     11: ("cli",),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
