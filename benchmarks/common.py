@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import cxr_fast
 from cxr_fast import timing
 
 HERE = Path(__file__).parent
+spread = timing.spread
 
 
 def environment() -> dict[str, Any]:
@@ -30,11 +30,6 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "machine": timing.machine(),
     }
-
-
-def spread(values: list[float]) -> dict[str, float | int]:
-    """n, median, minimum and maximum."""
-    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def show(spreads: dict[str, dict[str, float | int]], unit: str) -> None:

@@ -141,8 +141,7 @@ def describe_latency(result: dict[str, Any]) -> str:
         f"{machine['cpu']}",
         f"cold start: load {1000 * cold['load']:.0f} ms, first run {1000 * cold['first_run']:.0f} ms",
     ]
-    if result["noise"]["noisy"]:
-        lines.append(f"NOISY: other processes took {result['noise']['share']:.0%} of the machine during the run")
+    lines += noise_lines(result)
     if missing := [f"p{q}" for q in PERCENTILES if q not in shown]:
         lines.append(f"not shown, n is too small: {', '.join(missing)}")
     lines.append(_verdict_line(result, verdict))
@@ -161,6 +160,20 @@ def _verdict_line(result: dict[str, Any], verdict: dict[str, Any]) -> str:
     if verdict["result"] != "PASS":
         text += f"; slowest stage: {verdict['slowest_stage']}"
     return text
+
+
+def ratio_text(ratio: dict[str, Any]) -> str:
+    """`13.65 [13.21, 13.82]`; without the interval where there are too few rounds for one."""
+    if ratio["low"] is None:
+        return f"{ratio['median']:.2f} [an interval needs 6 rounds]"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def noise_lines(result: dict[str, Any]) -> list[str]:
+    """A line where other processes took part of the machine, none where they did not."""
+    if not result["noise"]["noisy"]:
+        return []
+    return [f"NOISY: other processes took {result['noise']['share']:.0%} of the machine during the run"]
 
 
 def write_json(result: dict[str, Any], out: Path) -> None:

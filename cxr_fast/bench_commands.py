@@ -1,13 +1,30 @@
-"""The commands of `cxrfast bench`: parse, call one function, print, end with the verdict."""
+"""The bench commands: parse, call one function, print, end with the verdict."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .shell import PATH, device_option, threads_option
+from . import cpu
+from .config import CacheSpec, PreprocessSpec
+from .errors import InputError
+from .shell import (
+    PATH,
+    Progress,
+    device_option,
+    images_option,
+    setting,
+    skip_option,
+    source_argument,
+    threads_option,
+    unindexed_option,
+)
+
+json_option = click.option("--json", "json_out", type=PATH, help="Write the result here.")
 
 
 @click.group()
@@ -36,7 +53,7 @@ def bench() -> None:
 )
 @device_option
 @threads_option
-@click.option("--json", "json_out", type=PATH, help="Write the result here.")
+@json_option
 def latency(
     model: Path,
     images: Path | None,
@@ -66,3 +83,167 @@ def latency(
         benches.write_json(result, json_out)
         click.echo(f"wrote {json_out}")
     sys.exit(benches.EXIT[result["verdict"]["result"]])
+
+
+@bench.command()
+@click.argument("model_a", type=PATH)
+@click.argument("model_b", type=PATH, required=False)
+@click.option("--against", type=click.Choice(["torch"]), help="torch: the run's own model instead of MODEL_B.")
+@click.option("--run", type=PATH, help="With --against torch, the run folder.  [default: the folder of MODEL_A]")
+@click.option("--images", type=PATH, help="Images both answer.  [default: phantoms at acquisition size]")
+@click.option("--manifest", type=PATH, help="Images and their labels (manifest or dataset folder), for AUCs too.")
+@click.option(
+    "--count", type=click.IntRange(1), default=256, show_default=True, help="Images both answer, evenly spread."
+)
+@click.option("--rounds", type=click.IntRange(1), default=30, show_default=True, help="Timed turns of each.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images a timed call.")
+@device_option
+@threads_option
+@json_option
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    model_a: Path,
+    model_b: Path | None,
+    against: str | None,
+    run: Path | None,
+    images: Path | None,
+    manifest: Path | None,
+    count: int,
+    rounds: int,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+) -> None:
+    """Two models in turn, each in a process of its own: their times, and how far B's answers are from A's.
+
+    Two float32 models of the same weights must agree before they are timed.
+    """
+    from . import bench_compare
+
+    if (model_b is None) == (against is None):
+        raise InputError("give two models, or one and --against torch.")
+    if images is not None and manifest is not None:
+        raise InputError("--images and --manifest both name the images; give one of them.")
+    if model_b is None:
+        if device not in ("auto", "cpu"):
+            raise InputError(f"--against torch runs on the CPU; --device {device} would compare two devices.")
+        arms = bench_compare.against_torch(model_a, run, threads=threads)
+    elif run is not None:
+        raise InputError("--run is for --against torch.")
+    else:
+        arms = tuple(bench_compare.Arm(path=path, device=device, threads=threads) for path in (model_a, model_b))  # type: ignore[assignment]
+    bar = Progress()
+    result = bench_compare.compare(
+        *arms,
+        images=images,
+        manifest=manifest,
+        count=count,
+        rounds=rounds,
+        batch_size=batch_size,
+        on_progress=lambda text, done, total: bar.show(done, total, text),
+    )
+    bar.done()
+    _say(bench_compare.describe(result), result, json_out)
+
+
+@bench.command()
+@source_argument
+@setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
+@setting(CacheSpec, "unfreeze_blocks", "Blocks left to train.", type=int)
+@setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
+@setting(PreprocessSpec, "resize", "How a film becomes a square; the plain pipeline always squashes.")
+@setting(CacheSpec, "dtype", "Stored precision.")
+@click.option("--count", type=click.IntRange(1), default=48, show_default=True, help="Images, evenly spread.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Turns of each part.")
+@device_option
+@threads_option
+@images_option
+@skip_option
+@unindexed_option
+@json_option
+def cache(
+    source: Path,
+    weights: str,
+    unfreeze_blocks: int,
+    views: str,
+    resize: Any,
+    dtype: Any,
+    count: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    images: Path | None,
+    skip_missing: bool,
+    unindexed: Any,
+    json_out: Path | None,
+) -> None:
+    """`cxrfast cache` on some of SOURCE's images beside what its parts cost and the plain pipeline's pass over them."""
+    from . import datasets
+
+    manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed)
+    from . import backbone, bench_cache, encode
+
+    encode.pick_device(device)
+    cpu.prepare(threads)
+    tower = backbone.load(weights)
+    names = tuple(view.strip() for view in views.split(","))
+    preprocess = PreprocessSpec(resize=resize)
+    spec = CacheSpec(weights=weights, unfreeze_blocks=unfreeze_blocks, views=names, dtype=dtype, preprocess=preprocess)
+    spec = encode.with_size(spec, tower)
+    some, left_out = bench_cache.few(manifest, count, spec.preprocess)
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = bench_cache.Parts(tower, spec, some, Path(scratch), device)
+        result = bench_cache.measure(parts, rounds, on_round=_rounds(rounds)) | {"left_out": left_out}
+    _say(bench_cache.describe(result), result, json_out)
+
+
+@bench.command()
+@click.argument("cache", type=PATH)
+@click.option("--images", type=PATH, help="Folder of the images, where they are not where the cache found them.")
+@click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
+@click.option("--count", type=click.IntRange(4), default=96, show_default=True, help="Images, evenly spread.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Turns of each way.")
+@device_option
+@threads_option
+@json_option
+def train(
+    cache: Path,
+    images: Path | None,
+    weights: str | None,
+    count: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+) -> None:
+    """An epoch from CACHE beside the plain pipeline, which takes every image through the whole model every epoch."""
+    from . import bench_training, encode
+
+    encode.pick_device(device)
+    cpu.prepare(threads)
+    material = bench_training.from_cache(cache, count=count, images=images, weights=weights)
+    arms = bench_training.Arms(material, device)
+    result = bench_training.measure(arms, rounds, on_round=_rounds(rounds))
+    _say(bench_training.describe(result), result, json_out)
+
+
+def _rounds(total: int) -> Any:
+    bar = Progress()
+
+    def show(done: int) -> None:
+        bar.show(done, total, f"round {done} of {total}")
+        if done == total:
+            bar.done()
+
+    return show
+
+
+def _say(text: str, result: dict[str, Any], json_out: Path | None) -> None:
+    from .bench import write_json
+
+    click.echo(text)
+    if json_out is not None:
+        write_json(result, json_out)
+        click.echo(f"wrote {json_out}")

@@ -96,9 +96,7 @@ def read_run(folder: Path, final: str | None = None) -> Run:
 
     from .backbone import weights_sha256
 
-    info = read_info(folder)
-    chosen = info["final"]["kind"]
-    info = info if final in (None, chosen) else _other_final(info, str(final))
+    chosen, info = read_info(folder)["final"]["kind"], read_run_info(folder, final)
     path = folder / "model.safetensors"
     parts: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -118,6 +116,12 @@ def read_run(folder: Path, final: str | None = None) -> Run:
     return Run(
         folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()), chosen=chosen
     )
+
+
+def read_run_info(folder: Path, final: str | None = None) -> dict[str, Any]:
+    """`run.json` as if the sweep had been asked for a final model of this kind; torch is not needed."""
+    info = read_info(folder)
+    return info if final in (None, info["final"]["kind"]) else _other_final(info, str(final))
 
 
 def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -86,6 +86,11 @@ def median(samples: Sequence[float]) -> float:
     return statistics.median(samples)
 
 
+def spread(samples: Sequence[float]) -> dict[str, float | int]:
+    """n, median, minimum and maximum."""
+    return {"n": len(samples), "median": median(samples), "min": min(samples), "max": max(samples)}
+
+
 def percentile(samples: Sequence[float], q: float) -> float:
     """The q percentile by nearest rank: the smallest sample that q % of them do not exceed; 0 < q <= 100."""
     if not samples or not 0 < q <= 100:

@@ -29,11 +29,14 @@ FLOORS = {
         *("cpu", "material", "shell", "drift", "inputs", "overlay"),
     ),
     4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
-    5: ("encode", "train", "runs", "selection", "tails", "page", "resume"),
-    6: ("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers", "explain"),
+    5: ("encode", "train", "runs", "selection", "tails", "page", "resume", "reference"),
+    6: (
+        *("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers", "explain"),
+        *("bench_worker",),
+    ),
     7: ("search", "checks", "bench", "info", "compare"),
-    8: ("finals", "record", "report", "export"),
-    9: ("sweep",),
+    8: ("finals", "record", "report", "export", "bench_cache", "bench_compare"),
+    9: ("sweep", "bench_training"),
     10: ("data_commands", "train_commands", "model_commands", "bench_commands"),
     11: ("cli",),
 }
