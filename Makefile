@@ -1,4 +1,4 @@
-# make install | demo | test | clean. Uses uv where it is there, plain pip otherwise.
+# make install | demo | test | bench | clean. Uses uv where it is there, plain pip otherwise.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ REPEATS_full := 100
 REPEATS_short := 10
 CXR := $(BIN)/cxrfast
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/.installed
 
@@ -58,6 +58,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The CPU figures of the README, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
+BENCH := PYTHONPATH=. $(BIN)/python benchmarks
+bench: install
+	$(BENCH)/run_cache.py --count 24 --rounds 3
+	$(BENCH)/run_training.py --part steps --count 48 --rounds 3
+	$(BENCH)/run_inference.py --rounds 6
+	$(BENCH)/run_cold_start.py --rounds 5
+	$(BENCH)/run_bootstrap.py --rounds 3
+	$(BENCH)/readme_table.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

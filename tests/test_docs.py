@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib
+import json
 import os
 import re
 import shlex
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 import h5py
@@ -175,6 +178,42 @@ def test_the_readmes_prediction_runs(
     assert 0 < float(first) < 1
     assert rest[0].startswith("film.png [")
     assert rest[-1] == "broken.png truncated"
+
+
+# --------------------------------------------------------------------------------------- the table of benchmarks
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that writes the README's table of ratios."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("readme_table")
+
+
+def test_the_readmes_figures_are_those_of_the_results(tables: ModuleType) -> None:
+    assert tables.between(README) == tables.table(), "run python benchmarks/readme_table.py"
+    assert tables.replaced(README, tables.table()) == README
+
+
+def test_the_table_follows_the_newest_result_and_says_what_is_not_measured(tables: ModuleType, tmp_path: Path) -> None:
+    rows = {row.what: row for row in tables.ROWS}
+    assert len(rows) == len(tables.ROWS)
+    assert all("| | | |" in line for line in tables.table(tmp_path).splitlines()[2:]), "figures without a file"
+    common = {"name": "cache", "gpu": None, "machine": {"cpu": "X", "cores": 2}, "weights": "random:0"}
+    for date, share in (("2026-01-01", 0.5), ("2026-02-01", 0.75)):
+        spread = {"n": 3, "median": share, "min": share - 0.1, "max": share + 0.1}
+        (tmp_path / f"cache-{date}.json").write_text(json.dumps(common | {"date": date, "bound_over_whole": spread}))
+    lines = [line for line in tables.table(tmp_path).splitlines()[2:] if "| | | |" not in line]
+    assert len(lines) == 1, "a CPU's figure stands for no GPU's"
+    assert "| 0.75 [0.65, 0.85] | 3 | X, 2 cores, 2026-02-01 | `run_cache.py` |" in lines[0]
+
+
+def test_a_command_of_the_table_is_a_file(tables: ModuleType) -> None:
+    for row in tables.ROWS:
+        assert (ROOT / "benchmarks" / row.command.split()[0]).is_file()
+    drivers = re.findall(r"\$\(BENCH\)/(\w+\.py)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(drivers) >= 6
+    assert all((ROOT / "benchmarks" / name).is_file() for name in drivers)
 
 
 MODEL = "exports/indiana/model.fp32.onnx"

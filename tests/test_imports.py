@@ -31,8 +31,8 @@ FLOORS = {
     4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
     5: ("encode", "train", "runs", "selection", "tails", "page", "resume", "reference"),
     6: (
-        *("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers", "explain"),
-        *("bench_worker",),
+        *("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
+        *("explain", "bench_worker"),
     ),
     7: ("search", "checks", "bench", "info", "compare"),
     8: ("finals", "record", "report", "export", "bench_cache", "bench_compare"),
