@@ -2,7 +2,8 @@
 
 Two models take turns so: the threads of an idle session spin for a while and took half the machine from another model
 in the same process (int8: 72 ms for 34). Before each timed call the other's threads get REST seconds to fall asleep,
-and one call that is not timed wakes the own ones; so each is timed as `predict` runs it, spinning allowed.
+and one call that is not timed wakes the own ones; so each is timed as `predict` runs it, spinning allowed. Two copies
+of a 64-wide ViT in turns, batch 16: 23.6 ms without the rest, 9.4 with it, 9.0 where the other never runs.
 """
 
 from __future__ import annotations
