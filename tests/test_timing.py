@@ -120,6 +120,38 @@ def test_coverage_is_at_least_what_is_promised() -> None:
     assert 0.985 < kept_below / 4000 < 0.9999
 
 
+@pytest.mark.parametrize(("q", "n"), [(90, 64), (95, 130), (99, 662), (99, 1500)])
+def test_a_false_verdict_is_as_rare_as_promised(q: int, n: int) -> None:
+    """3,000 runs each, the true share over the budget a hair more, or less, than allowed: wrong in 1 % at most."""
+    dice, allowed = random.Random(n), (100 - q) / 100
+    passed = failed = 0
+    for _ in range(3000):
+        over = sum(dice.random() < allowed for _ in range(n))
+        result = at(n, over, q).result
+        passed += result == "PASS"
+        failed += result == "FAIL"
+    # Three standard errors of a 1 % share of 3,000 are 0.55 %.
+    assert passed / 3000 < 0.0155
+    assert failed / 3000 < 0.0155
+    assert passed + failed > 0
+
+
+def test_ties_and_heavy_tails_do_not_loosen_the_bound() -> None:
+    """Latencies of only three values, the true p90 the largest but one; and ones without a mean."""
+    dice, kept, tail = random.Random(11), 0, 0
+    true = 0.1 ** (-1 / 0.8)
+    for _ in range(2000):
+        steps = [dice.choices((1.0, 2.0, 9.0), (80, 12, 8))[0] for _ in range(100)]
+        heavy = [dice.paretovariate(0.8) for _ in range(100)]
+        upper, far = timing.bound(steps, 90), timing.bound(heavy, 90)
+        assert upper is not None
+        assert far is not None
+        kept += upper >= 2.0
+        tail += far >= true
+    assert kept == 2000
+    assert tail / 2000 > 0.983
+
+
 def test_a_loose_confidence_gives_a_closer_bound() -> None:
     samples = list(range(1000))
     half, most = timing.bound(samples, 90, 0.5), timing.bound(samples, 90, 0.99)
