@@ -6,23 +6,21 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, timing
-from .errors import InputError
+from . import benchmark_record as record
+from . import timing
 from .inputs import expand
-from .predict import Predictor, file_sha256
+from .predict import Predictor
 from .preprocess import decode_grey, read_bytes, resize
+from .shell import table
 
-SCHEMA = 1
-EXIT = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 STAGES = ("read", "decode", "resize", "model", "post")
-PERCENTILES = (50, 90, 95, 99)
+WHOLE, MODEL_ONLY = "file to probabilities", "model only"
 # A study at acquisition size, as the full-size films of public sets are: about 2,400 x 2,000.
 FILM = (2400, 2000)
 
@@ -43,63 +41,80 @@ def latency(
     Images are cycled. Without `images` phantoms are drawn at acquisition size. The verdict holds the one-sided 99 %
     bound of the percentile against the budget: MLPerf-style early stopping, not MLPerf.
     """
-    began = time.perf_counter()
+    before, began = record.gpus(), time.perf_counter()
     predictor = Predictor(model, device=device, threads=threads)
     load = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as scratch:
         paths = expand([str(images)]) if images is not None else films(Path(scratch))
+        paths = paths[: warmup + repeats]
         fixed = predictor.pixels(paths[0])[None]
         began = time.perf_counter()
         predictor.run(fixed)
         first = time.perf_counter() - began
-        with timing.other_cpu_share() as noise:
-            samples = _rounds(predictor, paths, repeats, warmup)
-    verdict = timing.verdict(samples["file to probabilities"], budget_ms / 1000, percentile)
+        with record.Watch() as watch:
+            samples, sizes = _rounds(predictor, paths, repeats, warmup, watch)
+    limit = record.budget(budget_ms / 1000, percentile)
     return {
-        "kind": "cxr-fast latency",
-        "schema": SCHEMA,
-        "written_by": f"cxr-fast {__version__}",
-        "model": predictor.path.name,
-        "model_sha256": file_sha256(predictor.path),
-        "variant": predictor.info["variant"],
-        "provenance": predictor.warning,
-        "images": {"given": images is not None, "files": len(paths), "first_size": _size(paths[0], images is not None)},
-        "device": device,
-        "provider": predictor.provider,
-        "threads": predictor.threads,
+        **record.head(record.LATENCY),
+        **record.about(predictor, device),
+        "images": {"given": images is not None, "files": len(paths), "height_width": sizes},
         "n": repeats,
         "cold": {"load": load, "first_run": first},
-        "summary": {name: _summary(values) for name, values in samples.items()},
+        "summary": {name: record.summary(values) for name, values in samples.items()},
         "samples": samples,
-        "budget": {"seconds": budget_ms / 1000, "percentile": percentile},
-        "verdict": {**asdict(verdict), "slowest_stage": max(STAGES, key=lambda s: timing.percentile(samples[s], 50))},
-        "noise": {"share": noise.share, "noisy": noise.noisy},
-        "machine": timing.machine(),
+        "budget": limit,
+        "verdict": {**record.verdict(samples[WHOLE], limit), "slowest_stage": slowest(samples)},
+        "noise": watch.noise(),
+        "quiet": _quiet(samples[WHOLE], watch),
+        "gpus": {"before": before, "after": record.gpus()},
     }
 
 
-def _rounds(predictor: Predictor, paths: Sequence[str], repeats: int, warmup: int) -> dict[str, list[float]]:
-    """One round an image: the real call, the model alone, then the stages one by one."""
-    samples: dict[str, list[float]] = {name: [] for name in ("file to probabilities", "model only", *STAGES)}
+def slowest(samples: dict[str, list[float]]) -> str:
+    """The stage with the largest median: what to attack first."""
+    return max(STAGES, key=lambda stage: timing.percentile(samples[stage], 50))
+
+
+def _quiet(values: list[float], watch: record.Watch) -> dict[str, Any] | None:
+    """The summary without the samples of noisy stretches, to be read beside the whole; None where none was noisy."""
+    noisy = {i for s in watch.stretches if s["noisy"] for i in range(s["first"], s["first"] + s["samples"])}
+    left = [value for i, value in enumerate(values) if i not in noisy]
+    return record.summary(left) if noisy and left else None
+
+
+def _rounds(
+    predictor: Predictor, paths: Sequence[str], repeats: int, warmup: int, watch: record.Watch
+) -> tuple[dict[str, list[float]], list[list[int]]]:
+    """One round an image: the stages one by one, the real call, the model alone. Also the (H, W) of what was timed.
+
+    The stages come first, so that every file is in the page cache when the real call reads it.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in (WHOLE, MODEL_ONLY, *STAGES)}
+    sizes: dict[str, list[int]] = {}
     for i in range(warmup + repeats):
         path = paths[i % len(paths)]
-        found = _stages(predictor, path)
-        found["file to probabilities"] = _timed(partial(predictor, [path]))[0]
-        found["model only"] = _timed(partial(predictor.run, predictor.pixels(path)[None]))[0]
-        if i >= warmup:
-            for name, seconds in found.items():
-                samples[name].append(seconds)
-    return samples
+        found, pixels, shape = _stages(predictor, path)
+        found[WHOLE] = _timed(partial(predictor, [path]))[0]
+        found[MODEL_ONLY] = _timed(partial(predictor.run, pixels))[0]
+        if i < warmup:
+            watch.restart()
+            continue
+        watch.tick()
+        sizes[path] = shape
+        for name, seconds in found.items():
+            samples[name].append(seconds)
+    return samples, list(sizes.values())
 
 
-def _stages(predictor: Predictor, path: str) -> dict[str, float]:
+def _stages(predictor: Predictor, path: str) -> tuple[dict[str, float], np.ndarray, list[int]]:
+    """Seconds of each stage, the pixels (1, S, S) for the model, and the film's (H, W)."""
     out: dict[str, float] = {}
     out["read"], data = _timed(lambda: read_bytes(path))
     out["decode"], grey = _timed(lambda: decode_grey(data, spec=predictor.spec, name=path))
     out["resize"], pixels = _timed(lambda: resize(grey, predictor.spec))
     out["model"], row = _timed(lambda: predictor.run(pixels[None])[0])
     out["post"], _ = _timed(lambda: dict(zip(predictor.labels, map(float, row), strict=True)))
-    return out
+    return out, pixels[None], list(grey.shape)
 
 
 def _timed(fn: Callable[[], Any]) -> tuple[float, Any]:
@@ -108,58 +123,101 @@ def _timed(fn: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, value
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    """Percentiles that n supports, each with its one-sided 99 % bound, and the spread over three windows."""
-    held = timing.supported(len(values))
-    windows = [timing.percentile(w.tolist(), 50) for w in np.array_split(np.array(values), 3) if len(w)]
-    return {
-        "n": len(values),
-        "percentiles": {str(q): timing.percentile(values, q) for q in PERCENTILES if q == 50 or q in held},
-        "bounds": {str(q): timing.bound(values, q) for q in PERCENTILES if q in held},
-        "window_medians": windows,
-    }
-
-
 def describe_latency(result: dict[str, Any]) -> str:
-    """The result as a table a person reads."""
-    shown = [q for q in PERCENTILES if any(str(q) in s["percentiles"] for s in result["summary"].values())]
-    head = ["ms", *(f"p{q}" for q in shown)]
-    rows = []
-    for name in ("file to probabilities", "model only", *STAGES):
-        found = result["summary"][name]["percentiles"]
-        label = f"  {name}" if name in STAGES else name
-        rows.append([label, *(f"{1000 * found[str(q)]:.1f}" if str(q) in found else "-" for q in shown)])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-             for row in [head, *rows]]  # fmt: skip
-    machine, cold, verdict = result["machine"], result["cold"], result["verdict"]
-    files = result["images"]
+    """The result as a table a person reads; beside each percentile the bound that it keeps with 99 % confidence."""
+    shown = [q for q in timing.PERCENTILES if str(q) in result["summary"][WHOLE]["percentiles"]]
+    columns = [name for q in shown for name in (f"p{q}", "99 % bound")]
+    rows = [[f"  {name}" if name in STAGES else name, *_cells(result["summary"][name], shown)]
+            for name in (WHOLE, MODEL_ONLY, *STAGES)]  # fmt: skip
+    cold, files = result["cold"], result["images"]
     source = f"{files['files']} file(s)" if files["given"] else f"{files['files']} phantoms at acquisition size"
-    lines += [
+    lines = [
+        table(["ms", *columns, "p50 by thirds"], rows),
         "",
-        f"n {result['n']}, {source}, {result['provider']}, {result['threads']} thread(s), variant {result['variant']}, "
-        f"{machine['cpu']}",
+        f"n {result['n']}, {source} ({_sizes(files['height_width'])}), read from the page cache, "
+        f"variant {result['variant']}",
+        *describe_setup(result),
         f"cold start: load {1000 * cold['load']:.0f} ms, first run {1000 * cold['first_run']:.0f} ms",
     ]
-    lines += noise_lines(result)
-    if missing := [f"p{q}" for q in PERCENTILES if q not in shown]:
+    if missing := [f"p{q}" for q in timing.PERCENTILES if q not in shown]:
         lines.append(f"not shown, n is too small: {', '.join(missing)}")
-    lines.append(_verdict_line(result, verdict))
+    lines += describe_noise(result)
+    if quiet := result["quiet"]:
+        held = ", ".join(f"p{q} {1000 * value:.1f} ms" for q, value in quiet["percentiles"].items())
+        lines.append(f"without the noisy stretches: {held} (n {quiet['n']}); the verdict counts all")
+    lines += unsteady({WHOLE: result["summary"][WHOLE]["window_medians"]})
+    whole = sum(result["summary"][stage]["percentiles"]["50"] for stage in STAGES)
+    worst = result["verdict"]["slowest_stage"]
+    part = result["summary"][worst]["percentiles"]["50"] / whole
+    return "\n".join([*lines, f"attack first: {worst}, {part:.0%} of the stages' medians", verdict_line(result)])
+
+
+def _cells(found: dict[str, Any], shown: Sequence[int]) -> list[str]:
+    figures = [found[part].get(str(q)) for q in shown for part in ("percentiles", "bounds")]
+    thirds = "/".join(_ms(value) for value in found["window_medians"])
+    return [*("-" if value is None else _ms(value) for value in figures), thirds]
+
+
+def _ms(seconds: float) -> str:
+    """Three digits where a stage is short: 0.0 would say that it takes no time."""
+    return f"{1000 * seconds:.1f}" if seconds >= 0.001 else f"{1000 * seconds:.3f}"
+
+
+def _sizes(sizes: list[list[int]]) -> str:
+    low, high = min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1])
+    text = f"{low[0]:,} x {low[1]:,}"
+    return text if low == high else f"{text} to {high[0]:,} x {high[1]:,} pixels"
+
+
+def describe_setup(result: dict[str, Any]) -> list[str]:
+    """What ran it, on what, from which commit."""
+    machine, code = result["machine"], result["commit"]
+    revision = f"commit {code['revision'][:10]}{', dirty' if code['dirty'] else ''}" if code else result["written_by"]
+    lines = [
+        f"{result['provider']}, {result['threads']} thread(s) on {machine['cores']} core(s), {machine['cpu']}",
+        f"{revision}, {result['date']}",
+        f"device: {result['why']}",
+    ]
     if result["provenance"]:
         lines.append(f"note: {result['provenance'].upper()}; the weights do not change the time")
-    return "\n".join(lines)
+    return lines
 
 
-def _verdict_line(result: dict[str, Any], verdict: dict[str, Any]) -> str:
-    budget = result["budget"]
-    text = f"{verdict['result']}: p{budget['percentile']} under {1000 * budget['seconds']:g} ms, file to probabilities"
+def describe_noise(result: dict[str, Any]) -> list[str]:
+    """What other processes took, where it was too much to believe the figures; a line where nobody can know."""
+    noise = result["noise"]
+    if noise["share"] is None:
+        return ["how busy other processes were is not known here"]
+    if not noise["noisy"]:
+        return []
+    return [
+        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run, up to {noise['worst']:.0%}; "
+        f"over {noise['threshold']:.0%} while {noise['noisy_samples']} of {noise['samples']} samples were taken: run "
+        "it again on a quiet machine"
+    ]
+
+
+def unsteady(parts: dict[str, Sequence[float]]) -> list[str]:
+    """A line for each figure whose three windows lie too far apart."""
+    return [
+        f"UNSTEADY: the medians of {name} in {len(values)} windows differ by {record.spread(values):.0%}"
+        for name, values in parts.items()
+        if record.spread(values) > record.UNSTEADY
+    ]
+
+
+def verdict_line(result: dict[str, Any], advice: str = "--repeats {total}") -> str:
+    """PASS, FAIL or INCONCLUSIVE, of what, and how many more samples would settle it."""
+    budget, verdict = result["budget"], result["verdict"]
+    text = f"{verdict['result']}: p{budget['percentile']} under {1000 * budget['seconds']:g} ms, {WHOLE}"
     if verdict["bound"] is not None:
-        text += f"; 99 % bound {1000 * verdict['bound']:.1f} ms"
-    if verdict["result"] == "INCONCLUSIVE":
-        text += f"; give --repeats {result['n'] + verdict['more']}" if verdict["more"] else "; too close to the budget"
-    if verdict["result"] != "PASS":
-        text += f"; slowest stage: {verdict['slowest_stage']}"
-    return text
+        text += f"; 99 % bound {_ms(verdict['bound'])} ms, MLPerf-style, not MLPerf"
+    if verdict["result"] != "INCONCLUSIVE":
+        return text
+    if not verdict["more"]:
+        return f"{text}; too close to the budget for any number of samples"
+    total = advice.format(total=verdict["n"] + verdict["more"])
+    return f"{text}; {verdict['more']:,} more samples needed: {total}"
 
 
 def ratio_text(ratio: dict[str, Any]) -> str:
@@ -177,11 +235,8 @@ def noise_lines(result: dict[str, Any]) -> list[str]:
 
 
 def write_json(result: dict[str, Any], out: Path) -> None:
-    """The result as JSON; InputError where it cannot be written."""
-    try:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json: cannot write {out}: {error.strerror}.") from error
+    """Any result of a command as JSON; InputError where it cannot be written."""
+    record.write_bytes((json.dumps(result, indent=1) + "\n").encode(), out, "--json")
 
 
 def films(folder: Path, count: int = 6) -> list[str]:
@@ -196,15 +251,3 @@ def films(folder: Path, count: int = 6) -> list[str]:
         Image.fromarray(draw(rng, view=("Frontal", "Lateral")[i % 2], size=FILM)).save(path)
         paths.append(str(path))
     return paths
-
-
-def _size(path: str, given: bool) -> list[int]:
-    if not given:
-        return list(FILM)
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return [image.height, image.width]
-    except (UnidentifiedImageError, OSError):
-        return []

@@ -1,4 +1,4 @@
-"""The bench commands: parse, call one function, print, end with the verdict."""
+"""The commands of the group bench: parse, call one function, print, end with the verdict."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ from .shell import (
 )
 
 json_option = click.option("--json", "json_out", type=PATH, help="Write the result here.")
+plot_option = click.option("--plot", type=PATH, help="Write a picture of it here, NAME.png.")
+budget_option = click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100.0,
+    show_default=True,
+    help="Milliseconds from file to probabilities.",
+)
+timed_images_option = click.option(
+    "--images", type=PATH, help="Folder of images to time.  [default: phantoms at acquisition size]"
+)
 
 
 @click.group()
@@ -34,16 +45,10 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("model", type=PATH)
-@click.option("--images", type=PATH, help="Folder of images to time.  [default: phantoms at acquisition size]")
+@timed_images_option
 @click.option("--repeats", type=click.IntRange(1), default=100, show_default=True, help="Timed images.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Untimed images first.")
-@click.option(
-    "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
-    default=100.0,
-    show_default=True,
-    help="Milliseconds from file to probabilities.",
-)
+@budget_option
 @click.option(
     "--percentile",
     type=click.Choice(["50", "90", "95", "99"]),
@@ -54,6 +59,7 @@ def bench() -> None:
 @device_option
 @threads_option
 @json_option
+@plot_option
 def latency(
     model: Path,
     images: Path | None,
@@ -64,10 +70,15 @@ def latency(
     device: str,
     threads: int | None,
     json_out: Path | None,
+    plot: Path | None,
 ) -> None:
-    """One image at a time: file to probabilities and model only, with a verdict against a budget."""
+    """One image at a time: file to probabilities and model only, with a verdict against a budget.
+
+    Exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
+    """
     from . import bench as benches
 
+    _writable(json_out, plot)
     result = benches.latency(
         model,
         images=images,
@@ -78,11 +89,102 @@ def latency(
         device=device,
         threads=threads,
     )
-    click.echo(benches.describe_latency(result))
+    finish(result, benches.describe_latency(result), json_out, plot)
+
+
+@bench.command()
+@click.argument("model", type=PATH)
+@timed_images_option
+@click.option(
+    "--scenario",
+    type=click.Choice(["offline", "single-stream", "server"]),
+    default="offline",
+    show_default=True,
+    help="All at once by batch size, one after the other, or random arrivals.",
+)
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Largest batch size.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long to measure; offline never less than three calls a batch size.",
+)
+@budget_option
+@click.option(
+    "--percentile",
+    type=click.Choice(["50", "90", "95", "99"]),
+    help="The percentile that must keep it.  [default: 90 single-stream, 99 server]",
+)
+@device_option
+@threads_option
+@click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads of offline.  [default: usable cores]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrivals.")
+@json_option
+@plot_option
+def throughput(
+    model: Path,
+    images: Path | None,
+    scenario: str,
+    max_batch: int,
+    seconds: float,
+    budget_ms: float,
+    percentile: str | None,
+    device: str,
+    threads: int | None,
+    workers: int | None,
+    seed: int,
+    json_out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Images a second: model only and from files by batch size, or what keeps a budget as images arrive.
+
+    --scenario single-stream and server end with a verdict: exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE.
+    """
+    from . import throughput as measuring
+
+    _writable(json_out, plot)
+    bar = Progress()
+    result = measuring.throughput(
+        model,
+        images=images,
+        scenario=scenario,
+        max_batch=max_batch,
+        seconds=seconds,
+        budget_ms=budget_ms,
+        percentile=int(percentile) if percentile else None,
+        device=device,
+        threads=threads,
+        workers=workers,
+        seed=seed,
+        say=bar.show,
+    )
+    bar.done()
+    finish(result, measuring.describe(result), json_out, plot)
+
+
+def _writable(json_out: Path | None, plot: Path | None) -> None:
+    """Said before minutes are measured."""
+    from . import benchmark_record as record
+
+    record.writable(json_out, "--json")
+    record.writable(plot, "--plot", ".png")
+
+
+def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path | None) -> None:
+    """Print the result, write it and its picture, and end with its verdict."""
+    from . import benchmark_record as record
+
+    click.echo(text)
     if json_out is not None:
-        benches.write_json(result, json_out)
+        record.write(result, json_out)
         click.echo(f"wrote {json_out}")
-    sys.exit(benches.EXIT[result["verdict"]["result"]])
+    if plot is not None:
+        from . import bench_plots
+
+        record.write_bytes(bench_plots.draw(result), plot)
+        click.echo(f"wrote {plot}")
+    sys.exit(record.EXIT[result["verdict"]["result"]] if "verdict" in result else 0)
 
 
 @bench.command()

@@ -23,7 +23,10 @@ CONFIDENCE = 0.99
 # More samples than this are not a plan but a sign that the truth sits on the budget.
 MANY = 1_000_000
 NOISY = 0.10
-CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+CPU_FLAGS = (
+    *("fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve"),
+)
 QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
 
 
@@ -106,6 +109,16 @@ def supported(n: int) -> tuple[int, ...]:
     a pass possible, which needs 11, 64, 130 and 662 samples.
     """
     return tuple(q for q in PERCENTILES if n >= _minimum(q, CONFIDENCE))
+
+
+def least(q: float) -> int:
+    """The fewest samples with which the q percentile can be said to hold: `supported`, for one q."""
+    return _minimum(q, CONFIDENCE)
+
+
+def spare(n: int, q: float) -> int:
+    """How many of n samples may be over the budget in a PASS; n at least `least(q)`."""
+    return _allowed(n, 1 - _share(q), 1 - CONFIDENCE)
 
 
 def bound(samples: Sequence[float], q: float, confidence: float = CONFIDENCE) -> float | None:

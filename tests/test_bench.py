@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cxr_fast import bench, timing
+from cxr_fast import benchmark_record as record
 from cxr_fast.errors import DeviceError, ImageError, InputError
 
 ALL = ("file to probabilities", "model only", *bench.STAGES)
@@ -36,11 +37,14 @@ def test_every_stage_is_timed_as_often_as_asked(result: dict[str, Any]) -> None:
     assert tuple(sorted(result["samples"])) == tuple(sorted(ALL))
     assert all(len(values) == 64 and min(values) > 0 for values in result["samples"].values())
     assert result["n"] == 64
-    assert result["images"] == {"given": True, "files": 3, "first_size": [90, 120]}
+    assert (result["images"]["given"], result["images"]["files"]) == (True, 3)
+    assert sorted(result["images"]["height_width"]) == [[50, 200], [60, 60], [90, 120]]
     assert (result["provider"], result["threads"], result["variant"]) == ("CPUExecutionProvider", 1, "fp32")
     assert result["cold"]["load"] > 0
     assert result["cold"]["first_run"] > 0
     assert result["provenance"] == "phantom images"
+    assert (result["why"], result["quiet"] is None) == ("CPU: as asked", not result["noise"]["noisy_samples"])
+    assert result["noise"]["samples"] == 64
 
 
 def test_the_summary_is_of_the_samples(result: dict[str, Any]) -> None:
@@ -54,7 +58,8 @@ def test_the_summary_is_of_the_samples(result: dict[str, Any]) -> None:
 
 
 def test_the_result_is_json(result: dict[str, Any], tmp_path: Path) -> None:
-    bench.write_json(result, tmp_path / "r.json")
+    record.write(result, tmp_path / "r.json")
+    assert record.read(tmp_path / "r.json") == json.loads(json.dumps(result))
     text = (tmp_path / "r.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == json.loads(json.dumps(result))
     assert json.loads(text)["machine"]["cores"] >= 1
@@ -117,7 +122,7 @@ def test_warm_up_is_not_counted_and_images_take_turns(
 def test_a_generous_budget_passes(result: dict[str, Any]) -> None:
     assert result["verdict"]["result"] == "PASS"
     assert result["verdict"]["bound"] == timing.bound(result["samples"]["file to probabilities"], 90)
-    assert bench.EXIT["PASS"] == 0
+    assert record.EXIT["PASS"] == 0
 
 
 @pytest.mark.parametrize("percentile", [50, 90])
@@ -127,17 +132,17 @@ def test_an_absurd_budget_fails(toy_model: Path, films: Path, percentile: int) -
     )
     assert found["verdict"]["result"] == "FAIL"
     assert found["verdict"]["over"] == 12
-    assert bench.EXIT["FAIL"] == 1
+    assert record.EXIT["FAIL"] == 1
     assert f"FAIL: p{percentile} under 1e-06 ms" in bench.describe_latency(found)
-    assert "slowest stage: " in bench.describe_latency(found)
+    assert f"attack first: {found['verdict']['slowest_stage']}, " in bench.describe_latency(found)
 
 
 def test_too_few_samples_settle_nothing(toy_model: Path, films: Path) -> None:
     found = bench.latency(toy_model, images=films, repeats=5, warmup=0, budget_ms=1e6, device="cpu", threads=1)
     assert found["verdict"]["result"] == "INCONCLUSIVE"
-    assert bench.EXIT["INCONCLUSIVE"] == 3
+    assert record.EXIT["INCONCLUSIVE"] == 3
     text = bench.describe_latency(found)
-    assert "INCONCLUSIVE: p90 under 1e+06 ms, file to probabilities; give --repeats 64" in text
+    assert "INCONCLUSIVE: p90 under 1e+06 ms, file to probabilities; 59 more samples needed: --repeats 64" in text
     assert "not shown, n is too small: p90, p95, p99" in text
 
 
@@ -146,27 +151,80 @@ def test_too_few_samples_settle_nothing(toy_model: Path, films: Path) -> None:
 
 def test_the_text_says_what_was_measured(result: dict[str, Any]) -> None:
     text = bench.describe_latency(result)
-    table = {line.split("  ")[0] or line.split()[0]: line for line in text.splitlines() if line}
-    medians = result["summary"]["file to probabilities"]["percentiles"]
-    assert table["file to probabilities"].split()[-2:] == [f"{1000 * medians[q]:.1f}" for q in ("50", "90")]
-    assert [line.split()[0] for line in text.splitlines()[3:8]] == list(bench.STAGES)
-    assert "n 64, 3 file(s), CPUExecutionProvider, 1 thread(s), variant fp32" in text
+    lines = text.splitlines()
+    whole, ms = result["summary"]["file to probabilities"], bench._ms
+    assert lines[0].split() == ["ms", "p50", "99", "%", "bound", "p90", "99", "%", "bound", "p50", "by", "thirds"]
+    figures = [ms(whole[part][q]) for q in ("50", "90") for part in ("percentiles", "bounds")]
+    thirds = "/".join(map(ms, whole["window_medians"]))
+    assert lines[2].removeprefix("file to probabilities").split() == [*figures, thirds]
+    assert [line.split()[0] for line in lines[4:9]] == list(bench.STAGES)
+    assert "n 64, 3 file(s) (60 x 60 to 90 x 120 pixels), read from the page cache, variant fp32" in text
+    assert "CPUExecutionProvider, 1 thread(s) on " in text
+    assert "device: CPU: as asked" in text
     assert "cold start: load " in text
     assert "not shown, n is too small: p95, p99" in text
-    assert "PASS: p90 under 1e+06 ms, file to probabilities; 99 % bound " in text
+    assert "PASS: p90 under 1e+06 ms, file to probabilities; 99 % bound " in lines[-1]
+    assert lines[-1].endswith(" ms, MLPerf-style, not MLPerf")
     assert "note: PHANTOM IMAGES" in text
 
 
-@pytest.mark.parametrize(("share", "noisy"), [(0.5, True), (0.01, False), (None, False)])
-def test_a_noisy_machine_is_said(result: dict[str, Any], share: float | None, noisy: bool) -> None:
-    text = bench.describe_latency({**result, "noise": {"share": share, "noisy": noisy}})
-    assert ("NOISY: other processes took 50% of the machine" in text) == noisy
+def test_a_short_stage_keeps_its_digits() -> None:
+    assert [bench._ms(x) for x in (1.25, 0.0123, 0.001, 0.000123)] == ["1250.0", "12.3", "1.0", "0.123"]
+
+
+def noise(**changed: Any) -> dict[str, Any]:
+    known = {"share": 0.01, "worst": 0.02, "threshold": 0.1, "noisy": False, "samples": 64, "noisy_samples": 0}
+    return {**known, "stretches": [], **changed}
+
+
+def test_a_noisy_machine_is_said(result: dict[str, Any]) -> None:
+    some = noise(share=0.08, worst=0.5, noisy=True, noisy_samples=7)
+    quiet = record.summary(result["samples"]["file to probabilities"][7:])
+    text = bench.describe_latency({**result, "noise": some, "quiet": quiet})
+    assert "NOISY: other processes took 8% of the machine during the run, up to 50%; over 10% while 7 of 64 " in text
+    assert f"without the noisy stretches: p50 {1000 * quiet['percentiles']['50']:.1f} ms (n 57); the verdict" in text
+    calm = bench.describe_latency({**result, "noise": noise(), "quiet": None})
+    assert "NOISY" not in calm
+    assert "without the noisy" not in calm
+    unknown = bench.describe_latency({**result, "noise": noise(share=None), "quiet": None})
+    assert "how busy other processes were is not known here" in unknown
+
+
+def test_samples_of_noisy_stretches_stay_in_the_figures_and_are_left_out_beside_them() -> None:
+    watch = record.Watch()
+    watch.stretches = [
+        {"name": "", "first": 0, "samples": 2, "share": 0.0, "noisy": False},
+        {"name": "", "first": 2, "samples": 3, "share": 0.5, "noisy": True},
+        {"name": "", "first": 5, "samples": 1, "share": None, "noisy": False},
+    ]
+    assert bench._quiet([1.0, 2.0, 9.0, 9.0, 9.0, 3.0], watch) == record.summary([1.0, 2.0, 3.0])
+    watch.stretches[1]["noisy"] = False
+    assert bench._quiet([1.0, 2.0, 9.0, 9.0, 9.0, 3.0], watch) is None
+
+
+def test_windows_far_apart_are_said() -> None:
+    assert bench.unsteady({"x": [1.0, 1.05, 1.09]}) == []
+    assert bench.unsteady({"x": [1.0, 1.0, 1.2]}) == ["UNSTEADY: the medians of x in 3 windows differ by 20%"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([1.0] * 64, "PASS: p90 under 2000 ms, file to probabilities; 99 % bound 1000.0 ms, MLPerf-style, not MLPerf"),
+        ([3.0] * 64, "FAIL: p90 under 2000 ms"),
+        ([1.0] * 90 + [3.0] * 10, "; too close to the budget for any number of samples"),
+        ([1.0] * 60, "; 4 more samples needed: --repeats 64"),
+    ],
+)
+def test_the_last_line_is_the_verdict(samples: list[float], said: str) -> None:
+    limit = record.budget(2.0, 90)
+    assert said in bench.verdict_line({"budget": limit, "verdict": record.verdict(samples, limit)})
 
 
 def test_without_images_phantoms_are_drawn(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "FILM", (120, 100))
     found = bench.latency(toy_model, repeats=7, warmup=0, device="cpu", threads=1)
-    assert found["images"] == {"given": False, "files": 6, "first_size": [120, 100]}
+    assert found["images"] == {"given": False, "files": 6, "height_width": [[120, 100]] * 6}
     assert "6 phantoms at acquisition size" in bench.describe_latency(found)
 
 
@@ -174,7 +232,6 @@ def test_phantoms_are_of_acquisition_size(tmp_path: Path) -> None:
     (path,) = bench.films(tmp_path, count=1)
     with Image.open(path) as image:
         assert (image.height, image.width, image.mode) == (*bench.FILM, "L")
-        assert bench._size(path, given=True) == [2400, 2000]
 
 
 def test_inputs_that_cannot_be_timed_are_refused(toy_model: Path, films: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_fast import __version__, devices, shell, store, timing, train_commands
+from cxr_fast import __version__, benchmark_record, devices, shell, store, timing, train_commands
 from cxr_fast.cli import main
 
 GPU = devices.gpu_present()
@@ -248,6 +248,27 @@ def test_bench_ends_with_its_verdict(toy_model: Path, phantoms: Path, here: Path
     assert "INCONCLUSIVE: p99" in done(cxr(*command, "--repeats", 3, "--percentile", 99), 3).stdout
 
 
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--max-batch", 2], 0, "best: --batch-size "),
+        (["--scenario", "single-stream", "--budget-ms", 1e-6], 1, "FAIL: p90 under 1e-06 ms"),
+        (["--scenario", "single-stream", "--budget-ms", 1e6, "--percentile", 50], 0, "PASS: p50 under 1e+06 ms"),
+        (["--scenario", "server", "--budget-ms", 1e-6], 1, "FAIL: p99 under 1e-06 ms: one image alone takes too long"),
+        (["--scenario", "server", "--budget-ms", 1e6], 3, "; give about --seconds "),
+    ],
+)
+def test_throughput_ends_with_its_verdict_and_leaves_what_was_asked(
+    toy_model: Path, phantoms: Path, here: Path, more: list[object], code: int, said: str
+) -> None:
+    command = ["bench", "throughput", toy_model, "--images", phantoms, "--device", "cpu", "--seconds", 0.5, *more]
+    found = done(cxr(*command, "--json", "t.json", "--plot", "t.png"), code)
+    assert said in found.stdout
+    assert found.stdout.endswith("wrote t.json\nwrote t.png\n")
+    assert benchmark_record.read(here / "t.json")["kind"] == "cxr-fast throughput"
+    assert (here / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ------------------------------------------------------------------------------------------------ exit code 2
 
 
@@ -437,6 +458,19 @@ CASES: list[tuple[list[object], str]] = [
         ["bench", "latency", "model.onnx", "--images", "one_image", "--repeats", 1, "--json", "file/l.json"],
         "--json: cannot write file/l.json",
     ),
+    (
+        ["bench", "latency", "model.onnx", "--images", "one_image", "--plot", "l.pdf"],
+        r"--plot: l\.pdf is to end in \.png",
+    ),
+    (["bench", "throughput", "gone.onnx"], "gone.onnx: no such model"),
+    (["bench", "throughput", "model.onnx", "--images", "empty", "--device", "cpu"], "empty: a folder without images"),
+    (["bench", "throughput", "model.onnx", "--scenario", "burst"], "--scenario"),
+    (["bench", "throughput", "model.onnx", "--seconds", 0], "--seconds"),
+    (["bench", "throughput", "model.onnx", "--max-batch", 0], "--max-batch"),
+    (
+        ["bench", "throughput", "model.onnx", "--images", "one_image", "--plot", "file/t.png"],
+        "--plot: cannot write file/t",
+    ),
     (["bench", "speed"], "No such command 'speed'"),
     (["report", "empty"], "empty: not a run folder"),
     (["report", "toy.h5"], "toy.h5: not a run folder"),
@@ -473,6 +507,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ["sweep", "toy.h5"],
         ["predict", "model.onnx", "one_image", "--out", "p.csv"],
         ["bench", "latency", "model.onnx", "--images", "one_image"],
+        ["bench", "throughput", "model.onnx", "--images", "one_image"],
         ["verify", "toy.h5"],
     ],
     ids=lambda command: command[0],
