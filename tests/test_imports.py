@@ -35,8 +35,8 @@ FLOORS = {
         *("explain", "bench_worker"),
     ),
     7: ("search", "checks", "bench", "info", "compare"),
-    8: ("finals", "record", "report", "export", "bench_cache", "bench_compare", "throughput"),
-    9: ("sweep", "bench_training"),
+    8: ("finals", "record", "report", "export", "bench_cache", "bench_compare", "serving"),
+    9: ("sweep", "bench_training", "throughput"),
     10: ("data_commands", "train_commands", "model_commands", "bench_commands"),
     11: ("cli",),
 }
