@@ -17,6 +17,8 @@ CPU = PROVIDERS["cpu"]
 VARIANTS = ("fp32", "fp16", "int8")
 # Which files a device may run, the fastest first. Dynamic int8 has no CUDA kernels, float16 no fast ones on a CPU.
 RUNS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32"), "tensorrt": ("fp16", "fp32")}
+# What the variants of one model have in common, all that decides an answer or its name.
+SAME = ("model_sha256", "labels", "thresholds", "calibration", "preprocess")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +135,17 @@ def _variant(info: dict[str, Any], path: Path) -> str:
 
 
 def _require_one_model(folder: Path, there: Sequence[str]) -> None:
-    """The files of a folder must be one model: a variant left from an earlier run would answer for another."""
-    hashes = {v: model_file.read(_file(folder, v), check=False).get("model_sha256") for v in there}
-    if other := [v for v in there if hashes[v] != hashes[there[0]]]:
-        raise InputError(
-            f"{folder}: model.{other[0]}.onnx is of another model than model.{there[0]}.onnx; export the run again, "
-            "or name one file."
-        )
+    """The files of a folder must be one model: a variant left from an earlier run would answer for another.
+
+    `model_sha256` is of the weights alone; two runs may share them and differ in thresholds or calibration.
+    """
+    infos = [model_file.read(_file(folder, v), check=False) for v in there]
+    for variant, info in zip(there, infos, strict=True):
+        if apart := [name for name in SAME if info.get(name) != infos[0].get(name)]:
+            what = "is of another model than" if apart[0] == "model_sha256" else f"has another {apart[0]} entry than"
+            raise InputError(
+                f"{folder}: model.{variant}.onnx {what} model.{there[0]}.onnx; export the run again, or name one file."
+            )
 
 
 def _file(folder: Path, variant: str) -> Path:

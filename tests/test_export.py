@@ -488,6 +488,17 @@ def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_p
     assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
 
 
+def test_variants_of_the_same_weights_and_other_thresholds_are_not_one_model(calm_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export.export(calm_run, out=out)
+    info = json.loads((calm_run / "run.json").read_text())
+    info["thresholds"] = [0.998] * CLASSES
+    (calm_run / "run.json").write_text(json.dumps(info))
+    export.export(calm_run, variants=("int8",), out=out, allow_drift=True)
+    with pytest.raises(InputError, match="has another thresholds entry than"):
+        Predictor(out, device="cpu")
+
+
 def test_float32_is_never_kept_over_its_limit(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_weight(monkeypatch, lambda weight: weight + np.float32(0.01))
     with pytest.raises(ParityError):
