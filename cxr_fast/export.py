@@ -83,7 +83,17 @@ def export(
     for variant, path in paths.items():
         one = _int8 if variant == "int8" else _variant
         found.append(one(run, variant, path, checks, embedding=embedding, allow_drift=allow_drift, say=say))
+        if not found[-1].kept:
+            _remove(path)
     return found
+
+
+def _remove(path: Path) -> None:
+    """Take away an earlier file under a name that was not kept: `predict RUN` would go on using it."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot remove {path}: {error.strerror or error}; it was not kept.") from error
 
 
 def _paths(run_folder: Path, out: Path | None, variants: Sequence[str]) -> dict[str, Path]:
@@ -142,6 +152,7 @@ def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: 
     """Why a variant is not kept; empty where it is. fp32 over its limit is an error of ours, and raised."""
     if variant == "fp32":
         if not parity.largest <= LIMIT:
+            _remove(path)
             raise ParityError(
                 f"{path.name} was not kept: ONNX Runtime and torch differ by {parity.largest:.2e} in probability "
                 f"(limit {LIMIT:g}) on {parity.images} images; please report this with the run folder."

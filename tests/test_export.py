@@ -486,6 +486,9 @@ def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_p
     assert one.kept
     assert one.drift.over()
     assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
+    (again,) = export.export(toy_run, variants=("int8",), out=tmp_path)  # the file just kept must not stay in use
+    assert not again.kept
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_variants_of_the_same_weights_and_other_thresholds_are_not_one_model(calm_run: Path, tmp_path: Path) -> None:
