@@ -34,7 +34,7 @@ Decoded = tuple[np.ndarray | None, "Result"]
 class Result:
     """One image's answer: probabilities (C,) float32, or a reason code and message; and which file it is of.
 
-    `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was the file's before they were read: 0
+    `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
     where it was too young to show a change that came next.
     """
 
@@ -172,7 +172,7 @@ class Predictor:
         size = changed = 0
         with contextlib.suppress(OSError, ValueError):  # reading it says what is wrong
             status = os.stat(name)
-            size, changed = status.st_size, status.st_mtime_ns
+            size, changed = status.st_size, changed_ns(status)
         try:
             pixels, sha256 = load(name, self.spec)
         except ImageError as error:
@@ -207,6 +207,11 @@ def golden_pixels(size: int) -> np.ndarray:
     """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
     i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
+
+
+def changed_ns(status: os.stat_result) -> int:
+    """When a file was last changed, whichever says later; `cp -p`, tar and zip set the first and cannot the second."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def file_sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import __version__
 from .errors import InputError
-from .predict import Result, file_sha256
+from .predict import Result, changed_ns, file_sha256
 
 SUFFIX = ".resume"
 KIND, SCHEMA = "cxr-fast predictions so far", 1
@@ -69,7 +69,7 @@ class Resume:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
                 return False
-            return status.st_mtime_ns == known.mtime_ns or file_sha256(Path(path)) == known.sha256
+            return changed_ns(status) == known.mtime_ns or file_sha256(Path(path)) == known.sha256
         except (OSError, ValueError):
             return False
 

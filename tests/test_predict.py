@@ -21,7 +21,7 @@ from PIL import Image
 
 from cxr_fast import checks, predict
 from cxr_fast.errors import ImageError, InputError, SchemaError
-from cxr_fast.predict import Decoded, Predictor, Result, file_sha256
+from cxr_fast.predict import Decoded, Predictor, Result, changed_ns, file_sha256
 from cxr_fast.preprocess import load
 from cxr_fast.runs import read_run
 
@@ -231,16 +231,22 @@ def test_batches_are_answered_as_given(predictor: Predictor, files: list[str]) -
     assert min(seconds.values()) > 0
 
 
-def test_an_answer_says_which_bytes_it_is_of(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
+def test_an_answer_says_which_bytes_it_is_of(
+    predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = tmp_path / "old.png"
     shutil.copy(files[0], old)
     os.utime(old, ns=(10**18, 10**18))
     young = tmp_path / "young.png"
     shutil.copy(files[0], young)
+    monkeypatch.setattr("cxr_fast.predict.TICK_NS", -1)
+    (aged,) = predictor.stream([str(old)])
+    assert aged.mtime_ns == changed_ns(old.stat()) > 10**18
+    monkeypatch.setattr("cxr_fast.predict.TICK_NS", 10**15)
     first, second, third = predictor.stream([str(old), str(young), files[3]])
     assert first.sha256 == second.sha256 == file_sha256(old)
     assert first.size == old.stat().st_size
-    assert (first.mtime_ns, second.mtime_ns) == (10**18, 0)  # changed again within a tick, its time would not show it
+    assert (first.mtime_ns, second.mtime_ns) == (0, 0)  # changed again within a tick, its time would not show it
     assert third.sha256 == ""
 
 

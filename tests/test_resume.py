@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_fast.errors import InputError
-from cxr_fast.predict import Result, file_sha256
+from cxr_fast.predict import Result, changed_ns, file_sha256
 from cxr_fast.resume import LINES, Resume, beside
 
 MODEL = {"model_sha256": "a" * 64, "pixel_check": "p"}
@@ -26,7 +27,7 @@ def answer(path: Path | str, *values: float, **changes: object) -> Result:
 def of_file(path: Path) -> Result:
     """What `Predictor` says of a file that is old enough."""
     os.utime(path, ns=(10**18, 10**18))
-    return answer(path, sha256=file_sha256(path), size=path.stat().st_size, mtime_ns=10**18)
+    return answer(path, sha256=file_sha256(path), size=path.stat().st_size, mtime_ns=changed_ns(path.stat()))
 
 
 @pytest.fixture
@@ -83,6 +84,13 @@ def replaced_and_dated_back(image: Path) -> None:
     os.utime(image, ns=(10**17, 10**17))
 
 
+def replaced_at_the_same_time(image: Path) -> None:
+    """As `cp -p` and archives leave it: size and modification time are the recorded ones."""
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    image.write_bytes(b"other bytes!")
+    os.utime(image, ns=(10**18, 10**18))
+
+
 def longer(image: Path) -> None:
     image.write_bytes(b"twelve bytes and more")
     os.utime(image, ns=(10**18, 10**18))
@@ -98,6 +106,7 @@ CHANGES: list[tuple[Callable[[Path], object], bool]] = [
     (lambda image: os.utime(image), True),  # touched or copied: the content decides
     (replaced, False),
     (replaced_and_dated_back, False),
+    (replaced_at_the_same_time, False),
     (longer, False),
     (Path.unlink, False),
     (piped, False),
