@@ -69,7 +69,8 @@ def export(
 
     `out` is a folder, or a file for a single variant; `final` another final model than the run's own. The images are
     the cached ones (hold-out first), read again under the dataset's folder or `images`. Limits: fp32 1e-5 in
-    probability, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept unless `allow_drift`.
+    probability before calibration, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept
+    unless `allow_drift`. What is not kept takes an earlier file of its name away.
     """
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
@@ -257,7 +258,7 @@ def _parity_json(checks: Checks, parity: Parity, far: Drift, variant: str, file:
         "images": far.images,
         "part": checks.part,
         "provider": file.provider,
-        "max_probability_difference": found["largest"],
+        "max_probability_difference": parity.largest if variant == "fp32" else found["largest"],
         "p99_probability_difference": found["p99"],
         "flips_per_10000": far.flips,
         "macro_auc_torch": found["macro_auc"],

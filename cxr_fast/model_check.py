@@ -25,6 +25,12 @@ KEYS = (
 RECIPE = "pixels[0, i, j] = (7*i + 13*j + i*j//16) % 256"
 # A golden pair that lets more than this pass checks nothing: most thresholds are smaller.
 LOOSEST = 0.1
+AUC_TEXT = "macro AUC drop"
+LIMITS = (
+    ("max_probability_difference", "limit", "largest difference in probability"),
+    ("flips_per_10000", "limit_flips_per_10000", "decisions in 10,000 that change sides"),
+    ("macro_auc_drop", "limit_macro_auc_drop", AUC_TEXT),
+)
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
@@ -81,7 +87,7 @@ def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> R
     """
     info = model_file.read(path, check=False)
     content = _content(info, path)
-    checks = [content, _keys(info), _labels(info), _preprocessing(info)]
+    checks = [content, _keys(info), _labels(info), _preprocessing(info), _limits(info)]
     provider = ""
     if content.ok:
         predictor = Predictor(path, device=device, threads=threads, check=False)
@@ -226,6 +232,23 @@ def _pair_wrong(pair: Any, count: int) -> str:
     if tolerance is None or not is_number(tolerance) or not 0 < tolerance <= LOOSEST:
         return f"the golden pair's tolerance is not a number above 0 and up to {LOOSEST:g}"
     return ""
+
+
+def _limits(info: dict[str, Any]) -> Check:
+    """Whether the file was within its limits where it was exported; `--allow-drift` keeps one that was not."""
+    parity = info.get("parity")
+    parity = parity if isinstance(parity, dict) else {}
+    told = [(text, parity.get(name), parity[limit]) for name, limit, text in LIMITS if is_number(parity.get(limit))]
+    if not told:
+        return Check(name="drift", ok=False, detail="the file does not say what it was held to")
+    # No AUC is defined where no class has both signs; the other limits hold then.
+    over = [told for told in told if not (is_number(told[1]) and told[1] <= told[2]) and told[0] != AUC_TEXT]
+    over += [told for told in told if told[0] == AUC_TEXT and is_number(told[1]) and told[1] > told[2]]
+    shown = ", ".join(f"{text} {'none' if value is None else format(value, '.3g')} (limit {limit:g})"
+                      for text, value, limit in over or told)  # fmt: skip
+    return Check(
+        name="drift", ok=not over, detail=f"from torch where exported: {shown}" + "; kept all the same" * bool(over)
+    )
 
 
 def _golden(predictor: Predictor, pair: dict[str, Any], found: np.ndarray) -> Check:

@@ -235,3 +235,33 @@ def test_another_schema_is_refused(toy_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"schema 3 \(written by cxr-fast"):
         verified(path)
     assert cxr(path).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("parity", "ok", "said"),
+    [
+        ({"limit": 1e-5, "max_probability_difference": 4e-7}, True, "4e-07"),
+        ({"limit": 1e-5, "max_probability_difference": 4e-5}, False, "4e-05 .limit 1e-05.; kept all the same"),
+        ({"limit": 1e-5, "max_probability_difference": None}, False, "none"),
+        ({"limit_flips_per_10000": 20, "flips_per_10000": 91.5}, False, "91.5 .limit 20."),
+        (
+            {
+                "limit_flips_per_10000": 20,
+                "flips_per_10000": 3,
+                "limit_macro_auc_drop": 0.002,
+                "macro_auc_drop": None,
+            },
+            True,
+            "macro AUC drop none",
+        ),
+        ({"limit_macro_auc_drop": 0.002, "macro_auc_drop": 0.003}, False, "0.003 .limit 0.002."),
+        ({}, False, "does not say"),
+    ],
+)
+def test_a_file_kept_over_its_limits_does_not_pass(
+    toy_model: Path, tmp_path: Path, parity: dict[str, Any], ok: bool, said: str
+) -> None:
+    path = changed(toy_model, tmp_path / "m.onnx", put("parity", json.dumps(parity)))
+    found = {check.name: check for check in model_check.verify(path, device="cpu", threads=1).checks}
+    assert found["drift"].ok == ok
+    assert re.search(said, found["drift"].detail)
