@@ -63,7 +63,7 @@ lint: install
 BENCH := PYTHONPATH=. $(BIN)/python benchmarks
 bench: install
 	$(BENCH)/run_cache.py --count 24 --rounds 3
-	$(BENCH)/run_training.py --part steps --count 48 --rounds 3
+	$(BENCH)/run_training.py --part steps --rounds 3
 	$(BENCH)/run_inference.py --rounds 6
 	$(BENCH)/run_cold_start.py --rounds 5
 	$(BENCH)/run_bootstrap.py --rounds 3
