@@ -153,7 +153,6 @@ def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: 
     """Why a variant is not kept; empty where it is. fp32 over its limit is an error of ours, and raised."""
     if variant == "fp32":
         if not parity.largest <= LIMIT:
-            _remove(path)
             raise ParityError(
                 f"{path.name} was not kept: ONNX Runtime and torch differ by {parity.largest:.2e} in probability "
                 f"(limit {LIMIT:g}) on {parity.images} images; please report this with the run folder."

@@ -45,7 +45,7 @@ def test_what_was_exported_passes(toy_model: Path) -> None:
     report = verified(toy_model)
     assert report.ok, model_check.describe(report)
     assert [check.name for check in report.checks] == [
-        *("content", "metadata", "labels", "preprocessing", "graph", "golden answer", "batch of 2")
+        *("content", "metadata", "labels", "preprocessing", "drift", "graph", "golden answer", "batch of 2")
     ]
     assert (report.variant, report.note, report.provider) == ("fp32", "phantom images", "CPU, 1 thread(s)")
     assert report.sha256 == file_sha256(toy_model)
