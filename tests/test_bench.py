@@ -43,7 +43,9 @@ def test_every_stage_is_timed_as_often_as_asked(result: dict[str, Any]) -> None:
     assert result["cold"]["load"] > 0
     assert result["cold"]["first_run"] > 0
     assert result["provenance"] == "phantom images"
-    assert (result["why"], result["quiet"] is None) == ("CPU: as asked", not result["noise"]["noisy_samples"])
+    assert result["why"] == "CPU: as asked"
+    # What is left without the noisy stretches: nothing new where there are none, nothing at all where all are.
+    assert (result["quiet"] is None) == (result["noise"]["noisy_samples"] in (0, 64))
     assert result["noise"]["samples"] == 64
 
 
