@@ -162,6 +162,12 @@ def _check(predictor: Predictor, inputs: Inputs, out: Path, pool: Pool | None) -
         raise InputError(f"--out: {out} is to end in {', '.join(WRITERS)}.")
     if out.suffix == ".parquet":
         pyarrow("pyarrow.parquet", out)
+    if taken := {*KEYS, *STUDY_KEYS, "findings"} & set(predictor.labels):
+        raise InputError(
+            f"{predictor.path}: a class is called {min(taken)}, which is a column of its own in the table."
+        )
+    if joined := [name for name in predictor.labels if ";" in name]:
+        raise InputError(f"{predictor.path}: the class {joined[0]!r} holds ';', which separates findings.")
     if pool and ("" in inputs.studies or not inputs.studies):
         path = inputs.paths[list(inputs.studies).index("")] if inputs.studies else next(iter(inputs.paths), "")
         raise InputError(f"--study-pool: {shown(path)} has no study; name a manifest with a column study or group.")

@@ -227,13 +227,6 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def noise_lines(result: dict[str, Any]) -> list[str]:
-    """A line where other processes took part of the machine, none where they did not."""
-    if not result["noise"]["noisy"]:
-        return []
-    return [f"NOISY: other processes took {result['noise']['share']:.0%} of the machine during the run"]
-
-
 def write_json(result: dict[str, Any], out: Path) -> None:
     """Any result of a command as JSON; InputError where it cannot be written."""
     record.write_bytes((json.dumps(result, indent=1) + "\n").encode(), out, "--json")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import __version__, datasets, encode, store, timing
+from . import benchmark_record as record
+from . import datasets, encode, store, timing
 from .backbone import Backbone
-from .bench import films, noise_lines, ratio_text
+from .bench import describe_noise, films, ratio_text
 from .config import CacheSpec, PreprocessSpec
 from .errors import ImageError, InputError
 from .preprocess import IMAGE_SUFFIXES, load
@@ -25,7 +26,6 @@ from .reference import Films, loader
 from .shell import duration, table
 from .tail import Tail
 
-SCHEMA = 1
 # Images of the main job: Indiana, each with as many views as were measured.
 INDIANA = 7466
 BATCH, FEW = 16, 4
@@ -177,15 +177,16 @@ def measure(
     On a CPU the parts share the cores, so the bound of the whole is their CPU seconds over the cores; on a GPU it is
     the slower part. The files are warm: what a cold disk costs is not in it.
     """
-    difference, n = parts.compare(), len(parts.paths)
+    before, difference, n = record.gpus(), parts.compare(), len(parts.paths)
     samples: dict[str, list[float]] = {name: [] for name in (*PARTS, "bound")}
-    with timing.other_cpu_share() as noise:
+    with record.Watch() as watch:
         for done in range(rounds):
             (d, d_cpu), (f, f_cpu), (w, _) = map(measured, (parts.decode, parts.forward, parts.whole))
             p, _ = measured(lambda: parts.plain(workers))
             bound = (d_cpu + f_cpu) / parts.cores if parts.device.type == "cpu" else max(d, f)
             for name, value in zip(samples, (d, f, w, p, bound), strict=True):
                 samples[name].append(value / n)
+            watch.close(f"round {done + 1}", 1)
             if on_round is not None:
                 on_round(done + 1)
     ratios = {
@@ -193,22 +194,16 @@ def measure(
         "plain over whole": timing.ratio_interval(samples["plain"], samples["whole"]),
     }
     return {
-        "kind": "cxr-fast cache benchmark",
-        "schema": SCHEMA,
-        "written_by": f"cxr-fast {__version__}",
+        **record.turns(record.CACHE, samples, watch, before),
         "images": n,
         "weights": parts.tower.source,
         "views": ",".join(parts.spec.views),
         "device": parts.device.type,
         "workers": parts.cores,
         "bound_is": "CPU seconds of the parts / cores" if parts.device.type == "cpu" else "slower part",
-        "samples": samples,
-        "seconds_per_image": {name: timing.spread(values) for name, values in samples.items()},
         "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
         **difference,
         "extrapolated": {"whole": cache_seconds(timing.median(samples["whole"]))},
-        "noise": {"share": noise.share, "noisy": noise.noisy},
-        "machine": timing.machine(),
     }
 
 
@@ -249,4 +244,4 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"{left} image(s) cannot be read and were left out; `cxrfast cache SOURCE` names them")
     if result["weights"].startswith("random:"):
         lines.append("note: random weights; they do not change the time")
-    return "\n".join([*lines, *noise_lines(result)])
+    return "\n".join([*lines, *describe_noise(result)])

@@ -171,7 +171,7 @@ def _writable(json_out: Path | None, plot: Path | None) -> None:
     record.writable(plot, "--plot", ".png")
 
 
-def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path | None) -> None:
+def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path | None = None) -> None:
     """Print the result, write it and its picture, and end with its verdict."""
     from . import benchmark_record as record
 
@@ -247,7 +247,7 @@ def compare(
         on_progress=lambda text, done, total: bar.show(done, total, text),
     )
     bar.done()
-    _say(bench_compare.describe(result), result, json_out)
+    finish(result, bench_compare.describe(result), json_out)
 
 
 @bench.command()
@@ -298,7 +298,7 @@ def cache(
     with tempfile.TemporaryDirectory() as scratch:
         parts = bench_cache.Parts(tower, spec, some, Path(scratch), device)
         result = bench_cache.measure(parts, rounds, on_round=_rounds(rounds)) | {"left_out": left_out}
-    _say(bench_cache.describe(result), result, json_out)
+    finish(result, bench_cache.describe(result), json_out)
 
 
 @bench.command()
@@ -328,7 +328,7 @@ def train(
     material = bench_training.from_cache(cache, count=count, images=images, weights=weights)
     arms = bench_training.Arms(material, device)
     result = bench_training.measure(arms, rounds, on_round=_rounds(rounds))
-    _say(bench_training.describe(result), result, json_out)
+    finish(result, bench_training.describe(result), json_out)
 
 
 def _rounds(total: int) -> Any:
@@ -340,12 +340,3 @@ def _rounds(total: int) -> Any:
             bar.done()
 
     return show
-
-
-def _say(text: str, result: dict[str, Any], json_out: Path | None) -> None:
-    from .bench import write_json
-
-    click.echo(text)
-    if json_out is not None:
-        write_json(result, json_out)
-        click.echo(f"wrote {json_out}")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, drift, timing
-from .bench import films, noise_lines, ratio_text
+from . import benchmark_record as record
+from . import drift, timing
+from .bench import describe_noise, films, ratio_text
 from .bench_worker import About, Arm, Worker, working
 from .config import PreprocessSpec
 from .errors import ImageError, InputError, ParityError
@@ -21,7 +22,6 @@ from .inputs import expand
 from .preprocess import load
 from .shell import number, table
 
-SCHEMA = 1
 BATCH = 8
 # Two float32 roads of one model: the export allows 1e-5, another machine's golden answer 1e-4.
 SAME = 1e-4
@@ -45,9 +45,9 @@ def compare(
     labels give AUCs. Raises InputError for models of other classes, ParityError, before anything is timed, where two
     float32 roads of the same weights differ.
     """
-    say = on_progress or (lambda text, done, total: None)
+    say, before = on_progress or (lambda text, done, total: None), record.gpus()
     with (
-        timing.other_cpu_share() as noise,
+        record.Watch() as watch,  # closed last: a worker counts as our own once it was waited for
         working(one) as a,
         working(other) as b,
         _shown(images, manifest) as source,
@@ -65,19 +65,13 @@ def compare(
             samples["b"].append(b.call("time", done, batch_size))
             say("rounds", done + 1, rounds)
     return {
-        "kind": "cxr-fast comparison",
-        "schema": SCHEMA,
-        "written_by": f"cxr-fast {__version__}",
+        **record.turns(record.COMPARISON, samples, watch, before),
         "models": {"a": _said(a.about), "b": _said(b.about)},
         "images": {"answered": len(labels), "left_out": left_out, "source": _source(images, manifest)},
         "batch_size": batch_size,
         "rounds": rounds,
-        "samples": samples,
-        "seconds": {name: timing.spread(values) for name, values in samples.items()},
         "ratio": asdict(timing.ratio_interval(samples["b"], samples["a"])),
         "difference": far,
-        "noise": {"share": noise.share, "noisy": noise.noisy},
-        "machine": timing.machine(),
     }
 
 
@@ -240,7 +234,7 @@ def describe(result: dict[str, Any]) -> str:
     if images["left_out"]:
         lines.append(f"{images['left_out']} image(s) cannot be read and were left out")
     lines += [f"note: {text.upper()}" for text in dict.fromkeys(m["warning"] for m in models.values()) if text]
-    return "\n".join([*lines, *noise_lines(result)])
+    return "\n".join([*lines, *describe_noise(result)])
 
 
 def _apart(far: dict[str, Any]) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, store, timing, verify
+from . import benchmark_record as record
+from . import store, timing, verify
 from .activations import Activations
 from .backbone import Backbone, load, prefix, prefix_sha256
-from .bench import noise_lines, ratio_text
+from .bench import describe_noise, ratio_text
 from .bench_cache import pixels_apart, readable
 from .config import CacheSpec, SweepSpec, TrainSpec, from_dict
 from .datasets import Manifest
@@ -26,7 +27,6 @@ from .reference import Films, Model, Trainer, loader
 from .shell import duration, table
 from .train import Fold, predict
 
-SCHEMA = 1
 CLASSES, BATCH = 35, 16
 # Four folds train while one validates: a sample's share of an epoch holds a quarter of a validation pass.
 VALID_SHARE = 0.25
@@ -246,16 +246,17 @@ def _apart(found: torch.Tensor, want: torch.Tensor) -> float:
 
 def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Seconds a sample of each arm in interleaved rounds, after a check that they train alike; JSON-ready."""
-    difference = arms.compare()
+    before, difference = record.gpus(), arms.compare()
     work: dict[str, Callable[[], float]] = {PLAIN: arms.whole, DECODED: arms.decoded}
     work |= {name: lambda name=name: arms.cached(name) for name in arms.folds}  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in work}
     for name in list(work)[1:]:  # from files there is nothing to warm up that decoded ones do not
         work[name]()
-    with timing.other_cpu_share() as noise:
+    with record.Watch() as watch:
         for done in range(rounds):
             for name, arm in work.items():
                 samples[name].append(arm())
+            watch.close(f"round {done + 1}", 1)
             if on_round is not None:
                 on_round(done + 1)
     best = next(iter(arms.folds))
@@ -264,22 +265,16 @@ def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None =
         "float32": timing.ratio_interval(samples[DECODED], samples["cached, float32"]),
     }
     return {
-        "kind": "cxr-fast training benchmark",
-        "schema": SCHEMA,
-        "written_by": f"cxr-fast {__version__}",
+        **record.turns(record.TRAINING, samples, watch, before),
         "images": arms.n,
         "threads": torch.get_num_threads(),
         "device": arms.device.type,
         "weights": arms.material.weights,
         "unfreeze_blocks": arms.material.unfreeze_blocks,
         "fastest": best,
-        "samples": samples,
-        "seconds_per_sample": {name: timing.spread(values) for name, values in samples.items()},
         "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
         **difference,
         "extrapolated": {name: search_seconds(timing.median(values)) for name, values in samples.items()},
-        "noise": {"share": noise.share, "noisy": noise.noisy},
-        "machine": timing.machine(),
     }
 
 
@@ -314,4 +309,4 @@ def describe(result: dict[str, Any]) -> str:
     ]
     if result["weights"].startswith("random:"):
         lines.append("note: random weights; they do not change the time")
-    return "\n".join([*lines, *noise_lines(result)])
+    return "\n".join([*lines, *describe_noise(result)])

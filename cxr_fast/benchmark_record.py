@@ -20,7 +20,10 @@ from .errors import InputError, SchemaError
 from .predict import Predictor, file_sha256
 
 LATENCY, THROUGHPUT = "cxr-fast latency", "cxr-fast throughput"
-SCHEMAS = {LATENCY: 2, THROUGHPUT: 1}
+COMPARISON, CACHE, TRAINING = "cxr-fast comparison", "cxr-fast cache benchmark", "cxr-fast training benchmark"
+SCHEMAS = {LATENCY: 2, THROUGHPUT: 1, COMPARISON: 1, CACHE: 1, TRAINING: 1}
+# Where a result of turns keeps n, median, minimum and maximum of its samples.
+SPREADS = {COMPARISON: "seconds", CACHE: "seconds_per_image", TRAINING: "seconds_per_sample"}
 EXIT = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 SCENARIOS = ("offline", "single-stream", "server")
 WINDOWS = 3
@@ -200,13 +203,29 @@ def about(predictor: Predictor, device: str) -> dict[str, Any]:
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Percentiles that n supports, each with its one-sided 99 % bound, and the medians of three windows."""
     held = timing.supported(len(values))
-    parts = windows(values)
     return {
         "n": len(values),
         "percentiles": {str(q): timing.percentile(values, q) for q in timing.PERCENTILES if q == 50 or q in held},
         "bounds": {str(q): timing.bound(values, q) for q in timing.PERCENTILES if q in held},
-        "window_medians": [timing.percentile(part, 50) for part in parts],
+        "window_medians": window_medians(values),
     }
+
+
+def turns(kind: str, samples: dict[str, list[float]], watch: Watch, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """Head, samples, their spread and windows, noise, and the GPUs before and after, of arms that took turns."""
+    return {
+        **head(kind),
+        "samples": samples,
+        SPREADS[kind]: {name: timing.spread(values) for name, values in samples.items()},
+        "window_medians": {name: window_medians(values) for name, values in samples.items()},
+        "noise": watch.noise(),
+        "gpus": {"before": before, "after": gpus()},
+    }
+
+
+def window_medians(values: Sequence[float]) -> list[float]:
+    """The median of each window."""
+    return [timing.percentile(part, 50) for part in windows(values)]
 
 
 def windows(values: Sequence[float]) -> list[Sequence[float]]:
@@ -283,10 +302,14 @@ MODEL: dict[str, Any] = {
     "images": dict,
 }
 MACHINE = ("cpu", "cpu_flags", "cores", "cores_affinity", "cores_quota", "governor", "memory_gib", "os", "python")
+TURNS: dict[str, Any] = {"samples": dict, "window_medians": dict}
 TIMED: dict[str, Any] = {**dict.fromkeys(("samples", "summary", "budget", "verdict"), dict), "n": int}
 FIELDS: dict[str, dict[str, Any]] = {
     LATENCY: HEAD | MODEL | TIMED | {"cold": dict},
     THROUGHPUT: HEAD | MODEL | {"scenario": str, "seconds": (int, float), "workers": int},
+    COMPARISON: HEAD | TURNS | {"models": dict, "images": dict, "ratio": dict, "difference": dict},
+    CACHE: HEAD | TURNS | {"images": int, "weights": str, "ratios": dict},
+    TRAINING: HEAD | TURNS | {"images": int, "weights": str, "ratios": dict},
 }
 OF_SCENARIO: dict[str, dict[str, Any]] = {
     "offline": {"points": list, "knee": dict, "best": dict},
@@ -324,7 +347,9 @@ def check(result: Any, name: str) -> None:
         if result["scenario"] not in OF_SCENARIO:
             raise InputError(f"{name}: damaged, no scenario {result['scenario']!r:.40}.")
         _need(result, OF_SCENARIO[result["scenario"]], name)
-    if "samples" in result:
+    if kind in SPREADS:
+        _check_turns(result, name)
+    elif "samples" in result:
         _check_samples(result, name)
     for point in result.get("points", ()):
         _check_point(point, name)
@@ -360,6 +385,15 @@ def _check_samples(result: dict[str, Any], name: str) -> None:
         if result["summary"].get(stage) != summary(values):
             raise InputError(f"{name}: damaged, the summary of {stage} is not that of its samples.")
     _check_verdict(result, result["samples"].get("file to probabilities"), name)
+
+
+def _check_turns(result: dict[str, Any], name: str) -> None:
+    told = result.get(SPREADS[result["kind"]])
+    for arm, values in result["samples"].items():
+        seconds = _seconds(values, name)
+        sound = isinstance(told, dict) and told.get(arm) == timing.spread(seconds)
+        if not sound or result["window_medians"].get(arm) != window_medians(seconds):
+            raise InputError(f"{name}: damaged, the figures of {arm} are not those of its samples.")
 
 
 def _check_verdict(values: dict[str, Any], samples: Any, name: str) -> None:

@@ -14,13 +14,13 @@ import torch
 
 from . import calibrate
 from .config import PreprocessSpec, from_dict
-from .devices import onnxruntime
 from .encode import normalise
 from .errors import ImageError, InputError
 from .graph import RAW
+from .predict import golden_pixels
 from .preprocess import load
 from .runs import Run
-from .timing import cpu_count
+from .session import open_model
 
 BATCHES = (1, 2, 7, 64)
 IMAGES = 256
@@ -30,7 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far ONNX Runtime and torch are apart on real images: largest probability difference, by batch size.
+    """How far ONNX Runtime and torch are apart on real images, before calibration: the largest probability difference
+    on all of them, and by batch size on the first 64.
 
     `cached` is the largest difference to what the sweep computed from stored activations (their rounding).
     """
@@ -44,13 +45,14 @@ class Parity:
 @dataclass(frozen=True, kw_only=True)
 class Checks:
     """The images a variant must answer for: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
-    the sweep where it kept them, and which part of the run they are from."""
+    the sweep where it kept them, and which part of the run they are from; torch's for the golden image, (1, C)."""
 
     pixels: np.ndarray
     labels: np.ndarray
     raw: np.ndarray
     cached: np.ndarray | None
     part: str
+    golden: np.ndarray
 
 
 def checks_of(run: Run, images: Path | None, count: int, say: Progress) -> Checks:
@@ -59,36 +61,30 @@ def checks_of(run: Run, images: Path | None, count: int, say: Progress) -> Check
     raw = torch_probabilities(run, pixels, on_done=lambda done: say("torch float32", done, len(pixels)))
     held = saved["fold"][rows] < 0
     part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
-    cached = cached_probabilities(run, saved, rows)
-    return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part)
-
-
-def cached_probabilities(run: Run, saved: Any, rows: np.ndarray) -> np.ndarray | None:
-    """What the sweep said of these images with this final model, where it kept that of all of them."""
-    return saved["final"][rows] if run.info["final"]["kind"] == run.chosen else None
+    # The sweep kept the answers to all images of the final model it chose, of no other.
+    cached = saved["final"][rows] if run.info["final"]["kind"] == run.chosen else None
+    golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
+    return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part, golden=golden)
 
 
 class OpenFile:
-    """A file of any variant on a CPU, for its checks alone: `Predictor` would refuse float16 there."""
+    """A file of any variant on a CPU, for its checks alone: anybody else is refused float16 there."""
 
-    def __init__(self, model: Path | bytes, variant: str) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = cpu_count()
-        options.log_severity_level = 3
-        self.variant, self.provider = variant, "CPUExecutionProvider"
-        self.session = onnxruntime.InferenceSession(model, options, providers=[self.provider])
+    def __init__(self, path: Path) -> None:
+        opened = open_model(path, "cpu", strict=False, check=False)
+        self.variant, self.provider, self.session = opened.variant, opened.provider, opened.session
 
     def run(self, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
         """uint8 (N, S, S) to one of the graph's outputs, (N, C) float32."""
         out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         return out
 
-    def probabilities(self, pixels: np.ndarray, on_done: Callable[[int], None], batch: int = 8) -> np.ndarray:
-        """Probabilities (n, C) of many images."""
+    def many(self, pixels: np.ndarray, output: str, say: Progress, batch: int = 8) -> np.ndarray:
+        """`run` on many images."""
         out = []
         for start in range(0, len(pixels), batch):
-            out.append(self.run(pixels[start : start + batch]))
-            on_done(start + len(out[-1]))
+            out.append(self.run(pixels[start : start + batch], output))
+            say(f"{self.variant} {output}", start + len(out[-1]), len(pixels))
         return np.concatenate(out)
 
     def seconds(self, pixels: np.ndarray) -> float:
@@ -152,26 +148,33 @@ def _order(fold: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate(out)
 
 
-def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> Parity:
-    """Compare the file with torch at batch sizes 1, 2, 7 and 64 (images repeat where there are fewer).
+def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> tuple[Parity, np.ndarray]:
+    """Compare the file with torch on all images, and on the first at batch sizes 1, 2, 7 and 64 (they repeat where
+    there are fewer); also its (calibrated) probabilities of all images (n, C).
 
     Of a calibrated model the raw probabilities are compared with torch's, and the calibration in the graph with
     `calibrate.apply` on them: a steep calibration would make any difference large.
     """
-    calibration = run.info["calibration"]
+    calibration, name = run.info["calibration"], raw_name(run)
     by_batch = {}
     for batch in BATCHES:
         take = np.arange(batch) % min(len(checks.pixels), max(BATCHES))
-        found = file.run(checks.pixels[take], raw_name(run))
-        apart = [np.abs(found - checks.raw[take]).max()]
-        if calibration is not None:
-            apart.append(np.abs(file.run(checks.pixels[take]) - calibrate.apply(calibration, found)).max())
-        by_batch[batch] = float(np.max(apart))  # numpy's, which does not lose a NaN
+        found = file.run(checks.pixels[take], name)
+        calibrated = found if calibration is None else file.run(checks.pixels[take])
+        by_batch[batch] = _apart(calibration, checks.raw[take], found, calibrated)
         say(f"{file.variant} at batch {batch}", BATCHES.index(batch) + 1, len(BATCHES))
+    names = dict.fromkeys((name, "probabilities"))
+    each = [file.many(checks.pixels, out, say) for out in names]
+    found, calibrated = each[0], each[-1]
     cached = None if checks.cached is None else float(np.abs(checks.raw - checks.cached).max())
-    largest = float(np.max(list(by_batch.values())))  # numpy's, which does not lose a NaN
-    count = min(len(checks.pixels), max(BATCHES))
-    return Parity(images=count, largest=largest, by_batch=by_batch, cached=cached)
+    # numpy's largest, which does not lose a NaN
+    largest = float(np.max([_apart(calibration, checks.raw, found, calibrated), *by_batch.values()]))
+    return Parity(images=len(checks.pixels), largest=largest, by_batch=by_batch, cached=cached), calibrated
+
+
+def _apart(calibration: Any, want: np.ndarray, found: np.ndarray, calibrated: np.ndarray) -> float:
+    """The larger of two differences: raw probabilities to torch's, calibrated ones to the calibration of the raw."""
+    return float(np.max([np.abs(found - want).max(), np.abs(calibrated - calibrate.apply(calibration, found)).max()]))
 
 
 def torch_probabilities(

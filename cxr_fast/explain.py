@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from .errors import InputError
 from .overlay import Explained, Map, picture
 from .preprocess import decode_grey, read_bytes, resize
 from .runs import Member, Run, read_run
+from .whole import put
 
 TOP = 3
 
@@ -34,11 +33,11 @@ def write(
     """
     _check_outputs(image, out, npy)
     found = explain(read_run(folder), image, classes=classes, top=top)
-    _save("--out", out, picture(found))
+    put(out, picture(found), "--out", folders=True)
     if npy is not None:
         buffer = io.BytesIO()
         np.save(buffer, np.stack([each.shares for each in found.maps]))
-        _save("--npy", npy, buffer.getvalue())
+        put(npy, buffer.getvalue(), "--npy", folders=True)
     return found
 
 
@@ -135,17 +134,3 @@ def _check_outputs(image: Path, out: Path, npy: Path | None) -> None:
             raise InputError(f"{flag}: {path} must be the name of a {suffix} file.")
         if path is not None and path.exists() and image.exists() and path.samefile(image):
             raise InputError(f"{flag}: {path} is the image itself; give another name.")
-
-
-def _save(flag: str, path: Path, data: bytes) -> None:
-    """The file appears under its name when complete."""
-    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,21 +17,20 @@ import onnxruntime
 import PIL
 
 from . import __version__, calibrate, drift
-from .checks import IMAGES, Checks, OpenFile, Parity, Progress, check, checks_of, raw_name, torch_probabilities
+from .checks import IMAGES, Checks, OpenFile, Parity, Progress, check, checks_of, raw_name
 from .drift import Drift
 from .errors import InputError, ParityError
 from .graph import VARIANTS, all_nodes, build, matrices
+from .model_check import LOOSEST
 from .model_file import PREFIX, SCHEMA, labels_sha256, write
 from .predict import golden_pixels
 from .preprocess import self_check
-from .runs import Run, read_run
+from .runs import Run, clean, read_run
 from .timing import machine
 
 LIMIT = 1e-5
 # Images on which a single matrix in int8 shows what it does.
 FEW = 16
-# No golden answer may be farther off, see `model_check`.
-LOOSEST = 0.1
 NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 
 
@@ -70,7 +70,7 @@ def export(
     `out` is a folder, or a file for a single variant; `final` another final model than the run's own. The images are
     the cached ones (hold-out first), read again under the dataset's folder or `images`. Limits: fp32 1e-5 in
     probability before calibration, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept
-    unless `allow_drift`. What is not kept takes an earlier file of its name away.
+    unless `allow_drift`. A float16 or int8 file not kept takes an earlier one of its name away.
     """
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
@@ -124,17 +124,16 @@ def _variant(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(model, info, scratch)
-        file = OpenFile(scratch, variant)
-        parity, far = check(run, file, checks, say), None
-        probabilities = file.probabilities(checks.pixels, lambda done: say(variant, done, len(checks.pixels)))
+        file = OpenFile(scratch)
+        parity, probabilities = check(run, file, checks, say)
         far = drift.measure(
             calibrate.apply(run.info["calibration"], checks.raw), probabilities, checks.labels, run.info["thresholds"]
         )
         seconds = file.seconds(checks.pixels[:1])
         reason = _refused(path, variant, parity, far, allow_drift)
         info |= {
-            "parity": _parity_json(checks, parity, far, variant, file) | {"latency_ms": 1000 * seconds},
-            "golden": golden(run, file, 1e-4 if variant == "fp32" else min(max(1e-4, far.largest), LOOSEST)),
+            "parity": _parity_json(checks, parity, far, file) | {"latency_ms": 1000 * seconds},
+            "golden": _golden(run, file, checks, 1e-4 if variant == "fp32" else min(max(1e-4, far.largest), LOOSEST)),
         }
         size = _save(model, info, scratch)
         if not reason:
@@ -186,25 +185,25 @@ def _most_moved(run: Run, checks: Checks, say: Progress) -> list[str]:
     """Block matrices by how far each alone in int8 moves the probabilities, the farthest first."""
     names, pixels = matrices(run), checks.pixels[:FEW]
     moved = {}
-    for k, name in enumerate(names):
-        model = build(run, "int8", exclude=frozenset(names) - {name})
-        found = OpenFile(model.SerializeToString(), "int8").run(pixels, raw_name(run))
-        moved[name] = float(np.abs(found - checks.raw[:FEW]).mean())
-        say("which matrices int8 hurts", k + 1, len(names))
+    with tempfile.TemporaryDirectory() as scratch:
+        for k, name in enumerate(names):
+            model = build(run, "int8", exclude=frozenset(names) - {name})
+            _save(model, metadata(run, model) | {"variant": "int8"}, path := Path(scratch) / "model.onnx")
+            found = OpenFile(path).run(pixels, raw_name(run))
+            moved[name] = float(np.abs(found - checks.raw[:FEW]).mean())
+            say("which matrices int8 hurts", k + 1, len(names))
     return sorted(names, key=lambda name: -moved[name])
 
 
-def golden(run: Run, file: OpenFile, tolerance: float) -> dict[str, Any]:
+def _golden(run: Run, file: OpenFile, checks: Checks, tolerance: float) -> dict[str, Any]:
     """Recipe of an input, torch's float32 answer, and this file's own answer here: what another machine must repeat.
 
     `tolerance` of a float16 or int8 file is how far it was from torch: another machine's rounding must move it less.
     """
-    pixels = golden_pixels(run.info["preprocess"]["size"])
-    expected = calibrate.apply(run.info["calibration"], torch_probabilities(run, pixels))[0]
     return {
         "recipe": "pixels[0, i, j] = (7*i + 13*j + i*j//16) % 256",
-        "probabilities": [float(p) for p in expected],
-        "expected": [float(p) for p in file.run(pixels)[0]],
+        "probabilities": [float(p) for p in calibrate.apply(run.info["calibration"], checks.golden)[0]],
+        "expected": [float(p) for p in file.run(golden_pixels(run.info["preprocess"]["size"]))[0]],
         "tolerance": tolerance,
         "provider": file.provider,
         "cpu": machine()["cpu"],
@@ -246,18 +245,16 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def _parity_json(checks: Checks, parity: Parity, far: Drift, variant: str, file: OpenFile) -> dict[str, Any]:
-    limits: dict[str, Any] = {"limit": LIMIT} if variant == "fp32" else {}
-    limits |= {"limit_macro_auc_drop": drift.AUC_DROP, "limit_flips_per_10000": drift.FLIPS} if not limits else {}
-    found = asdict(far)
-    for name, value in found.items():
-        found[name] = None if isinstance(value, float) and not np.isfinite(value) else value
+def _parity_json(checks: Checks, parity: Parity, far: Drift, file: OpenFile) -> dict[str, Any]:
+    exact = file.variant == "fp32"
+    drifting = {"limit_macro_auc_drop": drift.AUC_DROP, "limit_flips_per_10000": drift.FLIPS}
+    found = clean(asdict(far))
     return {
         "against": "torch float32, open_clip tower",
         "images": far.images,
         "part": checks.part,
         "provider": file.provider,
-        "max_probability_difference": parity.largest if variant == "fp32" else found["largest"],
+        "max_probability_difference": parity.largest if exact else found["largest"],
         "p99_probability_difference": found["p99"],
         "flips_per_10000": far.flips,
         "macro_auc_torch": found["macro_auc"],
@@ -266,7 +263,7 @@ def _parity_json(checks: Checks, parity: Parity, far: Drift, variant: str, file:
         "auc_drop_by_class": list(far.auc_drop),
         "by_batch": {str(k): v for k, v in parity.by_batch.items()},
         "to_cached_activations": parity.cached,
-        **limits,
+        **({"limit": LIMIT} if exact else drifting),
     }
 
 

@@ -59,7 +59,7 @@ class Predictor:
     `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
     it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
     damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
-    the file. `spin`, `strict` and `check` are those of `session.open_model`.
+    the file. `check` is that of `session.open_model`.
     """
 
     def __init__(
@@ -68,11 +68,9 @@ class Predictor:
         device: str = "auto",
         threads: int | None = None,
         *,
-        spin: bool = True,
-        strict: bool = True,
         check: bool = True,
     ) -> None:
-        opened = open_model(path, device, threads, spin=spin, strict=strict, check=check)
+        opened = open_model(path, device, threads, check=check)
         self.path, self.session, self.threads = opened.path, opened.session, opened.threads
         self.provider, self.where, self.why = opened.provider, opened.where, opened.why
         self.info = opened.info

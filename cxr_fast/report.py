@@ -6,7 +6,6 @@ import contextlib
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from .material import FIGURES, Material
 from .page import page
 from .runs import read_info
 from .saved import Pool
+from .whole import put
 
 RESAMPLES = 1000
 # What `evaluate` says of a part whose predictions are not numbers: damage, and not only something a run never had.
@@ -176,16 +176,3 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def put(path: Path, data: bytes) -> None:
-    """A file whole or not at all. InputError where it cannot be written."""
-    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
-    try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write it: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()

@@ -40,16 +40,15 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     *,
-    spin: bool = True,
     strict: bool = True,
     check: bool = True,
 ) -> Opened:
     """Open a model file, or of a folder of variants the one this device runs best.
 
-    `spin=False` lets idle threads sleep, for several models in one process. `strict=False` runs a variant where it is
-    slow (float16 on a CPU), as an export that checks itself must. `check` hashes the file before it is run, 0.2 s for
-    350 MB: a flipped bit of a weight would answer without a word. Raises InputError for what is no model or damaged,
-    SchemaError for one of another schema, DeviceError where an explicit device cannot be had or does not run it.
+    `strict=False` runs a variant where it is slow (float16 on a CPU), as an export that checks itself must. `check`
+    hashes the file before it is run: a flipped bit of a weight would answer without a word. Raises InputError for what
+    is no model or damaged, SchemaError for one of another schema, DeviceError where an explicit device cannot be had
+    or does not run it.
     """
     path, (name, number) = Path(path), devices.parse(device)
     target, reason = _target(name, number, device)
@@ -65,9 +64,9 @@ def open_model(
     if strict and kind not in RUNS[target]:
         raise DeviceError(_wrong_pair(path, kind, target, reason if name == "auto" else ""))
     count = threads or timing.cpu_count()
-    session, trouble = _start(path, target, number, _options(count, spin))
+    session, trouble = _start(path, target, number, _options(count))
     if trouble and name == "auto":
-        fallen = open_model(path if not chosen else path.parent, "cpu", threads, spin=spin, strict=strict, check=False)
+        fallen = open_model(path if not chosen else path.parent, "cpu", threads, strict=strict, check=False)
         rest = fallen.why.partition("; ")[2]
         why = f"CPU: a GPU is here, but {trouble}" + (f"; {rest}" if rest else "")
         return dataclasses.replace(fallen, why=why)
@@ -165,12 +164,10 @@ def _wrong_pair(path: Path, variant: str, target: str, reason: str) -> str:
     return f"{path}: {fault}{f' ({reason})' if reason else ''}; {use}{other}."
 
 
-def _options(threads: int, spin: bool) -> Any:
+def _options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors come as exceptions; a second copy on stderr helps nobody
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

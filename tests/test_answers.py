@@ -682,3 +682,13 @@ def alone(predictor: Predictor, path: str) -> list[float] | str:
         return list(predictor([path])[0].values())
     except ImageError as error:
         return f"{error.reason}: {error}"
+
+
+@pytest.mark.parametrize(("name", "said"), [("status", "a column of its own"), ("a;b", "separates findings")])
+def test_a_class_that_the_table_cannot_hold_is_refused(
+    predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.setattr(predictor, "labels", (name, *predictor.labels[1:]))
+    with pytest.raises(InputError, match=said):
+        write(predictor, named(files[:1]), tmp_path / "p.csv")
+    assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from cxr_fast.cli import main
 PACKAGE = Path(cxr_fast.__file__).parent
 FLOORS = {
     0: ("__init__", "errors"),
-    1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat"),
+    1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat", "whole"),
     2: (
         *("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
         *("model_file", "devices", "formats"),

@@ -133,14 +133,9 @@ def test_unknown_devices_are_an_error(toy_model: Path, device: str) -> None:
         open_model(toy_model, device)
 
 
-def test_threads_and_spinning_are_as_asked(toy_model: Path, gpu: Fake) -> None:
-    for spin in (True, False):
-        found = open_model(toy_model, "cpu", 3, spin=spin)
-        assert (found.threads, gpu.options[-1].intra_op_num_threads) == (3, 3)
-    key = "session.intra_op.allow_spinning"
-    assert gpu.options[-1].get_session_config_entry(key) == "0"
-    with pytest.raises(RuntimeError):  # not set: the default, which spins
-        gpu.options[0].get_session_config_entry(key)
+def test_threads_are_as_asked(toy_model: Path, gpu: Fake) -> None:
+    found = open_model(toy_model, "cpu", 3)
+    assert (found.threads, gpu.options[-1].intra_op_num_threads) == (3, 3)
     assert open_model(toy_model, "cpu").threads == session.timing.cpu_count()
 
 
