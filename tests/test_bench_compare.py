@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from model_edits import changed, put, weights
 
 from cxr_fast import bench_compare, bench_worker, drift, metrics, model_file, timing
+from cxr_fast import benchmark_record as record
 from cxr_fast.bench_compare import About, Arm, difference
 from cxr_fast.cli import main
 from cxr_fast.config import PreprocessSpec
-from cxr_fast.errors import InputError, ParityError
+from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.predict import Predictor
 
 ALL = {"device": "cpu", "threads": 1}
@@ -235,3 +236,14 @@ def test_a_manifest_of_other_classes_is_refused(toy_model: Path, tmp_path: Path)
     (tmp_path / "m.csv").write_text("image,group,Nothing\na.png,p,1\n")
     with pytest.raises(InputError, match="has none of the model's classes"):
         bench_compare._listed(tmp_path / "m.csv", True, 5, ("Cardiomegaly", "Effusion"))
+
+
+def test_the_result_is_checked_as_every_benchmarks_is(result: dict[str, Any]) -> None:
+    record.check(result, "it")
+    assert {"date", "commit", "versions", "gpus"} <= set(result)
+    assert {"share", "noisy", "stretches"} <= set(result["noise"])
+    arm, values = next(iter(result["samples"].items()))
+    assert len(result["window_medians"][arm]) == min(3, len(values))
+    for changed_part in ({"samples": {arm: [*values, 1.0]}}, {"window_medians": {}}, {"schema": 99}, {"machine": {}}):
+        with pytest.raises((InputError, SchemaError), match="it: "):
+            record.check(result | changed_part, "it")

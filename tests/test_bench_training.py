@@ -14,9 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from cxr_fast import bench_training, timing
+from cxr_fast import benchmark_record as record
 from cxr_fast.bench_training import DECODED, EPOCHS, PLAIN, Arms, Material
 from cxr_fast.cli import main
-from cxr_fast.errors import InputError
+from cxr_fast.errors import InputError, SchemaError
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,14 @@ def test_the_command(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Indiana search, EXTRAPOLATED: 5 folds x 100 epochs x 4,779 training images x " in done.output
     assert "plain, from files over cached, " in done.output
     assert json.loads(out.read_text())["images"] == 4
+
+
+def test_the_result_is_checked_as_every_benchmarks_is(result: dict[str, Any]) -> None:
+    record.check(result, "it")
+    assert {"date", "commit", "versions", "gpus"} <= set(result)
+    assert {"share", "noisy", "stretches"} <= set(result["noise"])
+    arm, values = next(iter(result["samples"].items()))
+    assert len(result["window_medians"][arm]) == min(3, len(values))
+    for changed_part in ({"samples": {arm: [*values, 1.0]}}, {"window_medians": {}}, {"schema": 99}, {"machine": {}}):
+        with pytest.raises((InputError, SchemaError), match="it: "):
+            record.check(result | changed_part, "it")
