@@ -103,7 +103,7 @@ def describe_export(found: list[Any]) -> str:
     for one in found:
         left = one.info["float_matrices"]
         text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
-        lines.append(text + (f" ({len(left)} matrices left in float: {', '.join(left)})" if left and one.kept else ""))
+        lines.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
     if info["provenance"]:
         lines.append(f"note: {info['provenance'].upper()}")
     return "\n".join(lines)
