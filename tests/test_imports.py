@@ -21,7 +21,7 @@ FLOORS = {
     0: ("__init__", "errors"),
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat", "whole"),
     2: (
-        *("layouts", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
+        *("layouts", "rows", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
         *("model_file", "devices", "formats"),
     ),
     3: (
