@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import benchmark_record as record
-from . import store, timing, verify
+from . import index, store, timing, verify
 from .activations import Activations
 from .backbone import Backbone, load, prefix, prefix_sha256
 from .bench import describe_noise, ratio_text
@@ -78,7 +78,7 @@ def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: 
 
     Raises InputError where fewer than 4 are, or the weights are not those of the cache.
     """
-    file = store.ActivationFile(cache)
+    file = index.open_cache(cache)
     spec = from_dict(CacheSpec, file.meta["spec"])
     root = images or Path(file.meta["dataset"]["root"])
     ok = np.flatnonzero(file.ok)

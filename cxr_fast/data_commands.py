@@ -104,6 +104,11 @@ def describe_manifest(manifest: Any) -> str:
 @threads_option
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option(
+    "--shards",
+    type=click.IntRange(1, 9999),
+    help="Write K activation files and an index (NAME.shards.json), read like one.  [default: one file]",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["continue", "stop"]),
     default="continue",
@@ -132,13 +137,14 @@ def cache(
     workers: int | None,
     threads: int | None,
     limit: int | None,
+    shards: int | None,
     on_error: str,
     repair: bool,
     images: Path | None,
     skip_missing: bool,
     unindexed: Any,
 ) -> None:
-    """Run every image once through the frozen layers and keep the activations in one HDF5 file."""
+    """Run every image once through the frozen layers and keep the activations in one HDF5 file, or in --shards K."""
     spec = CacheSpec(
         weights=weights,
         unfreeze_blocks=unfreeze_blocks,
@@ -152,23 +158,30 @@ def cache(
     manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed, limit=limit)
     from . import backbone as backbones
     from . import encode
+    from . import shards as sharding
 
     encode.pick_device(device)
     cpu.prepare(threads)
     tower = backbones.load(weights)
     spec = encode.with_size(spec, tower)
-    first = f"-first{limit}" if limit else ""
-    path = out or Path("cache") / f"{file_name(manifest.name)}{first}.h5"
-    if path.suffix != ".h5" or path.is_dir():  # else no other command would find it
-        raise InputError(f"--out: {path} must be a file that ends in .h5, such as cache/name.h5.")
-    plan = encode.plan(manifest, tower, spec, path, device=device, batch_size=batch_size, workers=workers)
+    first, ending = f"-first{limit}" if limit else "", sharding.SUFFIX if shards else ".h5"
+    path = out or Path("cache") / f"{file_name(manifest.name)}{first}{ending}"
+    if not path.name.endswith(ending) or path.is_dir():  # else no other command would find it
+        raise InputError(
+            f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
+            + ("." if shards else f"; one that ends in {sharding.SUFFIX} wants --shards K.")
+        )
+    how = {"device": device, "batch_size": batch_size, "workers": workers}
+    many = {"shards": shards} if shards else {}
+    plan = (sharding if shards else encode).plan(manifest, tower, spec, path, **how, **many)
     if limit and plan.rows_dropped:
         raise InputError(
             f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
         )
     skipped = manifest.info["skipped_missing"]
     click.echo(
-        f"{plan.images:,} images x {plan.views} view(s) -> {path}: {gigabytes(plan.bytes_needed)} "
+        f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
+        f"{gigabytes(plan.bytes_needed)} "
         f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
@@ -184,14 +197,13 @@ def cache(
         text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
         bar.show(p.done, p.total, text, before=p.before, seconds=p.seconds)
 
-    outcome = encode.run(
+    outcome = (sharding if shards else encode).run(
         tower,
         manifest,
         spec,
         path,
-        device=device,
-        workers=workers,
-        batch_size=batch_size,
+        **how,
+        **many,
         repair=repair,
         stop_on_error=on_error == "stop",
         on_progress=show,
@@ -259,9 +271,9 @@ def _is_model(file: Path) -> bool:
         if file.is_file():
             with open(file, "rb") as opened:
                 head = opened.read(8)
-    if head == b"\x89HDF\r\n\x1a\n":
+    if head == b"\x89HDF\r\n\x1a\n" or head[:1] == b"{":
         return False
-    return head[:1] == b"\x08" or ".h5" not in file.suffixes
+    return head[:1] == b"\x08" or not {".h5", ".json"}.intersection(file.suffixes)
 
 
 def _verify_models(file: Path, device: str, threads: int | None, json_out: Path | None) -> int:
@@ -314,8 +326,10 @@ def _verify_cache(
 def echo_verdict(found: Any, file: Path) -> int:
     """What `verify` found, and its exit code: 1 for rows shown to be wrong, 2 where nothing asked for could be done."""
     if found.bad:
+        many = f" --shards {found.shards}" if found.shards else ""
         click.echo(
-            f"BAD: {len(found.bad):,} row(s); `cxrfast cache SOURCE --out {file} --repair` mends checksums", err=True
+            f"BAD: {len(found.bad):,} row(s); `cxrfast cache SOURCE --out {file}{many} --repair` mends checksums",
+            err=True,
         )
         for image, reason in found.bad[:20]:
             click.echo(f"  {image}: {reason}", err=True)

@@ -172,12 +172,16 @@ def plan(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    files: Sequence[Path] | None = None,
 ) -> Plan:
-    """What `run` with the same arguments will do. Writes nothing; refuses what `run` would refuse."""
+    """What `run` with the same arguments will do. Writes nothing; refuses what `run` would refuse.
+
+    `files` are those that may hold rows, where it is not `out` and what lies beside it.
+    """
     target = pick_device(device)
     block = batch_size or BLOCKS[target.type]
     header = header_for(manifest, backbone, spec, block=block)
-    done = reuse.check(header, out)
+    done = reuse.check(header, out, files)
     folder = next(parent for parent in out.resolve().parents if parent.exists())
     return Plan(
         images=header.shape[0],
@@ -187,7 +191,7 @@ def plan(
         bytes_needed=store.row_bytes(header.shape, header.dtype) * header.shape[0],
         bytes_free=shutil.disk_usage(folder).free,
         rows_done=done,
-        rows_dropped=reuse.dropped(header, out),
+        rows_dropped=reuse.dropped(header, [out] if files is None else [f for f in files if f.suffix == ".h5"]),
         device=str(target),
         seconds=_expected(Encoder(backbone, spec, target, block=block), manifest, header.shape[0] - done, workers),
     )
@@ -219,13 +223,16 @@ def run(
     batch_size: int | None = None,
     repair: bool = False,
     stop_on_error: bool = False,
+    also: Sequence[Path] = (),
+    all_may_fail: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
     """Encode every image that is not in the file yet, and give it its final name.
 
-    Rows encoded before are kept where fingerprint and image bytes are the same (see `reuse.prepare`). Failed images are
-    marked with their reason and never reach training; with `stop_on_error` the first ends the run (InputError).
-    SIGINT and SIGTERM finish the block and raise Interrupted; the same call goes on from there.
+    Rows encoded before, in `also` too, are kept where fingerprint and image bytes are the same (see `reuse.prepare`).
+    Failed images are marked with their reason and never reach training; with `stop_on_error` the first ends the run
+    (InputError), and so does a run without an image that succeeded, unless `all_may_fail`. SIGINT and SIGTERM finish
+    the block and raise Interrupted; the same call goes on from there.
     """
     began = time.perf_counter()
     target, threads = pick_device(device), workers or timing.cpu_count()
@@ -233,7 +240,7 @@ def run(
     paths = [manifest.path(row) for row in range(len(manifest))]
     total = len(paths)
     with FileLock(out), graceful() as stopped:
-        work = reuse.prepare(header, out, paths, repair=repair, workers=threads, stop=stopped.is_set)
+        work = reuse.prepare(header, out, paths, repair=repair, workers=threads, stop=stopped.is_set, also=also)
         if stopped.is_set():
             raise Interrupted(f"stopped before anything was encoded; run the same command again to go on with {out}.")
         if not work:
@@ -248,8 +255,8 @@ def run(
                     f"stopped; {int((writer.state != store.PENDING).sum()):,} of {total:,} images are safe in "
                     f"{store.partial_path(out)}. Run the same command again to go on."
                 )
-            if (writer.state == store.FAILED).all():
-                image, error = _failures(store.partial_path(out))[0]
+            if (writer.state == store.FAILED).all() and not all_may_fail:
+                image, error = failures(store.partial_path(out))[0]
                 raise InputError(f"every one of the {total:,} images failed; the first, {image}: {error}")
             writer.finish()
         reuse.finish(out)
@@ -258,7 +265,7 @@ def run(
 
 def _outcome(out: Path, tried: int, began: float) -> Outcome:
     """`tried` rows were pending; every failed row was among them."""
-    file, failed = store.ActivationFile(out), _failures(out)
+    file, failed = store.ActivationFile(out), failures(out)
     header, ok = file.header, np.flatnonzero(file.ok)
     images, groups, hashes = ([column[i] for i in ok] for column in (header.images, header.groups, file.sha256))
     return Outcome(
@@ -379,7 +386,7 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 
 def write_errors(path: Path, failed: tuple[tuple[str, str], ...]) -> Path:
     """`NAME.errors.csv` beside the cache: image, reason code, message; removed where nothing failed."""
-    out = path.with_name(path.name.removesuffix(".h5") + ".errors.csv")
+    out = path.with_name(path.name.removesuffix(".h5").removesuffix(".shards.json") + ".errors.csv")
     if not failed:
         out.unlink(missing_ok=True)
         return out
@@ -429,7 +436,7 @@ def _prefetch(
                 future.cancel()
 
 
-def _failures(path: Path) -> tuple[tuple[str, str], ...]:
+def failures(path: Path) -> tuple[tuple[str, str], ...]:
     """(image, reason) of every failed row."""
     file = store.ActivationFile(path, partial=True)
     return tuple((file.header.images[i], file.errors[i]) for i in np.flatnonzero(file.state == store.FAILED))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import store
+from . import index, store
 from .errors import InputError
 
 
@@ -20,24 +20,47 @@ def describe(path: Path) -> str:
         raise InputError(f"{path}: no such file.")
     if path.suffix == ".onnx":
         return _model(path)
+    if path.name.endswith(index.SUFFIX):
+        return _sharded(path)
     if path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
         return _cache(path)
-    raise InputError(f"{path}: not a cache (.h5), a run folder or a model (.onnx).")
+    raise InputError(f"{path}: not a cache (.h5 or {index.SUFFIX}), a run folder or a model (.onnx).")
 
 
 def _cache(path: Path) -> str:
     header = store.read_header(path)
     with store.open_file(path) as file:
         state, absmax, by = np.array(file["done"]), np.array(file["absmax"]), str(file.attrs["written_by"])
+    said = {"activation file": f"{path}, schema {store.SCHEMA}, {by}"}
+    return _activations(said, header, state, absmax, path.stat().st_size)
+
+
+def _sharded(path: Path) -> str:
+    file = index.ShardedFile(path)
+    size = sum(shard.path.stat().st_size for shard in file.files)
+    names = f"{file.files[0].path.name} to {file.files[-1].path.name}"
+    said = {
+        "index": f"{path}, schema {index.SCHEMA}, {file.written_by}",
+        "shards": f"{len(file.files)}: {names}, {min(map(_images, file.files)):,} to "
+        f"{max(map(_images, file.files)):,} images each",
+    }
+    return _activations(said, file.header, file.state, file.absmax, size)
+
+
+def _images(file: store.ActivationFile) -> int:
+    return len(file.state)
+
+
+def _activations(said: dict[str, str], header: store.Header, state: np.ndarray, absmax: np.ndarray, size: int) -> str:
     meta, parts = header.meta, header.meta["fingerprint_parts"]
     done, failed = int((state == store.DONE).sum()), int((state == store.FAILED).sum())
     peak = f"{absmax.max():.4g}" if done else "-"
     return lines(
-        {
-            "activation file": f"{path}, schema {store.SCHEMA}, {by}",
+        said
+        | {
             "state": f"{done:,} of {len(state):,} images encoded, {failed:,} failed",
             "data": f"{meta['dataset']['name']}, {len(set(header.groups)):,} groups, {len(header.classes)} classes",
-            "array": f"{header.shape} {header.dtype}, {path.stat().st_size / 1e6:,.0f} MB, largest value {peak}",
+            "array": f"{header.shape} {header.dtype}, {size / 1e6:,.0f} MB, largest value {peak}",
             "weights": meta["weights"] + (" (RANDOM, not BiomedCLIP)" if meta["random_weights"] else ""),
             "cut": f"{parts['cut']} ({meta['spec']['unfreeze_blocks']} block(s) left to train), views "
             + ", ".join(parts["views"]),

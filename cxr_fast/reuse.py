@@ -26,26 +26,27 @@ NO_IDENTITY = ("block", "pillow")
 CHUNK = 64
 
 
-def check(header: store.Header, out: Path) -> int:
-    """Rows already in a file at `out` that this run would not encode again, at most; writes nothing.
+def check(header: store.Header, out: Path, files: Sequence[Path] | None = None) -> int:
+    """Rows already in a file at `out`, or in `files`, that this run would not encode again, at most; writes nothing.
 
     Raises InputError naming the field that differs, and both values, when that file was made another way.
     """
     encoded: set[str] = set()
-    for path in _existing(out):
+    for path in existing(out) if files is None else files:
         refuse_other(store.read_header(path), header, path)
         file = store.ActivationFile(path, partial=True)
         encoded.update(image for image, ok in zip(file.header.images, file.ok, strict=True) if ok)
     return len(encoded.intersection(header.images))
 
 
-def dropped(header: store.Header, out: Path) -> int:
-    """Images encoded in the complete file at `out` that are not in this run's list: their rows would go."""
-    if not out.exists():
-        return 0
-    old = store.ActivationFile(out, partial=True)
-    kept = set(header.images)
-    return sum(ok and image not in kept for image, ok in zip(old.header.images, old.ok, strict=True))
+def dropped(header: store.Header, files: Sequence[Path]) -> int:
+    """Images encoded in those complete files that exist that are not in this run's list: their rows would go."""
+    kept, count = set(header.images), 0
+    for path in files:
+        if path.exists():
+            old = store.ActivationFile(path, partial=True)
+            count += sum(ok and image not in kept for image, ok in zip(old.header.images, old.ok, strict=True))
+    return count
 
 
 def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
@@ -76,24 +77,31 @@ def _as_old(new: store.Header, olds: Iterable[store.Header]) -> store.Header:
 
 
 def prepare(
-    header: store.Header, out: Path, paths: Sequence[Path], *, repair: bool, workers: int, stop: Callable[[], bool]
+    header: store.Header,
+    out: Path,
+    paths: Sequence[Path],
+    *,
+    repair: bool,
+    workers: int,
+    stop: Callable[[], bool],
+    also: Sequence[Path] = (),
 ) -> bool:
     """Leave a partial file at `out` in which only what must be encoded is pending; False when nothing is.
 
     A file of the same rows is continued, a complete one reopened; rows of any other file of this fingerprint are
-    copied where the image's bytes are the same. Images whose bytes changed and images that failed are encoded
-    again, with `repair` also rows that fail their checksum.
+    copied where the image's bytes are the same, those of `also` too. Images whose bytes changed and images that failed
+    are encoded again, with `repair` also rows that fail their checksum.
     """
     partial = store.partial_path(out)
-    olds = {path: store.read_header(path) for path in _existing(out)}
+    olds = {path: store.read_header(path) for path in (*existing(out), *also)}
     for path, old in olds.items():
         refuse_other(old, header, path)
     header = _as_old(header, olds.values())
-    if partial.exists() and not _same_rows(store.read_header(partial), header):
-        _set_aside(partial, out)
+    if partial.exists() and not same_rows(store.read_header(partial), header):
+        set_aside(partial, out)
     if partial.exists():
         _forget(out, _stale(partial, paths, repair, workers, stop))
-    elif out.exists() and _same_rows(store.read_header(out), header):
+    elif out.exists() and same_rows(store.read_header(out), header):
         stale = _stale(out, paths, repair, workers, stop)
         if not stale:
             finish(out)  # a run killed between the last rename and this may have left files aside
@@ -102,18 +110,18 @@ def prepare(
         _forget(out, stale)
     else:
         store.create(out, header)
-    if sources := [path for path in _existing(out) if path != partial]:
+    if sources := [path for path in (*existing(out), *also) if path != partial]:
         _copy(sources, out, paths, workers, stop)
     return True
 
 
 def finish(out: Path) -> None:
     """Forget the files set aside; what they held is in the new one."""
-    for path in _asides(out):
+    for path in asides(out):
         path.unlink()
 
 
-def _same_rows(old: store.Header, new: store.Header) -> bool:
+def same_rows(old: store.Header, new: store.Header) -> bool:
     """Whether both files hold the same rows with the same description, how they are made aside."""
     names = ("images", "groups", "studies", "views", "classes")
     metas = [{k: v for k, v in header.meta.items() if k not in NO_IDENTITY} for header in (old, new)]
@@ -182,18 +190,18 @@ def file_hash(path: Path) -> str:
         return ""
 
 
-def _set_aside(partial: Path, out: Path) -> None:
-    """Give a partial file of another list a name of its own: several lists may change before one is finished."""
-    if not store.ActivationFile(partial, partial=True).ok.any():
-        partial.unlink()
+def set_aside(path: Path, out: Path) -> None:
+    """Give a file of another list a name of its own beside `out`: several lists may change before one is finished."""
+    if not store.ActivationFile(path, partial=True).ok.any():
+        path.unlink()
         return
-    taken, number = set(_asides(out)), 1
+    taken, number = set(asides(out)), 1
     while (aside := out.with_name(f"{out.name}{ASIDE}{number}")) in taken:
         number += 1
-    os.replace(partial, aside)
+    os.replace(path, aside)
 
 
-def _asides(out: Path) -> list[Path]:
+def asides(out: Path) -> list[Path]:
     """Files set aside by runs that were stopped, `NAME.h5.reuse1` and so on."""
     start = out.name + ASIDE
     if not out.parent.is_dir():
@@ -202,9 +210,9 @@ def _asides(out: Path) -> list[Path]:
     return [out.with_name(name) for name in sorted(names) if re.fullmatch(r"\d*", name[len(start) :])]
 
 
-def _existing(out: Path) -> list[Path]:
+def existing(out: Path) -> list[Path]:
     """Every file that may hold rows for `out`: the complete one, the unfinished one, those set aside."""
-    return [path for path in (out, store.partial_path(out)) if path.exists()] + _asides(out)
+    return [path for path in (out, store.partial_path(out)) if path.exists()] + asides(out)
 
 
 def _short(value: Any) -> str:

@@ -17,8 +17,9 @@ from . import splits, timing, twins
 from .config import SweepSpec
 from .datasets import Manifest
 from .errors import InputError
+from .index import Cache, ShardedFile, open_cache
 from .reuse import file_hash
-from .store import ActivationFile, Header
+from .store import Header
 
 NAMED = 5
 
@@ -30,7 +31,7 @@ class Data:
     `by_name` images of another manifest were told by their name alone; `notes` are lines the user must see.
     """
 
-    file: ActivationFile
+    file: Cache
     header: Header
     rows: np.ndarray
     labels: np.ndarray
@@ -60,7 +61,7 @@ def read(
     Every used row's checksum is proved, which reads all of them once; `checksums=False` is for files too large to read
     twice. Raises InputError for damaged rows and for a manifest of other images.
     """
-    file = ActivationFile(cache)
+    file = open_cache(cache)
     header, kept, by_name = (file.header, file.ok, 0) if manifest is None else relabel(file, manifest, threads=threads)
     rows = np.flatnonzero(kept)
     labels = header.labels[rows]
@@ -82,16 +83,17 @@ def read(
     )
 
 
-def _refuse_damaged(file: ActivationFile, rows: np.ndarray, threads: int | None) -> None:
+def _refuse_damaged(file: Cache, rows: np.ndarray, threads: int | None) -> None:
     if bad := list(file.mismatched(rows.tolist(), threads or timing.cpu_count())):
+        many = f" --shards {len(file.files)}" if isinstance(file, ShardedFile) else ""
         raise InputError(
             f"{file.path}: {len(bad):,} of {len(rows):,} rows fail their checksum: "
             f"{_named([file.header.images[row] for row in bad])}.\n"
-            f"`cxrfast cache SOURCE --out {file.path} --repair` encodes them again."
+            f"`cxrfast cache SOURCE --out {file.path}{many} --repair` encodes them again."
         )
 
 
-def _by_name(count: int, of: int, file: ActivationFile) -> Iterator[str]:
+def _by_name(count: int, of: int, file: Cache) -> Iterator[str]:
     if count:
         yield (
             f"--manifest: {count:,} of {of:,} images were told by their name alone, since the manifest's own files are "
@@ -99,7 +101,7 @@ def _by_name(count: int, of: int, file: ActivationFile) -> Iterator[str]:
         )
 
 
-def relabel(file: ActivationFile, manifest: Manifest, *, threads: int | None = None) -> tuple[Header, np.ndarray, int]:
+def relabel(file: Cache, manifest: Manifest, *, threads: int | None = None) -> tuple[Header, np.ndarray, int]:
     """The file's header with labels, groups and views of `manifest`, (N,) which images it names and are encoded, and
     how many of these were told by name alone.
 
@@ -134,7 +136,7 @@ def relabel(file: ActivationFile, manifest: Manifest, *, threads: int | None = N
     return header, np.isin(np.arange(len(file.ok)), list(at)) & file.ok, by_name
 
 
-def _match(file: ActivationFile, manifest: Manifest) -> tuple[list[int | None], list[int]]:
+def _match(file: Cache, manifest: Manifest) -> tuple[list[int | None], list[int]]:
     """The row of each image of the manifest, None where there is none; and which images were found by name."""
     root, here = Path(file.meta["dataset"]["root"]), manifest.root.resolve()
     places = {os.path.normpath(root / image): row for row, image in enumerate(file.header.images)}
@@ -152,7 +154,7 @@ def _match(file: ActivationFile, manifest: Manifest) -> tuple[list[int | None], 
     return found, named
 
 
-def _refuse_others(file: ActivationFile, manifest: Manifest, named: dict[int, int], threads: int | None) -> int:
+def _refuse_others(file: Cache, manifest: Manifest, named: dict[int, int], threads: int | None) -> int:
     """Compare bytes where the manifest's own file is there; how many encoded images have no such file.
 
     Raises InputError naming images that have the name and not the bytes: another data set counts from one as well.

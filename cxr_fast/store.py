@@ -335,18 +335,6 @@ def read_header(path: Path) -> Header:
         return _read_header(file)
 
 
-def newest(folder: Path) -> Path:
-    """The complete activation file written last in `folder`; InputError when there is none."""
-    files = sorted(folder.glob("*.h5"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in files:
-        with open(path, "rb") as file:
-            if file.read(8) == b"\x89HDF\r\n\x1a\n":
-                return path
-    raise InputError(
-        f"no complete cache in {folder}/; `cxrfast cache DATASET` makes one, or name it: `cxrfast sweep FILE`."
-    )
-
-
 def _read_header(file: h5py.File) -> Header:
     def column(name: str) -> tuple[str, ...]:
         return tuple(_text(value) for value in file[name][:])

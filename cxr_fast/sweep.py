@@ -22,12 +22,12 @@ from .datasets import Manifest
 from .encode import pick_device
 from .errors import InputError, Interrupted
 from .finals import KINDS, Finals
+from .index import Cache
 from .journal import Journal, difference
 from .lock import FileLock, graceful
 from .runs import clean, model_sha256, save_model
 from .search import Search, Trained
 from .selection import read
-from .store import ActivationFile
 from .tail import Tail, count_trainable
 from .train import Epoch, precision, predict, require_scorable
 
@@ -63,7 +63,7 @@ class Plan:
     resumed: bool
 
 
-def backbone_for(file: ActivationFile, weights: str | None = None) -> Backbone:
+def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
     """The tower the cache was made with, its hash checked against the file's."""
     source = weights or file.meta["weights"]
     backbone = load(source)
@@ -102,7 +102,7 @@ class Sweep:
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, weights)
-        self.activations = Activations(self.data.file.activations, self.device, residency=residency)
+        self.activations = Activations(cast(np.ndarray, self.data.file.activations), self.device, residency=residency)
         self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
         self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())

@@ -106,14 +106,14 @@ def sweep(
     own["split_by"] = by_recipe(ctx, recipe, SweepSpec, "split_by")
     train = TrainSpec(flip="flip" in views, **flags)
     spec = SweepSpec(epochs=parse_epochs(epochs), train=train, **own)
-    from . import store
+    from . import index
     from . import sweep as sweeps
 
     if cache is None:
-        cache = store.newest(Path("cache"))
+        cache = index.newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     if recipe == "reference":
-        require_reference_cache(store.read_header(cache).meta["spec"]["normalize"])
+        require_reference_cache(index.read_cache_header(cache).meta["spec"]["normalize"])
     cpu.prepare(threads)
     labels = None
     if manifest is not None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import reuse, store
+from . import index, reuse
 from .backbone import load, prefix_sha256
 from .config import CacheSpec, from_dict
 from .encode import Decoded, Encoder, pick_device
 from .errors import ImageError, InputError
+from .index import Cache
 from .preprocess import load as load_image
 from .preprocess import self_check
 
@@ -26,7 +27,8 @@ class Verdict:
     """What was checked and what is wrong: (image, reason) of every bad row; `largest` is relative to a row's peak.
 
     `asked` rows were to be encoded again, `reencoded` were. `unproven` (image, reason) could not be, which says nothing
-    against them; `absent` counts the images of all rows that are not below `root`, 0 unless one was missed.
+    against them; `absent` counts the images of all rows that are not below `root`, 0 unless one was missed;
+    `shards` is 0 for one file.
     """
 
     rows: int
@@ -38,6 +40,7 @@ class Verdict:
     unproven: tuple[tuple[str, str], ...]
     absent: int
     root: Path
+    shards: int = 0
 
 
 def cache(
@@ -56,7 +59,7 @@ def cache(
     InputError where the file cannot be judged: incomplete, another schema, other weights, a broken fingerprint, a
     Pillow that gives other pixels.
     """
-    file = store.ActivationFile(path)
+    file = index.open_cache(path)
     root = images or Path(file.meta["dataset"]["root"])
     bad: dict[int, str] = {}
     rows = np.flatnonzero(file.ok).tolist()
@@ -87,15 +90,16 @@ def cache(
         unproven=named(unproven),
         absent=absent,
         root=root,
+        shards=len(file.files) if isinstance(file, index.ShardedFile) else 0,
     )
 
 
-def _there(file: store.ActivationFile, rows: list[int], root: Path) -> Iterator[int]:
+def _there(file: Cache, rows: list[int], root: Path) -> Iterator[int]:
     return (row for row in rows if (root / file.header.images[row]).is_file())
 
 
 def _reencode(
-    file: store.ActivationFile, rows: list[int], root: Path, weights: str | None, device: str
+    file: Cache, rows: list[int], root: Path, weights: str | None, device: str
 ) -> tuple[float, dict[int, str], dict[int, str]]:
     """Largest difference, and which rows are wrong or could not be encoded again, each with the reason."""
     parts = file.meta["fingerprint_parts"]
@@ -129,7 +133,7 @@ def _reencode(
     return largest, bad, unproven
 
 
-def _compare(file: store.ActivationFile, row: int, encoder: Encoder, pixels: np.ndarray) -> tuple[float, str]:
+def _compare(file: Cache, row: int, encoder: Encoder, pixels: np.ndarray) -> tuple[float, str]:
     """Largest difference of one row to a fresh encoding, relative to the row's peak, and what is wrong with it."""
     values, errors = encoder.encode([Decoded(pixels=pixels)], [row % encoder.block])
     if errors[0]:

@@ -28,10 +28,10 @@ FLOORS = {
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
         *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots"),
     ),
-    4: ("tail", "reuse", "outcome", "making", "card", "predict", "doctor"),
+    4: ("tail", "reuse", "index", "outcome", "making", "card", "predict", "doctor"),
     5: ("encode", "train", "runs", "selection", "tails", "page", "resume", "reference", "benchmark_record"),
     6: (
-        *("heads", "stacked", "journal", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
+        *("heads", "stacked", "journal", "shards", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
         *("explain", "bench_worker"),
     ),
     7: ("search", "checks", "bench", "info", "compare"),

@@ -226,17 +226,6 @@ def test_readers_pickle(tmp_path: Path) -> None:
     assert np.array_equal(again.activations, data)
 
 
-def test_newest_takes_the_last_complete_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cxrfast cache"):
-        store.newest(tmp_path)
-    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
-        write(tmp_path / f"{name}.h5", values())
-        os.utime(tmp_path / f"{name}.h5", (1e9 - age, 1e9 - age))
-    (tmp_path / "text.h5").write_text("not hdf5")
-    store.create(tmp_path / "unfinished.h5", header())
-    assert store.newest(tmp_path).name == "new.h5"
-
-
 def test_what_a_process_killed_while_creating_leaves_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     left = store.partial_path(path).with_name("a.h5.partial.new")
