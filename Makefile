@@ -51,9 +51,11 @@ demo: install
 	@echo "report: $(DEMO)/run/report.html"
 	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"
 
-# Two processes of one thread: on two cores two thirds of the time that one process takes.
+# Two processes of one thread: on two cores two thirds of the time that one process takes. Then the tests with Ray,
+# whose clusters have processes enough of their own.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 lint: install
 	$(BIN)/ruff check .

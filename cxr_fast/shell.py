@@ -79,6 +79,13 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; for ONNX files also tensorrt."
 )
 
+cluster_option = click.option(
+    "--cluster",
+    metavar="auto|ADDRESS",
+    help="Spread the work over a Ray cluster: the one this machine belongs to (else all of this machine), or HOST:6379 "
+    "or ray://HOST:10001.",
+)
+
 source_argument = click.argument("source", type=PATH)
 
 images_option = click.option("--images", type=PATH, help="Folder to look for the images in, where it is not SOURCE.")

@@ -26,7 +26,7 @@ FLOORS = {
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots"),
+        *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots", "cluster"),
     ),
     4: ("tail", "reuse", "index", "outcome", "making", "card", "predict", "doctor"),
     5: ("encode", "train", "runs", "selection", "tails", "page", "resume", "reference", "benchmark_record"),
