@@ -44,17 +44,18 @@ class Pipeline:
     shared: bool = False
     overlap: float = 1.0
 
-    @property
-    def largest(self) -> int:
-        """Images of the largest task."""
-        return min(self.images, math.ceil(math.ceil(self.images / self.block) / self.tasks) * self.block)
+    def most(self, rounds: int) -> int:
+        """Images of the worker that has most, in so many tasks: whole blocks, and tasks differ by a block at most."""
+        blocks = math.ceil(self.images / self.block)
+        least = math.ceil(blocks / self.tasks)
+        return min(self.images, max(least, math.ceil(rounds * blocks / self.tasks)) * self.block)
 
 
 def pipeline_seconds(work: Pipeline, workers: int, n: Numbers) -> Phase:
     """Seconds of a pipeline over `workers`, start-up and expected losses in it."""
     rounds = math.ceil(work.tasks / workers)
     stages = {"all stages": sum(work.stages.values())} if work.shared else work.stages
-    images = rounds * work.largest
+    images = work.most(rounds)
     waits = {name: images * seconds / work.overlap for name, seconds in stages.items()}
     carried = work.images * work.bytes_an_image
     waits |= {
@@ -86,9 +87,9 @@ def with_losses(seconds: float, unit: float, n: Numbers) -> float:
 
 
 def shards(images: int, workers: int, n: Numbers) -> int:
-    """Shards of a cache: as many as GPUs, or a multiple where they would be too large; never more than blocks."""
-    rounds = math.ceil(images / n["shard"] / workers)
-    return min(workers * rounds, math.ceil(images / n["block"]))
+    """Shards of a cache: a few for each GPU, more where they would be too large; never more than blocks."""
+    each = max(n["shards"], math.ceil(images / n["shard"] / workers))
+    return min(workers * int(each), math.ceil(images / n["block"]))
 
 
 def cache(data: DataSet, workers: int, n: Numbers) -> Phase:

@@ -32,7 +32,7 @@ GPUS = model.GPUS
 AMPLE = inputs.values(inputs.collect(BENCHMARKS / "nowhere")) | {
     **dict.fromkeys(("link", "storage", "host memory", "GPU memory", "shard"), 1e15),
     **dict.fromkeys(("nodes lost", "start-up", "task"), 0.0),
-    **dict.fromkeys(("GPUs a node", "overlap"), 1.0),
+    **dict.fromkeys(("GPUs a node", "overlap", "shards"), 1.0),
 }
 DATA = inputs.DataSet(name="toy", images=6_400_000, film=inputs.PNG, pixels=1.0, file_bytes=1e6)
 
@@ -73,10 +73,11 @@ def test_a_phase_ends_with_its_last_task() -> None:
     assert (many.seconds, many.bottleneck, many.workers) == (pytest.approx(1000), "number of tasks", 10)
 
 
-def test_tasks_are_whole_blocks() -> None:
-    assert pipe(images=117, tasks=10).largest == 20
-    assert pipe(images=7, tasks=1).largest == 7
-    assert pipe(images=1000, tasks=10).largest == 100
+def test_tasks_are_whole_blocks_and_differ_by_one_at_most() -> None:
+    assert pipe(images=117, tasks=10).most(1) == 20
+    assert pipe(images=7, tasks=1).most(1) == 7
+    assert pipe(images=1000, tasks=10).most(3) == 300
+    assert pipe(images=1290, tasks=128).most(4) == 50, "one of 128 tasks has two blocks, not all"
 
 
 def test_start_up_counts_once_and_a_task_once_a_round() -> None:
@@ -178,11 +179,11 @@ def test_more_gpus_are_never_slower(images: int, scales: dict[str, float], node:
 
 @given(images=st.integers(1, 20_000_000), workers=st.integers(1, 64))
 def test_shards_are_enough_for_all_gpus_and_none_too_large(images: int, workers: int) -> None:
-    n = AMPLE | {"shard": 50_000.0}
+    n = AMPLE | {"shard": 50_000.0, "shards": 4.0}
     shards = phases.shards(images, workers, n)
     blocks = math.ceil(images / n["block"])
     assert 1 <= shards <= blocks
-    assert shards == blocks or (shards % workers == 0 and images / shards <= 50_000)
+    assert shards == blocks or (shards % workers == 0 and shards >= 4 * workers and images / shards <= 50_000)
 
 
 # Inputs.
