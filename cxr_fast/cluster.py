@@ -224,6 +224,7 @@ def run_tasks(
     """
     ray = _ray()
     board = _board(cluster)
+    reader = _Reader(board, on_progress)
     task = ray.remote(_work).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=RETRIES, retry_exceptions=False)
     upcoming, waiting = enumerate(jobs), dict[Any, int]()
     hope = time.monotonic() + HOPE
@@ -238,7 +239,9 @@ def run_tasks(
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK)
             if stop():
                 raise Interrupted("stopped.")
-            _pass_on(board, on_progress)
+            reader.look()
+            if done:  # what a task told is passed on before its result: an answer asked for before that came is one old
+                _ = reader.look(REACH) and reader.look(REACH)
             for ref in done:
                 yield waiting.pop(ref), _result(ref)
             if done or cluster.slots(num_cpus, num_gpus):
@@ -395,16 +398,29 @@ def _board(cluster: Cluster) -> Any:
     return ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=near).remote()
 
 
-def _pass_on(board: Any, on_progress: Callable[[int, Any], None] | None) -> None:
-    if on_progress is None:
-        return
-    ray = _ray()
-    try:
-        told = ray.get(board.take.remote(), timeout=ANSWER)
-    except ray.exceptions.RayError:  # it is being started again; progress is worth no failure
-        return
-    for number, value in told:
-        on_progress(number, value)
+class _Reader:
+    """Passes on what is on the board, never waiting for it: it may still be starting while tasks already run."""
+
+    def __init__(self, board: Any, on_progress: Callable[[int, Any], None] | None) -> None:
+        self.board, self.on_progress = board, on_progress
+        self.asked: Any = None
+
+    def look(self, seconds: float = 0) -> bool:
+        """Pass on what has come; whether the board answered."""
+        if self.on_progress is None:
+            return True
+        ray = _ray()
+        self.asked = self.asked or self.board.take.remote()
+        if not ray.wait([self.asked], timeout=seconds)[0]:
+            return False
+        asked, self.asked = self.asked, None
+        try:
+            told = ray.get(asked)
+        except ray.exceptions.RayError:  # it is being started again; progress is worth no failure
+            return False
+        for number, value in told:
+            self.on_progress(number, value)
+        return True
 
 
 def _result(ref: Any) -> Any:

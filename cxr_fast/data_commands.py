@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .shell import (
     PATH,
     Progress,
     by_recipe,
+    cluster_option,
     device_option,
     duration,
     echo_notes,
@@ -108,6 +110,8 @@ def describe_manifest(manifest: Any) -> str:
     type=click.IntRange(1, 9999),
     help="Write K activation files and an index (NAME.shards.json), read like one.  [default: one file]",
 )
+@cluster_option
+@click.option("--gather", is_flag=True, help="With --cluster: bring the shards here, where nodes share no disk.")
 @click.option(
     "--on-error",
     type=click.Choice(["continue", "stop"]),
@@ -138,6 +142,8 @@ def cache(
     threads: int | None,
     limit: int | None,
     shards: int | None,
+    cluster: str | None,
+    gather: bool,
     on_error: str,
     repair: bool,
     images: Path | None,
@@ -160,24 +166,65 @@ def cache(
     from . import encode
     from . import shards as sharding
 
-    encode.pick_device(device)
+    if gather and not cluster:
+        raise InputError("--gather is for --cluster: without it every shard is made here.")
+    if not cluster:
+        encode.pick_device(device)
     cpu.prepare(threads)
     tower = backbones.load(weights)
     spec = encode.with_size(spec, tower)
-    first, ending = f"-first{limit}" if limit else "", sharding.SUFFIX if shards else ".h5"
+    first, ending = f"-first{limit}" if limit else "", sharding.SUFFIX if shards or cluster else ".h5"
     path = out or Path("cache") / f"{file_name(manifest.name)}{first}{ending}"
     if not path.name.endswith(ending) or path.is_dir():  # else no other command would find it
         raise InputError(
             f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
-            + ("." if shards else f"; one that ends in {sharding.SUFFIX} wants --shards K.")
+            + ("." if ending != ".h5" else f"; one that ends in {sharding.SUFFIX} wants --shards K.")
         )
-    how = {"device": device, "batch_size": batch_size, "workers": workers}
-    many = {"shards": shards} if shards else {}
-    plan = (sharding if shards else encode).plan(manifest, tower, spec, path, **how, **many)
-    if limit and plan.rows_dropped:
-        raise InputError(
-            f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
-        )
+    how: dict[str, Any] = {"workers": workers}
+    with contextlib.ExitStack() as stack:
+        if cluster:
+            from . import cluster_cache
+
+            over = cluster_cache.over(
+                cluster,
+                manifest,
+                path,
+                device=device,
+                threads=threads,
+                batch_size=batch_size,
+                count=shards,
+                gather=gather,
+                image_bytes=encode.row_bytes(tower, spec),
+            )
+            spread = stack.enter_context(over)
+            click.echo(str(spread))
+            plan, run, shards = spread.plan(manifest, tower, spec, path), spread.run, spread.shards
+        else:
+            how |= {"device": device, "batch_size": batch_size} | ({"shards": shards} if shards else {})
+            plan = (sharding if shards else encode).plan(manifest, tower, spec, path, **how)
+            run = (sharding if shards else encode).run
+        if limit and plan.rows_dropped:
+            raise InputError(
+                f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
+            )
+        echo_cache_plan(plan, manifest, path, shards)
+        if tower.random:
+            click.echo("weights: RANDOM, not BiomedCLIP")
+        bar = Progress()
+
+        def show(p: Any) -> None:
+            rate = p.encoded / max(p.seconds if not cluster else bar.seconds, 1e-9)
+            text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
+            bar.show(p.done, p.total, text, before=p.before, seconds=None if cluster else p.seconds)
+
+        stop = on_error == "stop"
+        outcome = run(tower, manifest, spec, path, **how, repair=repair, stop_on_error=stop, on_progress=show)
+        bar.done()
+    echo_outcome(outcome, path)
+
+
+def echo_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
+    """What a cache run will do, before it starts."""
     skipped = manifest.info["skipped_missing"]
     click.echo(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
@@ -186,29 +233,14 @@ def cache(
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
         + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
-        + f"; expected time {duration(plan.seconds)}"
+        + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
     )
-    if tower.random:
-        click.echo("weights: RANDOM, not BiomedCLIP")
-    bar = Progress()
 
-    def show(p: Any) -> None:
-        rate = p.encoded / max(p.seconds, 1e-9)
-        text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
-        bar.show(p.done, p.total, text, before=p.before, seconds=p.seconds)
 
-    outcome = (sharding if shards else encode).run(
-        tower,
-        manifest,
-        spec,
-        path,
-        **how,
-        **many,
-        repair=repair,
-        stop_on_error=on_error == "stop",
-        on_progress=show,
-    )
-    bar.done()
+def echo_outcome(outcome: Any, path: Path) -> None:
+    """What a cache run did; exit 1 where images failed."""
+    from . import encode
+
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
     click.echo(
         f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"

@@ -384,6 +384,13 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return (pixels[:, None].float().div(255).expand(-1, 3, -1, -1) - mean) / std
 
 
+def row_bytes(backbone: Backbone, spec: CacheSpec) -> int:
+    """Bytes of one image's activations, all views."""
+    tokens, width, embedding = backbone.shape
+    tail_shape = (embedding,) if spec.unfreeze_blocks == 0 else (tokens, width)
+    return store.row_bytes((1, len(spec.views), *tail_shape), spec.dtype)
+
+
 def write_errors(path: Path, failed: tuple[tuple[str, str], ...]) -> Path:
     """`NAME.errors.csv` beside the cache: image, reason code, message; removed where nothing failed."""
     out = path.with_name(path.name.removesuffix(".h5").removesuffix(".shards.json") + ".errors.csv")

@@ -44,10 +44,14 @@ def _flock(fd: int, kind: int) -> bool:
     return True
 
 
+class HeldError(InputError):
+    """Another process has the lock."""
+
+
 class FileLock:
     """Hold `NAME.lock` beside `path` while in the `with` block.
 
-    The kernel drops the lock when its process dies, so a dead holder never blocks. Raises InputError naming the
+    The kernel drops the lock when its process dies, so a dead holder never blocks. Raises HeldError naming the
     holder's pid and host when another process has it. Where the file system has no locks, the pid in the file decides.
     """
 
@@ -85,7 +89,7 @@ class FileLock:
                 raise
             if error.errno not in UNSUPPORTED or _alive(holder):
                 os.close(fd)
-                raise InputError(
+                raise HeldError(
                     f"{self.path.with_suffix('')} is being written by {_name(holder)}; wait for it, or give another "
                     f"--out. If that process is gone, remove {self.path}."
                 ) from None

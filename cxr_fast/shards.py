@@ -6,6 +6,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def run(
         works = [replace(work, also=also) for work in works]
         if stopped.is_set():
             raise Interrupted(f"stopped before anything was encoded; run the same command again to go on with {out}.")
-        outcomes = (runner or here)(works, Together(works, on_progress))
+        outcomes = (runner or here)(works, Together(works, on_progress, stopped.is_set))
         _refuse_all_failed(outcomes, works)
         index.write(out, [work.path for work in works])
         for path in also:
@@ -192,10 +193,12 @@ def _clear(works: Sequence[Work], headers: Sequence[store.Header], out: Path) ->
 
 
 class Together:
-    """The progress of several shards as one."""
+    """The progress of several shards as one; `stop` tells whoever makes them to end with Interrupted."""
 
-    def __init__(self, works: Sequence[Work], on_progress: OnProgress | None = None) -> None:
-        self.on_progress = on_progress
+    def __init__(
+        self, works: Sequence[Work], on_progress: OnProgress | None = None, stop: Callable[[], bool] = bool
+    ) -> None:
+        self.on_progress, self.stop = on_progress, stop
         nothing = Progress(done=0, total=0, before=0, encoded=0, failed=0, decoding=0.0, computing=0.0, writing=0.0)
         self.latest = [replace(nothing, total=len(work.manifest)) for work in works]
 
@@ -215,6 +218,12 @@ class Together:
         """All shards."""
         names = ("done", "total", "before", "encoded", "failed", "decoding", "computing", "writing")
         return Progress(**{name: sum(getattr(p, name) for p in self.latest) for name in names})
+
+
+def hashes(paths: Sequence[Path], workers: int) -> list[str]:
+    """sha256 (hex) of each image file, an empty string for one that cannot be read."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(reuse.file_hash, paths))
 
 
 def _refuse_all_failed(outcomes: Sequence[Outcome], works: Sequence[Work]) -> None:

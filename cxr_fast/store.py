@@ -97,6 +97,7 @@ def _write_header(file: h5py.File, header: Header) -> None:
     early.set_layout(h5py.h5d.CONTIGUOUS)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    early.set_obj_track_times(False)  # so that the same rows are the same file
     space = h5py.h5s.create_simple(header.shape)
     h5py.h5d.create(file.id, b"activations", h5py.h5t.py_create(np.dtype(header.dtype)), space, dcpl=early)
     n = header.shape[0]

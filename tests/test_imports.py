@@ -34,7 +34,7 @@ FLOORS = {
         *("heads", "stacked", "journal", "shards", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
         *("explain", "bench_worker"),
     ),
-    7: ("search", "checks", "bench", "info", "compare"),
+    7: ("cluster_cache", "search", "checks", "bench", "info", "compare"),
     8: ("finals", "record", "report", "export", "bench_cache", "bench_compare", "serving"),
     9: ("sweep", "bench_training", "throughput"),
     10: ("data_commands", "train_commands", "model_commands", "bench_commands"),

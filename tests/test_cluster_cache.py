@@ -1,0 +1,209 @@
+"""A cache made on three nodes, one worker and one node killed in the middle, against one machine's: the same files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import TOY
+from PIL import Image
+
+from cxr_fast import backbone, cluster, cluster_cache, datasets, encode, index, shards, store
+from cxr_fast.cli import main
+from cxr_fast.config import CacheSpec
+from cxr_fast.errors import DeviceError, InputError, Interrupted
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+BLOCK, COUNT, SHARDS = 2, 48, 6
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """Three nodes of one CPU."""
+    for name, value in cluster.QUIET.items():
+        os.environ[name] = value
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    from ray.cluster_utils import Cluster as Nodes
+
+    found = Nodes()
+    for _ in range(3):
+        found.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise, each image another."""
+    folder, rng = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    rows = [["image", "group", "Edema"]]
+    for k in range(COUNT):
+        Image.fromarray(rng.integers(0, 256, (200, 200), np.uint8)).save(folder / f"{k}.png")
+        rows.append([f"{k}.png", f"p{k}", str(k % 2)])
+    with open(folder / "films.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder / "films.csv"
+
+
+def slow(module: Any, arguments: Any) -> None:
+    """A hook that makes a tower slow enough for a kill to fall into the middle of a shard."""
+    time.sleep(0.4)
+
+
+def in_the_middle(out: Path) -> dict[Path, int]:
+    """The process that holds each shard of which a part is encoded."""
+    found = {}
+    for lock in out.parent.glob("*.h5.lock"):
+        path = lock.with_suffix("")
+        try:
+            state = store.ActivationFile(store.partial_path(path), partial=True).state
+            pid = json.loads(lock.read_text())["pid"]
+        except (InputError, OSError, ValueError):
+            continue
+        if 0 < (state != store.PENDING).sum() < len(state):
+            found[path] = pid
+    return found
+
+
+def parent(pid: int) -> int:
+    """The parent of a process, 0 for one that is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def interrupt(pid: int) -> bool:
+    """Control-C for the command, with a shard in the middle."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+def kill(pid: int) -> bool:
+    """End a worker as the system would."""
+    if not parent(pid):
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def remove_node_of(nodes: Any, pid: int) -> bool:
+    """End the node a worker belongs to, unless it is the first, which has the cluster's own processes."""
+    for node in nodes.list_all_nodes()[1:]:
+        if parent(pid) == node.all_processes["raylet"][0].process.pid:
+            nodes.remove_node(node, allow_graceful=False)
+            return True
+    return False
+
+
+@contextmanager
+def watched(out: Path, *deeds: Callable[[int], bool]) -> Iterator[list[str]]:
+    """Beside the block, as soon as a process is in the middle of a shard, each deed in turn; the shards it hit."""
+    done, over, waiting = list[str](), threading.Event(), list(deeds)
+
+    def watch() -> None:
+        while waiting and not over.wait(0.01):
+            for path, pid in in_the_middle(out).items():
+                if waiting[0](pid):
+                    done.append(path.name)
+                    del waiting[0]
+                    break
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join()
+
+
+def made(out: Path) -> list[bytes]:
+    return [(out.parent / shard.file).read_bytes() for shard in index.read(out)]
+
+
+@pytest.mark.ray
+def test_three_nodes_one_lost_make_the_files_of_one_machine(nodes: Any, films: Path, tmp_path: Path) -> None:
+    tower, manifest = backbone.load(TOY), datasets.read(films)
+    spec = encode.with_size(CacheSpec(weights=TOY), tower)
+    one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
+    shards.run(tower, manifest, spec, one, shards=SHARDS, device="cpu", batch_size=BLOCK)
+    late = copy.deepcopy(tower)
+    late.visual.trunk.blocks[0].register_forward_pre_hook(slow)
+    named: dict[str, Any] = {"device": "cpu", "threads": 1, "batch_size": BLOCK}
+    seen: list[encode.Progress] = []
+    with cluster_cache.over(nodes.address, manifest, many, count=SHARDS, **named) as spread:
+        assert (spread.kind, spread.slots, spread.shards, spread.block) == ("cpu", 3, SHARDS, BLOCK)
+        assert "3 nodes, 3 CPUs" in str(spread)
+        with watched(many, interrupt) as killed, pytest.raises(Interrupted, match="Run the same command again"):
+            spread.run(late, manifest, spec, many)
+        assert killed
+        assert not many.exists()
+        kept = sum(int((store.ActivationFile(p, partial=True).state == 1).sum()) for p in shards.files_of(many))
+        assert kept
+        with watched(many, lambda pid: remove_node_of(nodes, pid), kill) as killed:
+            outcome = spread.run(late, manifest, spec, many, on_progress=seen.append)
+        assert len(killed) == 2
+    assert (outcome.images, outcome.failed) == (COUNT, ())
+    assert outcome.encoded + outcome.reused == COUNT
+    assert seen[-1].done == COUNT
+    assert made(many) == made(one)
+
+    with cluster_cache.over(nodes.address, manifest, many, **named) as spread:
+        assert spread.shards == SHARDS  # as it lies there
+        assert spread.run(tower, manifest, spec, many).encoded == 0
+        spread = replace(spread, gather=True)
+        assert spread.run(tower, manifest, spec, sent).encoded == COUNT
+        assert made(sent) == made(one)
+        assert spread.run(tower, manifest, spec, sent).encoded == 0
+        away = replace(manifest, root=tmp_path / "nowhere")
+        with pytest.raises(InputError, match="every one of the 48 images failed"):
+            spread.run(tower, away, spec, tmp_path / "away.shards.json")
+
+
+def test_what_does_not_go_with_a_cluster_is_one_line(films: Path, tmp_path: Path) -> None:
+    flags = ["cache", str(films), "--weights", TOY, "--out", str(tmp_path / "a.shards.json")]
+    for more, said in (
+        (["--gather", "--shards", "2"], "--gather is for --cluster"),
+        (["--cluster", "nothing"], "is not auto, HOST:PORT"),
+        (["--cluster", "127.0.0.1:9"], "cannot be reached"),
+    ):
+        done = CliRunner().invoke(main, [*flags, *more])
+        assert done.exit_code == 2, done.output
+        assert said in done.output
+        assert len(done.output.splitlines()) == 1
+
+
+def test_every_task_runs_on_one_kind_of_device() -> None:
+    node = cluster.Node(id="a", name="a", cpus=8, gpus=0)
+    both = (node, replace(node, gpus=2))
+    assert [cluster_cache._kind(name, both) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    assert cluster_cache._kind("auto", (node,)) == "cpu"
+    with pytest.raises(DeviceError, match="no node of the cluster lends a GPU"):
+        cluster_cache._kind("cuda", (node,))
+    with pytest.raises(DeviceError, match="Ray picks which"):
+        cluster_cache._kind("cuda:1", both)
+
+
+def test_a_gathered_shard_that_arrives_damaged_is_not_kept(toy_cache: Path, tmp_path: Path) -> None:
+    data = np.fromfile(toy_cache, np.uint8)
+    cluster_cache._keep(tmp_path / "a.h5", data)
+    assert (tmp_path / "a.h5").read_bytes() == toy_cache.read_bytes()
+    data[store.ActivationFile(toy_cache).offset + 5] ^= 255
+    with pytest.raises(InputError, match=r"1 row\(s\) arrived damaged"):
+        cluster_cache._keep(tmp_path / "b.h5", data)
+    assert not list(tmp_path.glob("b*"))
