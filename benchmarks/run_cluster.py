@@ -1,6 +1,6 @@
 """Caching on a Ray cluster of one and of two single-CPU nodes, and its parts: what `scale_model.py` is checked against.
 
-    python benchmarks/run_cluster.py [--films 32 64] [--rounds 3]
+    python benchmarks/run_cluster.py [--films 32 64] [--rounds 3]          # some 5 minutes a round
 
 Phantoms at acquisition size through `cxrfast cache --shards`, a process of its own each time, plain view, one thread:
 without Ray, on a cluster of one node and of two, in turns. Every node is held to one core, with all its workers; so is
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -105,17 +106,20 @@ def ray_tasks(address: str) -> dict[str, float]:
     """Seconds to connect, of the first task (a worker starts), and of each of many that do nothing."""
     import ray
 
-    marks = [time.perf_counter()]
-    ray.init(address=address, log_to_driver=False, include_dashboard=False)
-    nothing = ray.remote(num_cpus=1)(int)
-    marks.append(time.perf_counter())
-    ray.get(nothing.remote())
-    marks.append(time.perf_counter())
-    ray.get([nothing.remote() for _ in range(TASKS)])
-    marks.append(time.perf_counter())
-    ray.shutdown()
-    connect, first, many = np.diff(marks)
-    return {"connect": float(connect), "first task": float(first), "task": float(many) / TASKS}
+    def nothing() -> None:
+        pass
+
+    began = time.perf_counter()
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        task, marks = ray.remote(num_cpus=1)(nothing), [began, time.perf_counter()]
+        for count in (1, TASKS):
+            ray.get([task.remote() for _ in range(count)])
+            marks.append(time.perf_counter())
+    finally:
+        ray.shutdown()
+    connect, first, many = (float(seconds) for seconds in np.diff(marks))
+    return {"connect": connect, "first task": first, "task": many / TASKS}
 
 
 def start_and_work(seconds: Sequence[float], films: Sequence[int], nodes: int) -> dict[str, float]:
@@ -126,9 +130,7 @@ def start_and_work(seconds: Sequence[float], films: Sequence[int], nodes: int) -
     return {"start": fewer - (film * films[0] + shard * FEW) / nodes, "film": film, "shard": shard}
 
 
-def arms(
-    sources: Sequence[Path], films: Sequence[int], args: argparse.Namespace, cores: Sequence[int]
-) -> dict[str, Any]:
+def arms(sources: Sequence[Path], args: argparse.Namespace, cores: Sequence[int]) -> dict[str, Any]:
     """Every arm in turn, `--rounds` times."""
     found: dict[str, Any] = {name: [] for name in ARMS}
     clusters: dict[str, list[float]] = {name: [] for name, nodes in ARMS.items() if nodes}
@@ -292,9 +294,8 @@ def main() -> None:
         sources = [folder / str(count) / "manifest.csv" for count in args.films]
         found = parts(folder, manifests[-1], args, cores[0])
         found_arms = arms(sources, args, cores)
-    common.save(
-        "cluster", {"weights": args.weights, "films": list(args.films), "parts": found, **found_arms}, args.json
-    )
+    about = {"weights": args.weights, "films": list(args.films), "shards": [FEW, MANY]}
+    common.save("cluster", about | {"parts": found, **found_arms}, args.json)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/scale_model.py [--price 3.0] [--configurations 6] [--set 'link=12e9'] [--out DIR]
 
-Writes `SCALE.md` (inputs with their sources, the check, the table) and `scale.png` from `results/`. No figure of it was
-measured on a GPU; the checks hold the same arithmetic to one and two CPU cores.
+Writes `SCALE.md` (inputs with their sources, the check, the table) and `scale.png` from `results/`, and the short table
+between the README's two `scale` markers where those are. No figure of it was measured on a GPU; the checks hold the same
+arithmetic to one and two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from scale_inputs import DATA_SETS, RESULTS, Input, changed, collect, newest, va
 from scale_phases import Phase, Pipeline, cache, pipeline_seconds, predict, sweep
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- scale: begin -->", "<!-- scale: end -->"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
+FEW_GPUS = (1, 8, 64)
 # GFLOP/s of large products on the two cores the results are from, by LOG.md.
 SPEED = {"bfloat16": 426.0, "float32": 202.0}
 UNSHARED = {"link": 1e12, "storage": 1e12, "nodes lost": 0.0, "replacement": 0.0, "GPUs a node": 1.0}
@@ -214,6 +218,36 @@ def results_table(found: list[Line], price: float) -> str:
     return table([*head, "predict", "waits for", "cache + sweep", "USD"], rows)
 
 
+def short_table(found: list[Line], price: float) -> str:
+    """Cache, sweep and their cost by data set on few numbers of GPUs: what the README has between its markers."""
+    by = {(line.data, line.gpus): line for line in found}
+    rows = []
+    for data in DATA_SETS:
+        row = [data.name]
+        for gpus in FEW_GPUS:
+            line = by[data.name, gpus]
+            cost = dollars(line.seconds / 3600 * gpus * price)
+            row.append(f"{duration(line.cache.seconds)} + {duration(line.sweep.seconds)}, {cost} USD")
+        rows.append(row)
+    head = [f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in FEW_GPUS]
+    return table(["MODELLED: cache + sweep, cost", *head], rows)
+
+
+def between(readme: str) -> str | None:
+    """What a text has between the markers; None where it has none."""
+    _, begin, rest = readme.partition(BEGIN)
+    inside, end, _ = rest.partition(END)
+    return inside.strip() if begin and end else None
+
+
+def replaced(readme: str, text: str) -> str:
+    """The text with another table between the markers; itself where it has none."""
+    if between(readme) is None:
+        return readme
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
 def inputs_table(found: Mapping[str, Input]) -> str:
     """Every input."""
     rows = [[i.name, f"{i.value:.4g}", i.unit, i.kind, i.source] for i in found.values()]
@@ -299,7 +333,8 @@ machine, but no file here holds it. *assumed*: measured by nobody here.
 Queues for machines, downloading the data set, copying the cache elsewhere, evaluation and report at the end of a sweep,
 saving states, several folds in one training step on a GPU, and the memory bandwidth of a node with eight busy GPUs.
 Streaming from disk counts on no page cache and on no disk inside a node, so just beyond memory it is too slow here.
-A lost node costs half a shard on each of its GPUs (a sweep: half an epoch), a start and the wait for its replacement.
+A lost node costs half a shard on each of its GPUs (a sweep: half an epoch), a start and the wait for its replacement:
+so it is with `--gather`; on a shared disk a shard goes on from its last row.
 """
 
 
@@ -334,8 +369,12 @@ def main() -> None:
     for name, value in args.changes:
         found = changed(found, name, value)
     text = page(found, args.results)
+    modelled = lines(values(found))
     (args.out / "SCALE.md").write_text(text, encoding="utf-8")
-    (args.out / "scale.png").write_bytes(scale_plot.draw(lines(values(found))))
+    (args.out / "scale.png").write_bytes(scale_plot.draw(modelled))
+    if args.out == HERE:
+        readme = README.read_text(encoding="utf-8")
+        README.write_text(replaced(readme, short_table(modelled, found["price"].value)), encoding="utf-8")
     print(text)
     print("wrote SCALE.md and scale.png")
 

@@ -306,6 +306,23 @@ def test_the_page_is_what_the_results_give() -> None:
     assert text == model.page(inputs.collect()), "run python benchmarks/scale_model.py"
 
 
+def test_the_readmes_short_table_is_what_the_results_give() -> None:
+    found = inputs.values(inputs.collect())
+    wanted = model.short_table(model.lines(found), found["price"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert model.between(readme) in (None, wanted), "run python benchmarks/scale_model.py"
+    assert "MODELLED" in wanted
+    assert wanted.count("\n") == len(inputs.DATA_SETS) + 1
+
+
+def test_the_short_table_takes_the_place_of_the_one_before() -> None:
+    before = f"a\n{model.BEGIN}\nold\n{model.END}\nb\n"
+    after = model.replaced(before, "| new |")
+    assert model.between(after) == "| new |"
+    assert after == model.replaced(after, "| new |") == f"a\n{model.BEGIN}\n\n| new |\n\n{model.END}\nb\n"
+    assert model.replaced("no markers", "| new |") == "no markers"
+
+
 def test_the_page_calls_its_figures_modelled_and_says_what_is_missing(tmp_path: Path) -> None:
     text = model.page(inputs.collect(tmp_path), tmp_path)
     assert "MODELLED" in text.splitlines()[0]
