@@ -3,7 +3,7 @@
     python benchmarks/scale_model.py [--price 3.0] [--configurations 6] [--set 'link=12e9'] [--out DIR]
 
 Writes `SCALE.md` (inputs with their sources, the check, the table) and `scale.png` from `results/`, and the short table
-between the README's two `scale` markers where those are. No figure of it was measured on a GPU; the checks hold the same
+between the README's two `scale` markers where those are. Nothing was measured on a GPU; the checks hold the same
 arithmetic to one and two CPU cores.
 """
 

@@ -49,6 +49,13 @@ def test_both_kinds_of_example_are_there() -> None:
     assert cloud["available_node_types"][cloud["head_node_type"]]["resources"] == {"CPU": 0}
 
 
+def test_what_the_readme_shows_of_the_example_is_in_it() -> None:
+    readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+    example = (FOLDER / "on-premises.yaml").read_text(encoding="utf-8")
+    for shown in re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
+        assert shown in example
+
+
 def test_the_schema_can_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (FOLDER / "on-premises.yaml").read_text(encoding="utf-8")
     (tmp_path / "wrong.yaml").write_text(text.replace("auth:", "autth:"))
