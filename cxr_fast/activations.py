@@ -5,9 +5,7 @@ All three hand the trainer the same bytes, so the choice changes the time and no
 
 from __future__ import annotations
 
-import math
 import mmap
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +15,17 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .rows import Rows
+from .stream import Stream
 
 RESIDENCIES = ("auto", "device", "host", "stream")
 # Of the memory that is free; the rest is for weights, gradients and what a batch needs.
 SHARE = 0.8
-READERS, DEPTH = 8, 4
+DEPTH = 4
+# Bytes of a window of the stream, two of which are in memory, and its limit as a share of the memory that is free. At
+# 302,592 bytes a row, 512 MB are 1,774 rows: more than the 1,024 that a block shuffle mixes, so that most of its blocks
+# are read whole.
+WINDOW, WINDOW_SHARE = 512 << 20, 1 / 16
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,25 +33,23 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Activations:
     """Rows of an activation array on their way to `device`.
 
-    `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map. `residency`: `device` copies it
-    there once; `host` gathers each batch from memory (a map's page cache); `stream` reads each row from the file with
-    many reads under way; `auto` takes the first of the three that fits. Raises InputError on `stream` without a file,
-    or `device` where it cannot fit.
+    `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map or `Rows` of several. `residency`:
+    `device` copies it there once; `host` gathers each batch from memory (a map's page cache); `stream` reads the rows
+    of many batches ahead from the files, `window` bytes at a time; `auto` takes the first of the three that fits.
+    Raises InputError on `stream` without a file, or `device` where it cannot fit.
     """
 
-    def __init__(self, array: np.ndarray, device: torch.device, *, residency: str = "auto") -> None:
+    def __init__(
+        self, array: np.ndarray | Rows, device: torch.device, *, residency: str = "auto", window: int | None = None
+    ) -> None:
         self.array, self.device = array, device
         self.residency = choose(array.nbytes, device, in_file(array)) if residency == "auto" else residency
         self.resident: torch.Tensor | None = None
+        self.stream: Stream | None = None
         if self.residency == "device":
             self.resident = _upload(array, device)
-        elif self.residency == "stream" and not in_file(array):
-            raise InputError("--residency stream: these activations are not in a file.")
-        self._fd = -1
-        if self.residency == "stream":
-            assert isinstance(array, np.memmap)
-            self._fd = os.open(str(array.filename), os.O_RDONLY)
-            self._readers = ThreadPoolExecutor(READERS)
+        elif self.residency == "stream":
+            self.stream = _stream(array, device, window or int(min(WINDOW, WINDOW_SHARE * host_free())))
 
     @property
     def where(self) -> str:
@@ -65,14 +67,17 @@ class Activations:
         """(B,) row and view numbers to float32 activations (B, ...) on the device."""
         if self.resident is not None:
             return self.resident[rows.to(self.device), views.to(self.device)].float()
-        if self.residency == "stream":
-            return self._finish(torch.from_numpy(self._read(rows.numpy(), views.numpy())))
-        return self._finish(torch.from_numpy(self.array[rows.numpy(), views.numpy()]))
+        read = self.stream.read if self.stream is not None else self._take
+        return self._finish(torch.from_numpy(read(rows.numpy(), views.numpy())))
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         """`gather` of each batch in turn; what must be fetched from elsewhere is fetched while the last one is used."""
         if self.residency == "device" or (self.residency == "host" and self.device.type == "cpu"):
             yield from (self.gather(*batch) for batch in batches)
+            return
+        if self.stream is not None:
+            for values in self.stream.ahead((rows.numpy(), views.numpy()) for rows, views in batches):
+                yield self._finish(torch.from_numpy(values), copy=True)
             return
         queue: deque[Future[torch.Tensor]] = deque()
         upcoming = iter(batches)
@@ -88,43 +93,43 @@ class Activations:
                 for future in queue:
                     future.cancel()
 
+    def _take(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        return self.array[rows, views]
+
     def _stage(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """A batch in host memory in its stored dtype, pinned where a GPU takes it from there."""
-        indices = rows.numpy(), views.numpy()
-        values = self._read(*indices) if self.residency == "stream" else self.array[indices]
-        found = torch.from_numpy(values)
+        found = torch.from_numpy(self._take(rows.numpy(), views.numpy()))
         return found.pin_memory() if self.device.type == "cuda" else found
 
-    def _finish(self, batch: torch.Tensor) -> torch.Tensor:
+    def _finish(self, batch: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+        if copy and self.device.type == "cpu":
+            return batch.to(torch.float32, copy=True)
         return batch.to(self.device, non_blocking=True).float()
 
-    def _read(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B, ...) in the stored dtype, each row by a read of its own; READERS of them at once."""
-        array = self.array
-        assert isinstance(array, np.memmap)
-        out = np.empty((len(rows), *array.shape[2:]), array.dtype)
-        size = math.prod(out.shape[1:]) * out.itemsize
-        starts = [array.offset + (int(r) * array.shape[1] + int(v)) * size for r, v in zip(rows, views, strict=True)]
-        for _ in self._readers.map(self._fill, out, starts):
-            pass
-        return out
 
-    def _fill(self, row: np.ndarray, start: int) -> None:
-        view = memoryview(row.data).cast("B")
-        while len(view):
-            got = os.preadv(self._fd, [view], start)
-            if not got:
-                raise InputError(f"{Path(str(self.array.filename))}: ends before its last row; run `cxrfast verify`.")  # type: ignore[attr-defined]
-            view, start = view[got:], start + got
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+def _stream(array: np.ndarray | Rows, device: torch.device, window: int) -> Stream:
+    maps = [part for part in parts(array) if isinstance(part, np.memmap)]
+    if not in_file(array):
+        raise InputError("--residency stream: these activations are not in a file.")
+    if device.type != "cuda":
+        return Stream(maps, window=window)
+    return Stream(
+        maps,
+        window=window,
+        allocate=lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy(),
+        # The copies to the device are under way when the loop asks for more, and read this memory.
+        settle=lambda: torch.cuda.current_stream(device).synchronize(),
+    )
 
 
-def in_file(array: np.ndarray) -> bool:
-    """Whether an array is a whole map; a part of one still has the map's class, name and offset, and other rows."""
-    return isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap)
+def parts(array: np.ndarray | Rows) -> tuple[np.ndarray, ...]:
+    """The arrays that hold the rows."""
+    return array.parts if isinstance(array, Rows) else (array,)
+
+
+def in_file(array: np.ndarray | Rows) -> bool:
+    """Whether all rows are in whole maps; a part of one still has the map's class, name and offset, and other rows."""
+    return all(isinstance(part, np.memmap) and isinstance(part.base, mmap.mmap) for part in parts(array))
 
 
 def choose(size: int, device: torch.device, mapped: bool) -> str:
@@ -147,7 +152,7 @@ def host_free(meminfo: Path = Path("/proc/meminfo")) -> float:
     return float(found[0]) if found else float("inf")
 
 
-def _upload(array: np.ndarray, device: torch.device, *, chunk: int = 256) -> torch.Tensor:
+def _upload(array: np.ndarray | Rows, device: torch.device, *, chunk: int = 256) -> torch.Tensor:
     dtype = torch.float16 if array.dtype == np.float16 else torch.float32
     try:
         out = torch.empty(array.shape, dtype=dtype, device=device)

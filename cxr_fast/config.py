@@ -152,6 +152,12 @@ class TrainSpec:
     `focal+jaccard` is 0.7 focal and 0.3 soft Jaccard. `class_weights` weighs a class by one over its share of
     positives in training, or by the square root of that, mean 1. `flip` draws the cached flipped view for half the
     samples; `train_norm` trains the final norm and projection too.
+
+    `shuffle` is the order of an epoch: `full`, any; or `block`, for caches that are read from disk: the training rows
+    in file order are cut into blocks of `shuffle_block`, the blocks are permuted, and all rows of `shuffle_window`
+    blocks at a time are. 16 rows of a ViT-B/16, both views, are 9.7 MB side by side: 50 ms of a spinning disk at
+    200 MB/s, against 8 ms to seek them. 64 blocks make a window of 1,024 rows, 310 MB of one view each, from 64 places
+    in the file: where that is sorted by a finding of half the images, its share in a window varies by 0.06.
     """
 
     lr: float = 2e-5
@@ -170,6 +176,9 @@ class TrainSpec:
     patience: int | None = None
     train_norm: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    shuffle: Literal["full", "block"] = "full"
+    shuffle_block: int = 16
+    shuffle_window: int = 64
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -182,6 +191,8 @@ class TrainSpec:
         _require(0 <= self.focal_gamma < math.inf, "focal_gamma", self.focal_gamma, "0 or more")
         _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "in (0, 1)")
         _require(self.plateau_patience >= 0, "plateau_patience", self.plateau_patience, "0 or more")
+        for name in ("shuffle_block", "shuffle_window"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1")
 
 

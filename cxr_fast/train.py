@@ -70,7 +70,7 @@ class Draws:
 def draw(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec, *, views: int) -> Draws:
     """The draws of one epoch over `rows`; a last step of one sample joins its neighbour (batch norm needs two)."""
     n = len(rows)
-    order = rows[torch.randperm(n, generator=generator)]
+    order = rows[torch.randperm(n, generator=generator)] if spec.shuffle == "full" else by_block(generator, rows, spec)
     flips = torch.zeros(n, dtype=torch.long)
     if spec.flip and views > 1:
         flips = torch.randint(0, 2, (n,), generator=generator)
@@ -79,6 +79,18 @@ def draw(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec, *, vie
         edges.pop()
     steps = list(zip(edges, [*edges[1:], n], strict=True))
     return Draws(rows=order, views=flips, masks=_masks(generator, n, spec.dropout), steps=steps)
+
+
+def by_block(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec) -> torch.Tensor:
+    """`rows` (n,) once each: blocks of neighbours in the file permuted, then the rows of a window of blocks.
+
+    Any row of a window may follow any other of it; which blocks share a window is drawn anew at each call.
+    """
+    n, ordered = len(rows), rows.sort().values
+    place = torch.randperm(-(-n // spec.shuffle_block), generator=generator)
+    window = place[torch.arange(n) // spec.shuffle_block] // spec.shuffle_window
+    mixed = torch.randperm(n, generator=generator)
+    return ordered[mixed[window[mixed].argsort(stable=True)]]
 
 
 def _masks(generator: torch.Generator, n: int, p: float) -> torch.Tensor:

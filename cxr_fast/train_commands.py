@@ -68,6 +68,9 @@ from .shell import (
 @setting(TrainSpec, "patience", "Stop a fold after this many epochs without a better AUC.", type=int)
 @setting(TrainSpec, "train_norm", "Train the final norm and projection too.")
 @setting(TrainSpec, "precision", "Arithmetic of training; validation of the chosen model is always float32.")
+@setting(TrainSpec, "shuffle", "Order of an epoch: any, or neighbours in the file together, for caches read from disk.")
+@setting(TrainSpec, "shuffle_block", "--shuffle block: neighbouring rows that stay together, read in one go.", type=int)
+@setting(TrainSpec, "shuffle_window", "--shuffle block: blocks from all over the file whose rows are mixed.", type=int)
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @device_option
@@ -133,6 +136,8 @@ def sweep(
     )
     plan = job.plan()
     echo_plan(plan, spec)
+    shuffles = {str(train.shuffle) for _, train in job.points}
+    echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
     echo_notes(job.data.notes)
     if recipe == "reference":
         echo_recipe(job)
@@ -194,6 +199,18 @@ def echo_plan(plan: Any, spec: SweepSpec) -> None:
     )
     if plan.resumed:
         click.echo(f"going on with the unfinished run in {plan.out}.partial")
+
+
+def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
+    """A hint where each epoch will read a cache larger than memory in an order that no disk likes."""
+    from .activations import SHARE, host_free
+
+    if residency != "stream" or "full" not in shuffles or size < SHARE * host_free():
+        return []
+    return [
+        "every epoch reads rows from all over a cache larger than memory; --shuffle block reads neighbours together, "
+        "which slow and shared disks need (it changes the order of training, and so the figures)"
+    ]
 
 
 def parse_epochs(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import threading
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from toys import CPU, make, same
 
 from cxr_fast import activations, store
-from cxr_fast.activations import SHARE, Activations, choose, host_free
+from cxr_fast.activations import SHARE, Activations, choose, host_free, in_file
 from cxr_fast.config import digest
 from cxr_fast.errors import InputError
 from cxr_fast.heads import HeadFold
+from cxr_fast.rows import Rows
 from cxr_fast.train import Fold
 
 RESIDENCIES = ("device", "host", "stream")
@@ -68,6 +70,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...
     }
 
 
+def split(folder: Path, array: np.ndarray, cuts: list[int]) -> Rows:
+    """The same rows in several files, each at another offset."""
+    parts = []
+    for i, part in enumerate(np.split(np.asarray(array), cuts)):
+        path = folder / f"part{i}"
+        path.write_bytes(b"x" * (2048 + 8 * i) + part.tobytes() + b"end")
+        parts.append(np.memmap(path, array.dtype, "r", offset=2048 + 8 * i, shape=part.shape))
+    return Rows(parts)
+
+
+@pytest.fixture(scope="module")
+def several(files: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...], str], Rows]:
+    """What `files` has, in four files each."""
+    folders = {key: tmp_path_factory.mktemp("several") for key in files}
+    return {key: split(folders[key], file.activations, [1, 9, 10]) for key, file in files.items()}
+
+
 def batch(rows: list[int], views: list[int]) -> activations.Batch:
     return torch.tensor(rows, dtype=torch.long), torch.tensor(views, dtype=torch.long)
 
@@ -86,17 +105,27 @@ def requests(draw: Any) -> tuple[tuple[int, ...], list[activations.Batch]]:
 @settings(max_examples=40, deadline=None)
 @given(request=requests())
 def test_every_residency_gives_the_bytes_of_the_array_as_float32(
-    files: Any, residency: str, dtype: str, request: tuple[tuple[int, ...], list[activations.Batch]]
+    files: Any, several: Any, residency: str, dtype: str, request: tuple[tuple[int, ...], list[activations.Batch]]
 ) -> None:
     shape, batches = request
     array = files[shape, dtype].activations
-    source = Activations(array, CPU, residency=residency)
-    assert (source.residency, source.views) == (residency, shape[0])
     want = [np.asarray(array[rows.numpy(), views.numpy()], np.float32) for rows, views in batches]
-    for got in ([source.gather(*b) for b in batches], list(source.ahead(iter(batches)))):
-        assert [g.dtype for g in got] == [torch.float32] * len(batches)
-        assert [g.numpy().tobytes() for g in got] == [w.tobytes() for w in want]
-        assert [tuple(g.shape) for g in got] == [w.shape for w in want]
+    for values in (array, several[shape, dtype]):
+        source = Activations(values, CPU, residency=residency)
+        assert (source.residency, source.views) == (residency, shape[0])
+        for got in ([source.gather(*b) for b in batches], list(source.ahead(iter(batches)))):
+            assert [g.dtype for g in got] == [torch.float32] * len(batches)
+            assert [g.numpy().tobytes() for g in got] == [w.tobytes() for w in want]
+            assert [tuple(g.shape) for g in got] == [w.shape for w in want]
+
+
+def test_several_files_count_as_one_file_where_each_is_a_whole_map(several: Any) -> None:
+    rows = several[SHAPES[0], "float16"]
+    assert in_file(rows)
+    assert not in_file(Rows([rows.parts[0], rows.parts[1][1:]]))
+    assert not in_file(Rows([rows.parts[0], np.asarray(rows.parts[1])]))
+    with pytest.raises(InputError, match="--residency stream: these activations are not in a file"):
+        Activations(Rows([np.asarray(rows.parts[1])]), CPU, residency="stream")
 
 
 def test_a_plain_map_with_an_offset_is_streamed_from_there(tmp_path: Path) -> None:
@@ -131,7 +160,8 @@ def test_what_is_gathered_is_a_copy(files: Any, residency: str) -> None:
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_a_consumer_that_stops_early_leaves_no_thread_behind(files: Any, residency: str) -> None:
     before = set(threading.enumerate())
-    source = Activations(files[SHAPES[0], "float16"].activations, CPU, residency=residency)
+    array = files[SHAPES[0], "float16"].activations
+    source = Activations(array, CPU, residency=residency, window=3 * array[0, 0].nbytes)
     asked: list[int] = []
 
     def batches() -> Iterator[activations.Batch]:
@@ -143,7 +173,9 @@ def test_a_consumer_that_stops_early_leaves_no_thread_behind(files: Any, residen
     for i in range(2):
         assert torch.equal(next(ahead), source.gather(*batch([i], [0])))
     ahead.close()
-    assert len(asked) <= 2 + activations.DEPTH, "no more is read ahead than so many batches"
+    # Two windows of three batches each, and the batch that is one too many for the second.
+    limit = 7 if residency == "stream" else 2 + activations.DEPTH
+    assert len(asked) <= limit, "no more is read ahead than so many batches"
     del ahead, source
     gc.collect()
     for thread in set(threading.enumerate()) - before:
@@ -172,7 +204,8 @@ def test_an_error_of_whoever_asks_comes_through(files: Any, residency: str) -> N
 
 def test_the_file_is_closed_with_its_last_user(files: Any) -> None:
     source = Activations(files[SHAPES[0], "float16"].activations, CPU, residency="stream")
-    fd = source._fd
+    assert source.stream is not None
+    (fd,) = source.stream._fds
     os.fstat(fd)
     del source
     gc.collect()
@@ -274,14 +307,22 @@ def test_free_memory_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
 # Training.
 
 
+@pytest.mark.parametrize("shuffle", ["full", "block"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("kind", [Fold, HeadFold])
-def test_training_from_each_residency_is_the_same_to_the_last_bit(kind: type[Fold], dtype: str, tmp_path: Path) -> None:
+def test_training_from_each_residency_is_the_same_to_the_last_bit(
+    kind: type[Fold], dtype: str, shuffle: Any, tmp_path: Path
+) -> None:
     array = written(tmp_path / "a.h5", toys.embeddings(dtype)).activations
-    folds = [make(kind, activations=Activations(array, CPU, residency=residency)) for residency in RESIDENCIES]
+    spec = dataclasses.replace(toys.SPEC, shuffle=shuffle, shuffle_block=3, shuffle_window=2)
+    folds = [
+        make(kind, spec, activations=Activations(values, CPU, residency=residency))
+        for values in (array, split(tmp_path, array, [5, 6, 20]))
+        for residency in RESIDENCIES
+    ]
     for fold in folds:
         for _ in range(2):
             fold.run_epoch()
-    assert same(folds[0], folds[1])
-    assert same(folds[0], folds[2])
+    for other in folds[1:]:
+        assert same(folds[0], other)
     assert folds[0].history[-1].train_loss != folds[0].history[0].train_loss

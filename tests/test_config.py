@@ -52,6 +52,9 @@ TRAIN = st.builds(
     patience=st.none() | st.integers(1, 99),
     train_norm=st.booleans(),
     precision=st.sampled_from(config.choices(TrainSpec, "precision")),
+    shuffle=st.sampled_from(config.choices(TrainSpec, "shuffle")),
+    shuffle_block=st.integers(1, 99),
+    shuffle_window=st.integers(1, 99),
 )
 SWEEP = st.builds(
     SweepSpec,
@@ -76,7 +79,7 @@ def shuffled(value: Any, order: Any) -> Any:
 
 
 def test_the_strategies_cover_every_field() -> None:
-    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 16, SweepSpec: 9}
+    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 19, SweepSpec: 9}
     assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
 
 
@@ -146,6 +149,9 @@ BAD = [
     (TrainSpec, "plateau_patience", (-1,)),
     (TrainSpec, "patience", (0, -1)),
     (TrainSpec, "precision", ("float16",)),
+    (TrainSpec, "shuffle", ("none", "", None)),
+    (TrainSpec, "shuffle_block", (0, -1)),
+    (TrainSpec, "shuffle_window", (0, -1)),
     (SweepSpec, "epochs", ((), (0,), (5, 5), (10, 5), (1.5,), (1, 2.5))),
     (SweepSpec, "folds", (0, 1)),
     (SweepSpec, "holdout", (-0.1, 1.0, math.nan)),
@@ -193,6 +199,9 @@ def test_defaults_are_the_published_recipe() -> None:
         "patience": None,
         "train_norm": False,
         "precision": "auto",
+        "shuffle": "full",
+        "shuffle_block": 16,
+        "shuffle_window": 64,
     }
     assert (sweep.epochs, sweep.folds, sweep.holdout, sweep.split_by) == ((30, 50, 75, 90, 100), 5, 0.2, "group")
     assert (cache.weights, cache.unfreeze_blocks, cache.views) == ("biomedclip", 2, ("plain", "flip"))

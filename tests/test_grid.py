@@ -39,6 +39,8 @@ GOOD: list[tuple[str, str, list[Any]]] = [
     ("train_norm", "false", [False]),
     ("patience", "none,5,10", [None, 5, 10]),
     ("precision", "bfloat16", ["bfloat16"]),
+    ("shuffle", "full,block", ["full", "block"]),
+    ("shuffle_block", "1,16", [1, 16]),
 ]
 
 

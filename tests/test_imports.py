@@ -22,7 +22,7 @@ FLOORS = {
     1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat", "whole"),
     2: (
         *("layouts", "rows", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
-        *("model_file", "devices", "formats"),
+        *("model_file", "devices", "formats", "stream"),
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
