@@ -443,8 +443,14 @@ def _result(ref: Any) -> Any:
 
 
 def _cause(error: Any) -> BaseException:
-    """What was raised in a task, without Ray's wrapping."""
+    """What was raised in a task, without Ray's wrapping; one line where that is Ray's own, such as a lost object."""
     cause = getattr(error, "cause", None)
+    if isinstance(cause, _ray().exceptions.RayError):
+        text = " ".join(str(cause).split())[:160]
+        return DeviceError(
+            f"--cluster: a task lost what it works on ({text}).\nIs the cluster still up (`ray status`)? What is "
+            "finished is kept; the same command goes on."
+        )
     return cause if isinstance(cause, BaseException) else error
 
 
