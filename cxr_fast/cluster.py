@@ -57,7 +57,7 @@ class Cluster:
     """A cluster this process is connected to; made by `connect`. `str()` is its line in a plan."""
 
     def __init__(self, where: str) -> None:
-        self.where, self.here = where, _ray().get_runtime_context().get_node_id()
+        self.where, self.here = where, node_id()
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive and lend CPUs or GPUs, those of most CPUs first."""
@@ -90,6 +90,11 @@ class Cluster:
         rooms = [[n.cpus // cpus if cpus else None, n.gpus // gpus if gpus else None] for n in self.nodes()]
         return int(sum(min((room for room in pair if room is not None), default=0) for pair in rooms))
 
+    def lost(self, nodes: Iterable[Node]) -> list[str]:
+        """The names of those of `nodes` that are no longer alive."""
+        alive = {n.id for n in self.nodes()}
+        return [n.name for n in nodes if n.id not in alive]
+
     def largest(self) -> int:
         """CPUs of the node that has most."""
         return max((n.cpus for n in self.nodes()), default=0)
@@ -114,7 +119,8 @@ def connect(address: str) -> Iterator[Cluster]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     try:
-        yield Cluster(where)
+        with _hushed():
+            yield Cluster(where)
     finally:
         _ray().shutdown()
 
@@ -204,6 +210,11 @@ def fetch(reference: Any) -> Any:
     return _ray().get(reference)
 
 
+def node_id() -> str:
+    """Ray's id of the node this runs on."""
+    return str(_ray().get_runtime_context().get_node_id())
+
+
 def run_tasks(
     cluster: Cluster,
     function: Callable[..., Any],
@@ -225,7 +236,14 @@ def run_tasks(
     ray = _ray()
     board = _board(cluster)
     reader = _Reader(board, on_progress)
-    task = ray.remote(_work).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=RETRIES, retry_exceptions=False)
+    # Spread: by itself Ray fills half of one node first, whose disk and memory then serve all.
+    task = ray.remote(_work).options(
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_retries=RETRIES,
+        retry_exceptions=False,
+        scheduling_strategy="SPREAD",
+    )
     upcoming, waiting = enumerate(jobs), dict[Any, int]()
     hope = time.monotonic() + HOPE
     try:
@@ -286,6 +304,25 @@ def _join(address: str) -> str:
         ray.shutdown()
         text = " ".join(str(error).split())[:200]
         raise InputError(f"{flag}: cannot be joined ({text}); see `ray status` there.") from None
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Ray from writing a page on stdout for each lost worker or node, which none of its settings does.
+
+    Its own name for that; where a later Ray has it no longer, the pages are back and nothing else is lost.
+    """
+    import ray._private.worker as worker
+
+    said = getattr(worker, "print_to_stdstream", None)
+    if said is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = said
 
 
 def _reach(address: str, flag: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,32 +33,39 @@ class Journal:
 
     `plan` is JSON: all that decides the result. A folder of another plan is refused (InputError naming the field);
     one of the same plan is continued. Use as a context manager: leaving it waits for what is being written.
+
+    `beside` joins a folder that another process, on any machine, holds the plan and the lock of: nothing is compared,
+    cleared away or made.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, plan: Mapping[str, Any], *, beside: bool = False) -> None:
         self.folder = out.with_name(out.name + SUFFIX)
-        if differs := difference(self.folder, plan):
-            raise InputError(
-                f"{self.folder}: unfinished run with {differs}. Run its own command to finish it, give another --out, "
-                "or pass --overwrite to drop it."
-            )
         self.resumed = (self.folder / "plan.json").is_file()
         self._waiting: dict[str, State] = {}
         self._changed = threading.Condition()
         self._busy, self._closing = False, False
         self._error: BaseException | None = None
+        if not beside:
+            self._begin(out, plan)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _begin(self, out: Path, plan: Mapping[str, Any]) -> None:
+        if differs := difference(self.folder, plan):
+            raise InputError(
+                f"{self.folder}: unfinished run with {differs}. Run its own command to finish it, give another --out, "
+                "or pass --overwrite to drop it."
+            )
         try:
             (self.folder / "states").mkdir(parents=True, exist_ok=True)
             (self.folder / "snapshots").mkdir(exist_ok=True)
             for part in ("states", "snapshots"):  # what a kill in the middle of a write left, safetensors' own too
                 for path in (self.folder / part).iterdir():
                     if path.suffix != ".safetensors":
-                        path.unlink()
+                        path.unlink(missing_ok=True)
             self.write("plan.json", plan)
         except OSError as error:
             raise InputError(f"--out: cannot write {out}: {error.strerror or error}.") from error
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Journal:
         return self
@@ -116,13 +124,17 @@ class Journal:
 
     def forget(self, key: str, *, states_only: bool = False) -> None:
         """Remove the states, and the snapshots, whose key starts so."""
-        for part in ("states",) if states_only else ("states", "snapshots"):
-            for path in (self.folder / part).glob(f"{key}.*"):
+        for path in self.files(key):
+            if not states_only or path.parent.name == "states":
                 path.unlink()
 
     def snapshot_path(self, key: str, budget: int) -> Path:
         """Where a snapshot lies."""
         return self.folder / "snapshots" / f"{key}.epochs{budget}.safetensors"
+
+    def files(self, key: str) -> list[Path]:
+        """The states and snapshots whose key starts so."""
+        return [path for part in ("states", "snapshots") for path in sorted((self.folder / part).glob(f"{key}.*"))]
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """A JSON file in the folder, whole or not at all."""
@@ -203,8 +215,12 @@ def _short(value: Any) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Tensors and JSON values, on disk before the file takes its name."""
-    scratch = path.with_name(path.name + ".new")
+    """Tensors and JSON values, on disk before the file takes its name.
+
+    On a cluster a fold may be trained again while the node that was given up still writes it: the same bytes, but not
+    into the same scratch file.
+    """
+    scratch = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.new")
     try:
         save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"values": json.dumps(values)})
         fd = os.open(scratch, os.O_RDONLY)

@@ -57,6 +57,7 @@ class Search:
     """Trains configurations over folds with whichever trainer suits the device, and leaves snapshots in the journal.
 
     A head alone on a CPU: folds side by side, one core each. A GPU: all folds in one step. Else: one after another.
+    `train_folds` may be set to who trains them elsewhere.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Search:
     ) -> None:
         self.backbone, self.activations, self.data, self.spec = backbone, activations, data, spec
         self.unfreeze_blocks = unfreeze_blocks
+        # (number, train, journal, on_epoch, stop) to what `configN.json` holds: here, or on a cluster.
+        self.train_folds: Callable[..., dict[str, Any]] = self._train
 
     def fold(self, train: TrainSpec, number: int) -> Fold:
         """Fold `number` of one configuration, ready to train."""
@@ -81,7 +84,7 @@ class Search:
         return self._fold(train, rows, rows[:0], self.spec.folds, rates=rates)
 
     def _fold(self, train: TrainSpec, rows: np.ndarray, valid: np.ndarray, number: int, **named: Any) -> Fold:
-        return self._kind(train)(
+        return self.kind(train)(
             self.backbone.visual,
             self.activations,
             self.data.header.labels,
@@ -94,14 +97,15 @@ class Search:
             **named,
         )
 
-    def _kind(self, train: TrainSpec) -> type[Fold]:
+    def kind(self, train: TrainSpec) -> type[Fold]:
+        """The trainer of its folds."""
         device = self.activations.device
         head_alone = self.unfreeze_blocks == 0 and device.type == "cpu"
         return HeadFold if head_alone and precision(train, device, 0) == "float32" else Fold
 
     def side_by_side(self, train: TrainSpec) -> int:
         """How many folds share the time of one: heads alone on a CPU, a core each."""
-        return min(torch.get_num_threads(), self.spec.folds) if self._kind(train) is HeadFold else 1
+        return min(torch.get_num_threads(), self.spec.folds) if self.kind(train) is HeadFold else 1
 
     def run(
         self,
@@ -116,7 +120,7 @@ class Search:
         """Train configuration `number` over all folds, going on where the journal is; a finished one is only read."""
         saved = journal.read(f"config{number}.json")
         if saved is None:
-            saved = self._train(number, train, journal, on_epoch, stop)
+            saved = self.train_folds(number, train, journal, on_epoch, stop)
             journal.write(f"config{number}.json", saved)
             journal.forget(f"config{number}", states_only=True)
         return self._collect(number, changes, train, journal, saved)
@@ -157,7 +161,7 @@ class Search:
     ) -> list[list[Epoch]]:
         """The histories of all folds, trained by whichever trainer suits."""
         epochs, numbers = self.spec.epochs, range(self.spec.folds)
-        if self._kind(train) is Fold and self.activations.device.type == "cpu":
+        if self.kind(train) is Fold and self.activations.device.type == "cpu":
             histories = []
             for k in numbers:
                 fold, taken = ready(k)
@@ -173,7 +177,7 @@ class Search:
             return histories
         folds, taken_by = zip(*(ready(k) for k in numbers), strict=True)
         named: dict[str, Any] = {"taken": taken_by, "on_epoch": tell, "on_snapshot": keep, "stop": stop}
-        if self._kind(train) is HeadFold:
+        if self.kind(train) is HeadFold:
             fit_side_by_side(folds, epochs, threads=torch.get_num_threads(), **named)
         else:
             fit_together(folds, epochs, **named)

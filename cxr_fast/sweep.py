@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from . import __version__, calibrate, record, timing
+from . import __version__, calibrate, cluster_search, record, timing
 from .activations import Activations
 from .backbone import Backbone, load, tower_sha256
+from .cluster import Cluster
 from .config import SweepSpec, TrainSpec, grid, to_dict
 from .datasets import Manifest
 from .encode import pick_device
@@ -61,6 +62,8 @@ class Plan:
     precision: str
     seconds: float
     resumed: bool
+    cluster: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
@@ -76,7 +79,9 @@ class Sweep:
     """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder.
 
     `out` None takes the first free name of `exports/CACHE`, `exports/CACHE-2`, ...; an unfinished run of the same
-    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields.
+    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. On a `cluster`
+    folds and refit are its nodes' tasks and all else happens here; on CPUs the figures are a local run's to the last
+    bit.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Sweep:
         weights: str | None = None,
         manifest: Manifest | None = None,
         overwrite: bool = False,
+        cluster: Cluster | None = None,
     ) -> None:
         if out is not None:
             _require_free(out, overwrite)
@@ -98,15 +104,45 @@ class Sweep:
         self.data = read(cache, spec, manifest)
         self.labels_from = "the cache" if manifest is None else manifest.name
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
-        self.device = pick_device(device)
+        self._choose_device(device, residency, cluster)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, weights)
-        self.activations = Activations(cast(np.ndarray, self.data.file.activations), self.device, residency=residency)
+        self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
         self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
         self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
         self.overwrite = overwrite
+        self.spread: cluster_search.Spread | None = None
+        if cluster is not None:
+            trains = [
+                replace(train, precision=cast(Any, k)) for (_, train), k in zip(self.points, self.kinds, strict=True)
+            ]
+            self.spread = cluster_search.Spread(
+                cluster, self.search, trains, self.out, device=self.trained_on, residency=residency
+            )
+            self.search.train_folds = self.spread.train_folds
+
+    def _choose_device(self, device: str, residency: str, cluster: Cluster | None) -> None:
+        """Where folds are trained, in which arithmetic each configuration, and where all else is computed: here."""
+        if cluster is None:
+            self.device, self.residency = pick_device(device), residency
+            self.trained_on, self.gpu = self.device.type, device_name(self.device)
+            self.kinds = [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points]
+            return
+        self.trained_on, self.gpu, bfloat16 = cluster_search.target(cluster, device), "cpu", False
+        if self.trained_on == "cuda":
+            self.gpu, bfloat16 = cluster_search.gpu(cluster)
+        # Where this machine lends its GPU to the tasks, their activations need its memory.
+        self.device = pick_device("auto" if self.trained_on == "cuda" else "cpu")
+        self.residency = "host" if self.device.type == "cuda" else residency
+        kind = "bfloat16" if bfloat16 else "float32"
+        self.kinds = [
+            precision(train, self.device, self.unfreeze_blocks)
+            if self.trained_on == "cpu" or train.precision != "auto"
+            else kind
+            for _, train in self.points
+        ]
 
     def _tail(self, train: TrainSpec) -> Tail:
         classes = len(self.data.header.classes)
@@ -130,8 +166,8 @@ class Sweep:
             "cache": data.file.meta["fingerprint"],
             "data": hasher.hexdigest(),
             "weights": data.file.meta["tower_sha256"],
-            "device": self.device.type,
-            "precision": [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points],
+            "device": self.trained_on,
+            "precision": self.kinds,
             "cxr-fast": __version__,
             "torch": torch.__version__,
         }
@@ -158,14 +194,18 @@ class Sweep:
             trainable=self.trainable[0],
             activation_bytes=data.file.activations.nbytes,
             where=self.activations.where,
-            device=str(self.device),
-            precision=precision(spec.train, self.device, self.unfreeze_blocks),
-            seconds=self._expected_seconds(self.points[0][1]) * len(self.points),
+            device=str(self.device) if self.spread is None else self.trained_on,
+            precision=self.kinds[0],
+            seconds=self._expected_seconds(self.points[0][1]),
             resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.overwrite,
+            cluster="" if self.spread is None else str(self.spread.cluster),
+            notes=() if self.spread is None else tuple(self.spread.notes),
         )
 
     def _expected_seconds(self, train: TrainSpec) -> float:
-        """From a few timed steps on a throw-away fold; folds side by side share the cores."""
+        """Of the whole search, from a few timed steps on a throw-away fold; some folds share the time of one."""
+        if self.device.type != self.trained_on:
+            return float("nan")
         fold, data = self.search.fold(train, 0), self.data
         draws = fold.draw()
 
@@ -184,8 +224,11 @@ class Sweep:
         epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
         trained = sum(len(data.train(k)) for k in folds)
         scored = sum(len(data.valid(k)) for k in folds)
-        searched = float(step * trained + score / len(few) * scored) * epochs / self.search.side_by_side(train)
-        return searched + float(step * (data.assignment >= 0).sum() * epochs * self._with_refit)
+        searched = float(step * trained + score / len(few) * scored) * epochs * len(self.points)
+        at_once = self.search.side_by_side(train)
+        if self.spread is not None:
+            at_once = min(self.spread.at_once, self.spec.folds * len(self.points))
+        return searched / at_once + float(step * (data.assignment >= 0).sum() * epochs * self._with_refit)
 
     def run(self, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
         """Train every fold, choose on validation alone, score the hold-out once; the run as a dict.
@@ -212,6 +255,9 @@ class Sweep:
                         f"{journal.folder}: {error.strerror or error}. What is saved is kept; run the same command "
                         "again to go on."
                     ) from error
+                finally:
+                    if self.spread is not None:
+                        self.spread.close()
             _put_in_place(journal.folder / "run", self.out)
             journal.remove()
         return run
@@ -227,7 +273,10 @@ class Sweep:
                 if other is not chosen:
                     journal.forget(f"config{other.number}")
         finals = Finals(self.search, chosen, journal)
-        if self._with_refit:
+        if self._with_refit and self.spread is not None:
+            epochs = finals.refit_epochs()
+            self.spread.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
+        elif self._with_refit:
             finals.refit(on_epoch, stop)
         folder = journal.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
@@ -264,8 +313,8 @@ class Sweep:
         final = finals.describe(spec.final)
         run = {
             **record.origin(data, spec, self.labels_from),
-            "precision": precision(chosen.train, self.device, self.unfreeze_blocks),
-            "device": device_name(self.device),
+            "precision": self.kinds[chosen.number],
+            "device": self.gpu,
             "threads": torch.get_num_threads(),
             "residency": self.activations.residency,
             "trainable": self.trainable[chosen.number],
@@ -286,6 +335,8 @@ class Sweep:
             "weights_sha256": weights,
             "model_sha256": model_sha256(weights, final["members"]),
         }
+        if self.spread is not None:
+            run["cluster"] = self.spread.describe()
         return cast(dict[str, Any], clean(run))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from . import cluster as clusters
 from . import cpu
 from .config import CacheSpec, SweepSpec, TrainSpec, default, reference_value
 from .errors import InputError
@@ -16,6 +19,7 @@ from .shell import (
     PATH,
     Progress,
     by_recipe,
+    cluster_option,
     device_option,
     duration,
     echo_notes,
@@ -82,6 +86,7 @@ from .shell import (
     help="Activations on the device, in host memory, or read ahead from the file; the result is the same.",
 )
 @threads_option
+@cluster_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
 def sweep(
@@ -96,6 +101,7 @@ def sweep(
     device: str,
     residency: str,
     threads: int | None,
+    cluster: str | None,
     overwrite: bool,
     epochs: str,
     **flags: Any,
@@ -123,25 +129,39 @@ def sweep(
         from . import datasets
 
         labels = datasets.read(manifest, keep_missing=True)
-    job = sweeps.Sweep(
-        cache,
-        out,
-        spec,
-        grid_flags=grid,
-        device=device,
-        residency=residency,
-        weights=weights,
-        manifest=labels,
-        overwrite=overwrite,
-    )
-    plan = job.plan()
-    echo_plan(plan, spec)
-    shuffles = {str(train.shuffle) for _, train in job.points}
-    echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
-    echo_notes(job.data.notes)
-    if recipe == "reference":
-        echo_recipe(job)
-    bar = Progress()
+    with contextlib.nullcontext() if cluster is None else clusters.connect(cluster) as joined:
+        job = sweeps.Sweep(
+            cache,
+            out,
+            spec,
+            grid_flags=grid,
+            device=device,
+            residency=residency,
+            weights=weights,
+            manifest=labels,
+            overwrite=overwrite,
+            cluster=joined,
+        )
+        echo_plan(plan := job.plan(), spec)
+        shuffles = {str(train.shuffle) for _, train in job.points}
+        echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
+        echo_notes((*job.data.notes, *plan.notes))
+        if recipe == "reference":
+            echo_recipe(job)
+        bar = Progress()
+        run = job.run(epoch_line(bar, plan, spec))
+        bar.done()
+    if lost := run.get("cluster", {}).get("lost"):
+        click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
+    from . import report
+
+    click.echo(describe_run(run))
+    written = report.write(job.out)
+    click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
+
+
+def epoch_line(bar: Progress, plan: Any, spec: SweepSpec) -> Any:
+    """What shows each epoch as it is trained: (configuration, fold, epoch)."""
     done = 0
 
     def show(config: int, fold: int, epoch: Any) -> None:
@@ -152,13 +172,7 @@ def sweep(
         score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
         bar.show(min(done, plan.epochs_in_all), plan.epochs_in_all, f"{which} epoch {epoch.epoch}{score}")
 
-    run = job.run(show)
-    bar.done()
-    from . import report
-
-    click.echo(describe_run(run))
-    written = report.write(job.out)
-    click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
+    return show
 
 
 def require_reference_cache(normalize: str) -> None:
@@ -189,14 +203,17 @@ def echo_plan(plan: Any, spec: SweepSpec) -> None:
     dropped = f", {plan.failed} failed images left out" if plan.failed else ""
     extra = "".join(f", {part} {count[part]:,}" for part in ("norm",) if count.get(part))
     many = f"{plan.configurations} configurations, " if plan.configurations > 1 else ""
+    time = "unknown (no GPU here to time a step on)" if math.isnan(plan.seconds) else duration(plan.seconds)
     click.echo(
         f"{plan.images:,} images, {plan.groups:,} groups, {plan.classes} classes{dropped}; hold-out "
         f"{plan.holdout_images:,} images; {plan.folds} folds by {spec.split_by}\n"
         f"activations {gigabytes(plan.activation_bytes)} ({plan.where}), on {plan.device}, {plan.precision}\n"
         f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{extra}\n"
         f"{many}epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; final model "
-        f"{spec.final}; expected time {duration(plan.seconds)} in all -> {plan.out}"
+        f"{spec.final}; expected time {time} in all -> {plan.out}"
     )
+    if plan.cluster:
+        click.echo(f"cluster: {plan.cluster}")
     if plan.resumed:
         click.echo(f"going on with the unfinished run in {plan.out}.partial")
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cxr_fast import cluster as module
+from cxr_fast import cluster_search
 from cxr_fast.cluster import Cluster, check_nodes, connect, describe, fetch, on_each, run_tasks, share, visible
-from cxr_fast.errors import ImageError, InputError, Interrupted
+from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
+from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
+from cxr_fast.sweep import Sweep
 
 HERE = Path(__file__).parent
 STORE = 80 * 2**20
@@ -31,9 +37,13 @@ def nodes() -> Iterator[Any]:
         os.environ[name] = value
     from ray.cluster_utils import Cluster as Nodes
 
+    # A dead node is noticed in a second, not in fifteen.
+    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
     found = Nodes()
+    head: dict[str, Any] = {"_system_config": quick}
     for _ in range(3):
-        found.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False)
+        found.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False, **head)
+        head = {}
     yield found
     found.shutdown()
 
@@ -169,7 +179,7 @@ def test_an_error_of_ours_arrives_as_itself_and_stops_the_others(cluster: Cluste
     with pytest.raises(ImageError, match=r"^2.png is empty$") as found:
         list(run_tasks(cluster, refuse, ([number] for number in range(6))))
     assert found.value.reason == "empty"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50, "the others were waited for"
 
 
 @pytest.mark.ray
@@ -192,8 +202,6 @@ def test_stopping_asks_the_running_tasks_first(cluster: Cluster, tmp_path: Path)
 
 @pytest.mark.ray
 def test_an_array_is_shared_without_a_copy(cluster: Cluster) -> None:
-    import numpy as np
-
     reference = share(np.arange(1_000_000))
     found = dict(run_tasks(cluster, look, ([[reference]] for _ in range(4))))
     assert set(found.values()) == {(499_999_500_000, False)}
@@ -210,6 +218,241 @@ def where() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+# A sweep.
+
+
+FAST = TrainSpec(lr=1e-3, batch_size=4)
+GRID = ["focal_gamma=1,2"]
+SPEC = SweepSpec(epochs=(2, 8), folds=3, final="refit", train=FAST)
+
+
+def info(run: Path) -> dict[str, Any]:
+    """What run.json says, without times and what only a cluster's has."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "created", "machine", "cluster")}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return timeless(json.loads((run / "run.json").read_text(encoding="utf-8")))
+
+
+def same(run: Path, other: Path) -> None:
+    """Two run folders hold the same to the last bit: figures, every saved array, weights; histories but for times."""
+    assert info(run) == info(other)
+    with np.load(run / "predictions.npz") as one, np.load(other / "predictions.npz") as two:
+        assert one.files == two.files
+        for name in one.files:
+            assert one[name].dtype == two[name].dtype
+            assert one[name].tobytes() == two[name].tobytes(), name
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    lines = [(folder / "history.csv").read_text().splitlines() for folder in (run, other)]
+    assert [line.rpartition(",")[0] for line in lines[0]] == [line.rpartition(",")[0] for line in lines[1]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def local(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one machine makes of SPEC and GRID."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    Sweep(toy_cache, out, SPEC, grid_flags=GRID, device="cpu").run()
+    return out
+
+
+class Killer:
+    """Called with each epoch: after so many it kills a worker in the middle of a fold, and then a whole node."""
+
+    def __init__(self, cluster: Cluster, nodes: Any) -> None:
+        self.cluster, self.nodes = cluster, nodes
+        self.epochs: list[tuple[int, int, int]] = []
+        self.killed: list[str] = []
+
+    def __call__(self, number: int, fold: int, epoch: Any) -> None:
+        self.epochs.append((number, fold, epoch.epoch))
+        if len(self.epochs) > 3 and not self.killed:
+            self.worker()
+        elif len(self.epochs) > 6 and len(self.killed) == 1:
+            self.node()
+
+    def worker(self) -> None:
+        """SIGKILL one that trains."""
+        for pid in [pid for node in self.nodes.list_all_nodes() for pid in busy(node)][:1]:
+            os.kill(pid, signal.SIGKILL)
+            self.killed.append(f"worker {pid}")
+
+    def node(self) -> None:
+        """SIGKILL all processes of a node that trains, not the one this test is connected to."""
+        others = [node for node in self.nodes.worker_nodes if node.node_id != self.cluster.here]
+        for lost in [node for node in others if busy(node)][:1]:
+            self.nodes.remove_node(lost, allow_graceful=False)
+            self.killed.append(f"node {lost.node_id}")
+
+
+def busy(node: Any) -> list[int]:
+    """The processes of a node that run a task of ours now: Ray puts the task's name into their title."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_work")]
+
+
+def interrupted(cache: Path, out: Path, after: int) -> None:
+    """A local run of SPEC and GRID that gets a signal after so many epochs."""
+    count = itertools.count(1)
+
+    def hit(*_: Any) -> None:
+        if next(count) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        Sweep(cache, out, SPEC, grid_flags=GRID, device="cpu").run(hit)
+
+
+@pytest.mark.ray
+def test_a_sweep_begun_here_that_loses_a_worker_and_a_node_ends_as_on_one_machine(
+    cluster: Cluster, nodes: Any, toy_cache: Path, local: Path, tmp_path: Path
+) -> None:
+    interrupted(toy_cache, tmp_path / "run", after=3)
+    job = Sweep(toy_cache, tmp_path / "run", SPEC, grid_flags=GRID, device="cpu", cluster=cluster)
+    plan = job.plan()
+    assert plan.cluster == str(cluster)
+    assert plan.resumed
+    assert plan.notes == ()
+    killer = Killer(cluster, nodes)
+    try:
+        run = job.run(killer)
+    finally:
+        nodes.add_node(num_cpus=2, object_store_memory=STORE)
+    assert [said.split()[0] for said in killer.killed] == ["worker", "node"]
+    assert (0, 0, 1) not in killer.epochs, "what the local run had done was done again"
+    same(tmp_path / "run", local)
+    assert [node["cpus"] for node in run["cluster"]["nodes"]] == [2, 2, 2]
+    assert sum(node["folds"] for node in run["cluster"]["nodes"]) == 7, "six folds and the refit"
+    assert len(run["cluster"]["lost"]) == 1
+    assert not list(tmp_path.glob("run.partial*"))
+
+
+def command(cache: Path, out: Path, address: str) -> subprocess.Popen[str]:
+    """`cxrfast sweep` of SPEC and GRID on the cluster, in a process group of its own as a terminal gives it."""
+    code = "from cxr_fast.cli import main; main()"
+    flags = "--epochs 2,8 --folds 3 --final refit --lr 1e-3 --batch-size 4 --grid focal_gamma=1,2 --device cpu"
+    said = [sys.executable, "-c", code, "sweep", str(cache), "--out", str(out), *flags.split(), "--threads", "1"]
+    return subprocess.Popen(
+        [*said, "--cluster", address], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+    )
+
+
+def wait_until(true: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """At most a minute, while the process runs."""
+    until = time.monotonic() + 60
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.ray
+def test_a_command_interrupted_then_killed_is_finished_by_one_machine(
+    nodes: Any, toy_cache: Path, local: Path, tmp_path: Path
+) -> None:
+    out, states = tmp_path / "run", tmp_path / "run.partial" / "states"
+
+    def saved() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in states.glob("*.safetensors")}
+
+    process = command(toy_cache, out, nodes.address)
+    wait_until(lambda: len(saved()) > 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "cluster: 3 nodes, 6 CPUs, 0 GPUs (Ray " in said
+    assert "stopped; every finished epoch is safe in" in errors
+    assert "Run the same command again to go on." in errors
+    assert not any(word in said + errors for word in ("Traceback", "raylet", "ray."))
+    before = saved()
+    process = command(toy_cache, out, nodes.address)
+    wait_until(lambda: saved() != before, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert states.is_dir(), "it had ended"
+    Sweep(toy_cache, out, SPEC, grid_flags=GRID, device="cpu").run()
+    same(out, local)
+
+
+@pytest.fixture(scope="module")
+def embeddings(toy_data: Path, lively_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache after pooling: heads alone are trained."""
+    from cxr_fast import backbone, datasets, encode
+
+    out, tower = tmp_path_factory.mktemp("heads") / "toy.h5", backbone.load(str(lively_weights))
+    spec = encode.with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
+    encode.run(tower, datasets.read(toy_data), spec, out, device="cpu", workers=1)
+    return out
+
+
+@pytest.mark.ray
+def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
+    cluster: Cluster, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SweepSpec(epochs=(3, 5), folds=3, final="refit", train=FAST)
+    Sweep(embeddings, tmp_path / "local", spec, device="cpu").run()
+    # Here the cache has another content than the nodes find under its name, and the token another name.
+    monkeypatch.setattr(cluster_search, "content", lambda _: "another cache")
+    monkeypatch.setattr(cluster_search, "TOKEN", "another name")
+    look = cluster_search.look
+    monkeypatch.setattr(cluster_search, "look", lambda *names: (look(*names)[0], False))
+    job = Sweep(embeddings, tmp_path / "run", spec, device="cpu", cluster=cluster)
+    cache, folder = job.plan().notes
+    assert cache.startswith("3 node(s) do not see (")
+    assert cache.endswith(") the cache; its activations go through Ray's object store, a copy a node")
+    assert folder.endswith(") the run folder; a fold lost or interrupted there begins again")
+    assert job.spread is not None
+    assert (job.spread.cpus, job.spread.at_once) == (1, 6)
+    job.run()
+    same(tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("device", "match"),
+    [
+        ("cuda", "^--device cuda: no node of the cluster lends a GPU; use --device cpu.$"),
+        ("cuda:1", "^--device cuda:1: on a cluster Ray says which GPU; give auto, cpu or cuda.$"),
+    ],
+)
+def test_a_gpu_that_no_node_lends_is_refused(
+    cluster: Cluster, toy_cache: Path, tmp_path: Path, device: str, match: str
+) -> None:
+    with pytest.raises(DeviceError, match=match):
+        Sweep(toy_cache, tmp_path / "run", SPEC, device=device, cluster=cluster)
+
+
+@pytest.mark.ray
+def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache: Path, tmp_path: Path) -> None:
+    import torch
+
+    torch.set_num_threads(4)
+    try:
+        job = Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu", cluster=cluster)
+    finally:
+        torch.set_num_threads(1)
+    assert job.spread is not None
+    assert (job.spread.threads, job.spread.cpus, job.spread.at_once) == (4, 2, 3)
+    assert [note.partition(":")[0] for note in job.spread.notes] == ["no node has 4 CPUs"]
+
+
+# Where there is none.
 
 
 CODE = """

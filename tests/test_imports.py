@@ -35,7 +35,7 @@ FLOORS = {
         *("explain", "bench_worker"),
     ),
     7: ("cluster_cache", "search", "checks", "bench", "info", "compare"),
-    8: ("finals", "record", "report", "export", "bench_cache", "bench_compare", "serving"),
+    8: ("finals", "record", "report", "export", "bench_cache", "bench_compare", "serving", "cluster_search"),
     9: ("sweep", "bench_training", "throughput"),
     10: ("data_commands", "train_commands", "model_commands", "bench_commands"),
     11: ("cli",),
