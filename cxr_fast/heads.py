@@ -48,10 +48,13 @@ class HeadFold(Fold):
         count = states[0]["step"].clone()
         total = 0.0
         with torch.no_grad():
-            for first in range(0, len(draws.steps), CHUNK):
+            chunks = [draws.steps[first : first + CHUNK] for first in range(0, len(draws.steps), CHUNK)]
+            parts = [slice(chunk[0][0], chunk[-1][1]) for chunk in chunks]
+            ahead = self.activations.ahead((draws.rows[part], draws.views[part]) for part in parts)
+            for x, chunk in zip(ahead, chunks, strict=True):
                 if stop():
                     raise Interrupted("stopped.")
-                total += self._chunk(draws, draws.steps[first : first + CHUNK], count)
+                total += self._chunk(x, draws, chunk, count)
         for state in states:
             state["step"].copy_(count)
         for layer in self.tail.head:
@@ -60,11 +63,11 @@ class HeadFold(Fold):
                 layer.num_batches_tracked += len(draws.steps)
         return total / len(draws.rows)
 
-    def _chunk(self, draws: Draws, steps: list[tuple[int, int]], count: torch.Tensor) -> float:
-        """Some consecutive steps; the sum of their samples' losses."""
+    def _chunk(self, x: torch.Tensor, draws: Draws, steps: list[tuple[int, int]], count: torch.Tensor) -> float:
+        """Some consecutive steps on their activations (n, E); the sum of their samples' losses."""
         part, sizes = slice(steps[0][0], steps[-1][1]), [b - a for a, b in steps]
         # Embeddings are cached as the projection leaves them; the tail takes their length out, and so must this.
-        x = F.normalize(self.activations.gather(draws.rows[part], draws.views[part]), dim=-1)
+        x = F.normalize(x, dim=-1)
         masks = draws.masks[part].float().div_(1 - self.spec.dropout).split(HEAD_WIDTHS, dim=1)
         sign, weight, jaccard = _targets(self.labels[draws.rows[part]], sizes, self.spec, self.class_weights)
         norms = [layer for layer in self.tail.head if isinstance(layer, torch.nn.BatchNorm1d)]
