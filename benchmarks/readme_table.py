@@ -96,6 +96,12 @@ ROWS = (
         command="run_gather.py",
     ),
     Row(
+        what="streaming from disk, block shuffle: what reaches the trainer over the disk's own bandwidth",
+        names=("stream",),
+        ratio=lambda found: found["share_of_disk"]["stream, block shuffle"],
+        command="run_stream.py",
+    ),
+    Row(
         what="1,000 resamples: macro AUC with rows repeated over every figure of a run by weights",
         names=("bootstrap",),
         ratio=medians("seconds", "macro AUC alone, rows repeated", "every figure, one run"),

@@ -1,6 +1,6 @@
 """Activations larger than memory: what streaming delivers of the disk's own bandwidth, and what block shuffle costs.
 
-    python benchmarks/run_stream.py [--part stream] [--images 12000] [--rounds 5] [--scratch FOLDER]
+    python benchmarks/run_stream.py [--part stream] [--images 8000] [--rounds 5] [--scratch FOLDER]
     python benchmarks/run_stream.py --part readers
     python benchmarks/run_stream.py --part shuffle [--seeds 10]
 
@@ -286,14 +286,14 @@ def shuffles(seeds: int, images: int, epochs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("stream", "readers", "shuffle"), default="stream")
-    parser.add_argument("--images", type=int, help="[default: 12000; shuffle: 10000]")
+    parser.add_argument("--images", type=int, help="[default: 8000; shuffle: 10000]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="Folder on the disk to measure.  [default: the system's]")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.images = args.images or (10000 if args.part == "shuffle" else 12000)
+    args.images = args.images or (10000 if args.part == "shuffle" else 8000)
     if args.part == "shuffle":
         torch.set_num_threads(1)
         with timing.other_cpu_share() as noise:
