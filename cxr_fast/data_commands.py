@@ -382,7 +382,7 @@ def echo_verdict(found: Any, file: Path) -> int:
 @click.command()
 @click.argument("file", type=PATH)
 def info(file: Path) -> None:
-    """Describe a cache, a run folder, or an ONNX file."""
+    """Describe a cache, a run folder, an ONNX file, or what a bench command wrote with --json."""
     from . import info as describing
 
     click.echo(describing.describe(file))

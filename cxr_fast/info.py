@@ -1,4 +1,4 @@
-"""What a file of ours is: a cache, a run folder or an ONNX model, in a few lines."""
+"""What a file of ours is: a cache, a run folder, an ONNX model or a benchmark's JSON, in a few lines."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ def describe(path: Path) -> str:
         return _model(path)
     if path.name.endswith(index.SUFFIX):
         return _sharded(path)
+    if path.suffix == ".json":
+        from . import bench_info
+
+        return lines(bench_info.facts(path))
     if path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
         return _cache(path)
-    raise InputError(f"{path}: not a cache (.h5 or {index.SUFFIX}), a run folder or a model (.onnx).")
+    raise InputError(
+        f"{path}: not a cache (.h5 or {index.SUFFIX}), a run folder, a model (.onnx) or a benchmark (.json)."
+    )
 
 
 def _cache(path: Path) -> str:

@@ -95,7 +95,7 @@ def test_a_model(toy_model: Path, toy_run: Path) -> None:
         ("gone", "no such file"),
         ("text.h5", "not an HDF5 file"),
         ("text.onnx", "not an ONNX file"),
-        ("text.csv", r"not a cache \(.h5 or .shards.json\), a run folder or a model"),
+        ("text.csv", r"not a cache \(.h5 or .shards.json\), a run folder, a model"),
         ("folder", "not a run folder"),
     ],
 )
