@@ -292,8 +292,8 @@ def page(found: Mapping[str, Input], folder: Path = RESULTS) -> str:
 TEXT = """# More GPUs: what to expect, MODELLED
 
 Written by `python benchmarks/scale_model.py`; do not edit. **Every time and cost in the first table is modelled. None
-was measured on a GPU, nor on more than two nodes.** The arithmetic was checked on one and two CPU cores (below); the
-speeds of a GPU are assumed.
+was measured on a GPU, nor on more than two nodes.** How far the arithmetic holds on one and two CPU cores stands below,
+and what of that is not checked yet; the speeds of a GPU are assumed.
 
 ![cache and sweep over the number of GPUs, modelled](scale.png)
 
