@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_docs import parse
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "cluster"
 SLURM = FOLDER / "slurm.sh"
@@ -47,6 +48,14 @@ def test_both_kinds_of_example_are_there() -> None:
     assert filled("on-premises.yaml")["provider"]["type"] == "local"
     cloud = filled("cloud.yaml")
     assert cloud["available_node_types"][cloud["head_node_type"]]["resources"] == {"CPU": 0}
+
+
+def test_the_cache_commands_of_the_examples_parse() -> None:
+    lines = [line for path in FOLDER.iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
+    commands = [line[line.index("cxrfast cache") :] for line in lines if "cxrfast cache" in line]
+    assert len(commands) == 3
+    for command in commands:
+        parse(command)
 
 
 def test_what_the_readme_shows_of_the_example_is_in_it() -> None:
