@@ -20,6 +20,7 @@ import onnxruntime
 import PIL
 
 from . import __version__, timing
+from .cluster_predict import Remote
 from .errors import InputError, Interrupted
 from .formats import WRITERS, Columns, Row, shown
 from .inputs import Inputs
@@ -31,6 +32,7 @@ from .tables import pyarrow
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 Pool = Literal["mean", "max"]
+Model = Predictor | Remote
 KEYS = ("path", "status", "reason")
 STUDY_KEYS = ("study", "images", "status", "reason")
 
@@ -52,7 +54,7 @@ class State:
 
 
 def write(
-    predictor: Predictor,
+    predictor: Model,
     inputs: Inputs,
     out: Path,
     *,
@@ -67,7 +69,8 @@ def write(
 
     What `out` holds of the same model and the same files is not done again; failed files are tried again. Rows are
     kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. With `pool` the studies
-    of a manifest are written beside it, NAME.studies.csv. Returns what NAME.run.json says.
+    of a manifest are written beside it, NAME.studies.csv. A `Remote` predictor has it done by a cluster. Returns what
+    NAME.run.json says.
 
     Raises InputError for an `out` that cannot be written, holds something else, or is an input; Interrupted after
     SIGINT or SIGTERM, when the batch at hand is kept.
@@ -88,6 +91,7 @@ def write(
                 "reused": state.reused,
                 "failed": state.failed,
                 **tables,
+                **({"cluster": predictor.describe()} if isinstance(predictor, Remote) else {}),
                 "began": began.isoformat(timespec="seconds"),
                 "seconds": time.perf_counter() - clock,
                 "stages": state.seconds,
@@ -153,7 +157,7 @@ class _Study:
 # ---------------------------------------------------------------------------------------------- the parts of `write`
 
 
-def _check(predictor: Predictor, inputs: Inputs, out: Path, pool: Pool | None) -> None:
+def _check(predictor: Model, inputs: Inputs, out: Path, pool: Pool | None) -> None:
     """Everything that is wrong with the request, before hours of predicting and not after."""
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a file.")
@@ -175,7 +179,7 @@ def _check(predictor: Predictor, inputs: Inputs, out: Path, pool: Pool | None) -
         raise InputError("--study-pool: one manifest at a time, for two may mean different studies by one name.")
 
 
-def _protect(predictor: Predictor, inputs: Inputs, out: Path) -> None:
+def _protect(predictor: Model, inputs: Inputs, out: Path) -> None:
     """No file that is written may be one that is read."""
     own = (out, run_path(out), studies_path(out), beside(out), *map(_partial, (out, run_path(out), studies_path(out))))
     written = {_identity(path): path for path in (*own, out.with_name(out.name + ".lock")) if path.exists()}
@@ -225,7 +229,7 @@ def _model_sha256(path: Path) -> str:
     return hashlib.sha256("".join(f"{file_sha256(path / name)} {name}\n" for name in names).encode()).hexdigest()
 
 
-def _request(predictor: Predictor, out: Path, batch_size: int, workers: int | None, decide: bool) -> dict[str, Any]:
+def _request(predictor: Model, out: Path, batch_size: int, workers: int | None, decide: bool) -> dict[str, Any]:
     """What was asked of which model by which code, as NAME.run.json says it."""
     own = {"cxr-fast": __version__, "onnxruntime": onnxruntime.__version__}
     return {
@@ -247,7 +251,7 @@ def _request(predictor: Predictor, out: Path, batch_size: int, workers: int | No
 
 
 def _predict(
-    predictor: Predictor,
+    predictor: Model,
     paths: Sequence[str],
     kept: Resume,
     state: State,
@@ -262,25 +266,44 @@ def _predict(
     """
     todo = [i for i, path in enumerate(paths) if not kept.holds(path)]
     state.done = state.reused = len(paths) - len(todo)
-    batches = ([paths[i] for i in part] for _, part in itertools.groupby(todo, key=lambda i: i // batch_size))
+    batches = [[paths[i] for i in part] for _, part in itertools.groupby(todo, key=lambda i: i // batch_size)]
     by = f"{predictor.provider}, onnxruntime {onnxruntime.__version__}"
-    answers = predictor.stream_batches(batches, workers=workers, seconds=state.seconds)
-    with graceful() as stopped, contextlib.closing(answers):
-        for results in answers:
-            began = time.perf_counter()
-            kept.append(results, by)
-            state.seconds["write"] += time.perf_counter() - began
-            state.done += len(results)
-            state.failed += sum(not result.ok for result in results)
-            if on_batch is not None:
-                on_batch(state)
-            if stopped.is_set() and state.done < state.total:
-                said = f"interrupted after {state.done:,} of {state.total:,} images"
-                raise Interrupted(f"{said}; the same command goes on from there.")
+    with graceful() as stopped:
+        if isinstance(predictor, Remote):
+            answers = predictor.stream_batches(batches, count=len(batches), seconds=state.seconds, stop=stopped.is_set)
+        else:
+            answers = predictor.stream_batches(batches, workers=workers, seconds=state.seconds)
+        with contextlib.closing(answers), _told(state):
+            for results in answers:
+                began = time.perf_counter()
+                kept.append(results, by)
+                state.seconds["write"] += time.perf_counter() - began
+                state.done += len(results)
+                state.failed += sum(not result.ok for result in results)
+                if on_batch is not None:
+                    on_batch(state)
+                if stopped.is_set() and state.done < state.total:
+                    raise Interrupted("stopped.")
+
+
+@contextlib.contextmanager
+def _told(state: State) -> Iterator[None]:
+    """Interrupted with how far the run is."""
+    try:
+        yield
+    except Interrupted:
+        said = f"interrupted after {state.done:,} of {state.total:,} images"
+        raise Interrupted(f"{said}; the same command goes on from there.") from None
 
 
 def _write_tables(
-    predictor: Predictor, inputs: Inputs, kept: Resume, out: Path, state: State, decide: bool, pool: Pool | None
+    predictor: Model,
+    inputs: Inputs,
+    kept: Resume,
+    out: Path,
+    state: State,
+    decide: bool,
+    pool: Pool | None,
 ) -> dict[str, Any]:
     """All rows in input order, under the final names; what answered them, and how they were pooled."""
     began = time.perf_counter()

@@ -95,6 +95,15 @@ class Cluster:
         alive = {n.id for n in self.nodes()}
         return [n.name for n in nodes if n.id not in alive]
 
+    def target(self, device: str) -> str:
+        """`cpu` or `cuda`, by `--device`: what tasks compute on. DeviceError where no node lends it."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise DeviceError(f"--device {device}: on a cluster Ray says which GPU; give auto, cpu or cuda.")
+        gpus = sum(node.gpus for node in self.nodes())
+        if device == "cuda" and not gpus:
+            raise DeviceError("--device cuda: no node of the cluster lends a GPU; use --device cpu.")
+        return "cuda" if gpus and device != "cpu" else "cpu"
+
     def largest(self) -> int:
         """CPUs of the node that has most."""
         return max((n.cpus for n in self.nodes()), default=0)
@@ -126,7 +135,7 @@ def connect(address: str) -> Iterator[Cluster]:
 
 
 def check_nodes(cluster: Cluster, packages: Sequence[str] = ("torch",)) -> list[Node]:
-    """The nodes, each of which runs this very cxr-fast, Python minor version and `packages`.
+    """The nodes, each of which runs this very cxr-fast, Python minor version and `packages` (`a|b`: the first there).
 
     Raises InputError naming the first node that does not, and both versions.
     """
@@ -236,8 +245,10 @@ def run_tasks(
     ray = _ray()
     board = _board(cluster)
     reader = _Reader(board, on_progress)
-    # Spread: by itself Ray fills half of one node first, whose disk and memory then serve all.
-    task = ray.remote(_work).options(
+    # A process that has begun on one GPU stays on it, whatever the next task is lent: so one task a process there.
+    # SPREAD: by itself Ray fills half of one node first, whose disk and memory then serve all.
+    once = ray.remote(max_calls=1) if num_gpus else ray.remote
+    task = once(_work).options(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         max_retries=RETRIES,
@@ -343,17 +354,18 @@ def _probe() -> Callable[[Sequence[str]], dict[str, str]]:
     """A function for a node on which nothing of ours may be there, so that it must not be looked up by its name."""
 
     def versions(packages: Sequence[str]) -> dict[str, str]:
+        import contextlib
         import hashlib
         import importlib.metadata
         import importlib.util
         import platform
         from pathlib import Path
 
-        def version(name: str) -> str:
-            try:
-                return importlib.metadata.version(name).partition("+")[0]  # of torch: cpu or cu130
-            except importlib.metadata.PackageNotFoundError:
-                return "none"
+        def version(names: str) -> str:
+            for name in names.split("|"):
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                    return importlib.metadata.version(name).partition("+")[0]  # of torch: cpu or cu130
+            return "none"
 
         own, hasher = "none", hashlib.sha256()
         if (spec := importlib.util.find_spec("cxr_fast")) and spec.origin:

@@ -98,16 +98,6 @@ class Done:
 # ------------------------------------------------------------------------------------------------- beside the workers
 
 
-def target(cluster: Cluster, device: str) -> str:
-    """`cpu` or `cuda`, by `--device`: what every fold is trained on. DeviceError where no node lends it."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"--device {device}: on a cluster Ray says which GPU; give auto, cpu or cuda.")
-    gpus = sum(node.gpus for node in cluster.nodes())
-    if device == "cuda" and not gpus:
-        raise DeviceError("--device cuda: no node of the cluster lends a GPU; use --device cpu.")
-    return "cuda" if gpus and device != "cpu" else "cpu"
-
-
 def gpu(cluster: Cluster) -> tuple[str, bool]:
     """The name of some node's GPU, and whether it computes in bfloat16."""
     found: tuple[str, bool] = next(clusters.run_tasks(cluster, ask_gpu, [()], num_gpus=1))[1]

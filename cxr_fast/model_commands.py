@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -9,7 +10,19 @@ from typing import Any, Literal
 
 import click
 
-from .shell import NOTICE, PATH, Progress, device_option, gigabytes, images_option, number, table, threads_option
+from . import cluster as clusters
+from .shell import (
+    NOTICE,
+    PATH,
+    Progress,
+    cluster_option,
+    device_option,
+    gigabytes,
+    images_option,
+    number,
+    table,
+    threads_option,
+)
 
 
 @click.command()
@@ -144,6 +157,7 @@ def signed(value: float | None) -> str:
 @threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
+@cluster_option
 def predict(
     model: Path,
     inputs: tuple[str, ...],
@@ -155,18 +169,16 @@ def predict(
     threads: int | None,
     batch_size: int,
     workers: int | None,
+    cluster: str | None,
 ) -> None:
     """Probabilities for images, from the ONNX file alone; needs no torch.
 
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
     a line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
-    from . import answers
+    from . import answers, cluster_predict
     from . import predict as predicting
     from .inputs import read
-
-    predictor = predicting.Predictor(model, device=device, threads=threads)
-    wanted, bar = read(inputs), Progress()
 
     def show(state: answers.State) -> None:
         fresh = state.done - state.reused
@@ -174,20 +186,33 @@ def predict(
         text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")
         bar.show(state.done, state.total, text, before=state.reused)
 
-    summary = answers.write(
-        predictor,
-        wanted,
-        out,
-        batch_size=batch_size,
-        workers=workers,
-        decide=decide,
-        pool=study_pool,
-        overwrite=overwrite,
-        on_batch=show,
-    )
+    with contextlib.nullcontext() if cluster is None else clusters.connect(cluster) as joined:
+        predictor: predicting.Predictor | cluster_predict.Remote
+        if joined is None:
+            predictor, wanted = predicting.Predictor(model, device=device, threads=threads), read(inputs)
+        else:
+            wanted = read(inputs)
+            predictor = cluster_predict.Remote(
+                joined, model, wanted.paths, device=device, threads=threads, workers=workers
+            )
+            click.echo(f"cluster: {joined}", err=True)
+        bar = Progress()
+        summary = answers.write(
+            predictor,
+            wanted,
+            out,
+            batch_size=batch_size,
+            workers=workers,
+            decide=decide,
+            pool=study_pool,
+            overwrite=overwrite,
+            on_batch=show,
+        )
     bar.done()
     _say_predicted(summary, predictor.where, out)
     click.echo(f"device: {predictor.why}", err=True)
+    if lost := summary.get("cluster", {}).get("lost"):
+        click.echo(f"note: lost on the way: node {', '.join(lost)}; others did its images", err=True)
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:

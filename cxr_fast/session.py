@@ -52,7 +52,7 @@ def open_model(
     """
     path, (name, number) = Path(path), devices.parse(device)
     target, reason = _target(name, number, device)
-    path, chosen = _choose(path, target, explicit=name != "auto") if path.is_dir() else (path, "")
+    path, chosen = choose(path, target, explicit=name != "auto") if path.is_dir() else (path, "")
     info = model_file.read(path, check=check)  # first: a damaged graph may crash ONNX Runtime
     kind = _variant(info, path)
     if chosen and f".{kind}." not in path.name:
@@ -98,7 +98,7 @@ def _target(name: str, number: int, device: str) -> tuple[str, str]:
     return name, "as asked"
 
 
-def _choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
+def choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
     """The file of a folder that a device runs best, and why."""
     there = [variant for variant in VARIANTS if _file(folder, variant).is_file()]
     if not there:

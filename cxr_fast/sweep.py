@@ -130,7 +130,7 @@ class Sweep:
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
             self.kinds = [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points]
             return
-        self.trained_on, self.gpu, bfloat16 = cluster_search.target(cluster, device), "cpu", False
+        self.trained_on, self.gpu, bfloat16 = cluster.target(device), "cpu", False
         if self.trained_on == "cuda":
             self.gpu, bfloat16 = cluster_search.gpu(cluster)
         # Where this machine lends its GPU to the tasks, their activations need its memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cxr_fast import answers, cluster_predict, cluster_search, inputs
 from cxr_fast import cluster as module
-from cxr_fast import cluster_search
 from cxr_fast.cluster import Cluster, check_nodes, connect, describe, fetch, on_each, run_tasks, share, visible
+from cxr_fast.cluster_predict import Remote
 from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
+from cxr_fast.predict import Predictor
 from cxr_fast.sweep import Sweep
 
 HERE = Path(__file__).parent
@@ -450,6 +453,120 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
     assert job.spread is not None
     assert (job.spread.threads, job.spread.cpus, job.spread.at_once) == (4, 2, 3)
     assert [note.partition(":")[0] for note in job.spread.notes] == ["no node has 4 CPUs"]
+
+
+# Predictions.
+
+
+def rows(out: Path) -> tuple[bytes, dict[str, Any]]:
+    """The table, and what NAME.run.json says but for times and what only a cluster's has."""
+    said = json.loads(answers.run_path(out).read_bytes())
+    for name in ("out", "began", "seconds", "stages", "cluster"):
+        said.pop(name, None)
+    return out.read_bytes(), said
+
+
+@pytest.fixture(scope="module")
+def table(toy_model: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one machine answers: 80 images, one of them broken, in batches of 3."""
+    out = tmp_path_factory.mktemp("predictions") / "local.csv"
+    predictor = Predictor(toy_model, device="cpu", threads=1)
+    answers.write(predictor, inputs.read([str(toy_data)]), out, batch_size=3, workers=1, decide=True)
+    return out
+
+
+@pytest.mark.ray
+def test_predictions_that_lose_workers_are_those_of_one_machine(
+    cluster: Cluster, nodes: Any, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path
+) -> None:
+    wanted, killer = inputs.read([str(toy_data)]), Killer(cluster, nodes)
+    remote = Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+
+    def hit(_: answers.State) -> None:
+        if len(killer.killed) < 2:
+            killer.worker()
+
+    out = tmp_path / "cluster.csv"
+    summary = answers.write(remote, wanted, out, batch_size=3, workers=1, decide=True, on_batch=hit)
+    assert len(killer.killed) == 2
+    assert rows(out) == rows(table)
+    assert summary["failed"] == 1
+    assert sum(node["images"] for node in summary["cluster"]["nodes"]) == len(wanted.paths)
+
+
+@pytest.mark.ray
+def test_nodes_without_the_model_and_names_without_a_folder(
+    cluster: Cluster, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy_data / "images")
+    monkeypatch.setattr(cluster_predict, "same_file", lambda *_: False)
+    own = tmp_path / "model.onnx"
+    shutil.copy(toy_model, own)
+    wanted = inputs.read(["."])
+    assert not any(os.path.isabs(path) for path in wanted.paths)
+    remote = Remote(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
+    own.rename(tmp_path / "moved.onnx")  # now no node finds it by its name
+    monkeypatch.setattr(answers, "_model_sha256", lambda _: answers.file_sha256(toy_model))
+    answers.write(remote, wanted, tmp_path / "cluster.csv", batch_size=3, workers=1, decide=True)
+    near = (tmp_path / "cluster.csv").read_text().splitlines()
+    far = table.read_text().splitlines()
+    assert near == [far[0], *(line.replace(f"{toy_data / 'images'}/", "") for line in far[1:])]
+
+
+@pytest.mark.ray
+def test_a_node_that_sees_no_image_is_named(
+    cluster: Cluster, toy_model: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_predict, "seen", lambda paths: 0)
+    wanted = inputs.read([str(toy_data)])
+    with pytest.raises(
+        InputError, match=r"^--cluster: node \S+ sees none of the first 80 images \(/.*\); put them where"
+    ):
+        Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1)
+
+
+@pytest.mark.ray
+def test_an_interrupted_prediction_is_finished_by_one_machine(
+    cluster: Cluster, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path
+) -> None:
+    wanted, out = inputs.read([str(toy_data)]), tmp_path / "p.csv"
+    remote = Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+
+    def hit(_: answers.State) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(
+        Interrupted, match=r"^interrupted after \d+ of 80 images; the same command goes on from there.$"
+    ):
+        answers.write(remote, wanted, out, batch_size=3, workers=1, decide=True, on_batch=hit)
+    assert not out.exists()
+    summary = answers.write(
+        Predictor(toy_model, device="cpu", threads=1), wanted, out, batch_size=3, workers=1, decide=True
+    )
+    assert 0 < summary["reused"] < 80
+    assert rows(out)[0] == rows(table)[0]
+
+
+@pytest.mark.ray
+def test_the_command_predicts_without_torch_on_the_driver(
+    nodes: Any, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p.csv"
+    code = "import sys\nfrom cxr_fast.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    flags = ["--decide", "--device", "cpu", "--threads", "1", "--workers", "1", "--batch-size", "3"]
+    said = ["predict", str(toy_model), str(toy_data), "--out", str(out), *flags, "--cluster", nodes.address]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *said],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cluster: 3 nodes, 6 CPUs, 0 GPUs (Ray " in done.stderr
+    assert "1 image(s) failed; their rows say why" in done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert out.read_bytes() == table.read_bytes()
 
 
 # Where there is none.

@@ -29,7 +29,10 @@ FLOORS = {
         *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots", "cluster"),
     ),
     4: ("tail", "reuse", "index", "outcome", "making", "card", "predict", "doctor"),
-    5: ("encode", "train", "runs", "selection", "tails", "page", "resume", "reference", "benchmark_record"),
+    5: (
+        *("encode", "train", "runs", "selection", "tails", "page", "resume", "reference", "benchmark_record"),
+        "cluster_predict",
+    ),
     6: (
         *("heads", "stacked", "journal", "shards", "verify", "evaluation", "versus", "graph", "model_check", "answers"),
         *("explain", "bench_worker"),
