@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tasks import die_once, look, refuse, square, wait, where
 
 from cxr_fast import answers, cluster_predict, cluster_search, inputs
 from cxr_fast import cluster as module
-from cxr_fast.cluster import Cluster, check_nodes, connect, describe, fetch, on_each, run_tasks, share, visible
+from cxr_fast.cluster import Cluster, check_nodes, connect, describe, on_each, run_tasks, share, visible
 from cxr_fast.cluster_predict import Remote
 from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """Three nodes of two CPUs, started as `ray start` does; their workers find the package and these tests."""
+    """Three nodes of one CPU, started as `ray start` does; their workers find the package and these tests."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     for name, value in module.QUIET.items():
         os.environ[name] = value
@@ -45,7 +46,7 @@ def nodes() -> Iterator[Any]:
     found = Nodes()
     head: dict[str, Any] = {"_system_config": quick}
     for _ in range(3):
-        found.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False, **head)
+        found.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False, **head)
         head = {}
     yield found
     found.shutdown()
@@ -75,49 +76,25 @@ def test_an_address_where_nothing_listens_is_one_line_at_once() -> None:
     assert time.monotonic() - began < 5
 
 
-# The core, with Ray. What runs in the workers is of this module, which they import by its name.
+LOCAL = """
+import sys
+from cxr_fast.cli import main
+import cxr_fast.cluster, cxr_fast.cluster_predict, cxr_fast.cluster_search
+try:
+    main(["sweep", *sys.argv[1:], "--epochs", "1", "--folds", "2", "--lr", "1e-3", "--threads", "1"])
+finally:
+    print([name for name in sys.modules if name.split(".")[0] == "ray"])
+"""
 
 
-def square(number: int, *, tell: module.Tell, stop: module.Stop) -> int:
-    """A result and two reports."""
-    tell("begun")
-    tell("done")
-    return number * number
+def test_a_local_sweep_never_imports_ray(toy_cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOCAL, str(toy_cache), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def die_once(number: int, folder: str, *, tell: module.Tell, stop: module.Stop) -> tuple[int, int]:
-    """The first worker of job 1 kills itself as the system would."""
-    mark = Path(folder) / f"{number}"
-    with open(mark, "a", encoding="utf-8") as file:
-        file.write("x")
-    if number == 1 and mark.stat().st_size == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number, mark.stat().st_size
-
-
-def refuse(number: int, *, tell: module.Tell, stop: module.Stop) -> int:
-    """An error of ours in one of them, the others slow."""
-    if number == 2:
-        raise ImageError("empty", "2.png is empty")
-    wait(number, "", tell=tell, stop=stop)
-    return number
-
-
-def wait(number: int, folder: str, *, tell: module.Tell, stop: module.Stop) -> int:
-    """Until asked to stop."""
-    tell(os.getpid())
-    until = time.monotonic() + 60
-    while not stop() and time.monotonic() < until:
-        time.sleep(0.01)
-    if folder:
-        (Path(folder) / f"stopped{number}").touch()
-    raise Interrupted("stopped.")
-
-
-def look(reference: list[Any], *, tell: module.Tell, stop: module.Stop) -> tuple[int, bool]:
-    """The sum of a shared array, and whether it is a view of the store."""
-    array = fetch(reference[0])
-    return int(array.sum()), array.flags.owndata
+# The core, with Ray.
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +106,12 @@ def cluster(nodes: Any) -> Iterator[Cluster]:
 @pytest.mark.ray
 def test_the_nodes_are_named_and_counted(cluster: Cluster, nodes: Any) -> None:
     found = check_nodes(cluster, ("torch", "onnxruntime-gpu"))
-    assert [(node.cpus, node.gpus) for node in found] == [(2, 0)] * 3
+    assert [(node.cpus, node.gpus) for node in found] == [(1, 0)] * 3
     assert len({node.name for node in found}) == 3
-    assert str(cluster).startswith("3 nodes, 6 CPUs, 0 GPUs (Ray ")
+    assert str(cluster).startswith("3 nodes, 3 CPUs, 0 GPUs (Ray ")
     assert str(cluster).endswith(f", joined at {nodes.address})")
-    assert (cluster.slots(1), cluster.slots(2), cluster.slots(3), cluster.slots(1, 1)) == (6, 3, 0, 0)
-    assert describe(found)[0] == {"node": found[0].name, "cpus": 2, "gpus": 0}
+    assert (cluster.slots(1), cluster.slots(2), cluster.slots(3), cluster.slots(1, 1)) == (3, 0, 0, 0)
+    assert describe(found)[0] == {"node": found[0].name, "cpus": 1, "gpus": 0}
 
 
 @pytest.mark.ray
@@ -194,7 +171,6 @@ def test_stopping_asks_the_running_tasks_first(cluster: Cluster, tmp_path: Path)
                 cluster,
                 wait,
                 ((number, str(tmp_path)) for number in range(8)),
-                num_cpus=2,
                 on_progress=lambda number, _: running.add(number),
                 stop=lambda: len(running) > 1,
             )
@@ -214,13 +190,6 @@ def test_an_array_is_shared_without_a_copy(cluster: Cluster) -> None:
 def test_a_function_runs_once_on_every_node(cluster: Cluster) -> None:
     found = on_each(cluster, where)
     assert {node.id: there for node, there in found.items()} == {node.id: node.id for node in cluster.nodes()}
-
-
-def where() -> str:
-    """Ray's id of the node this runs on."""
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())
 
 
 # A sweep.
@@ -335,11 +304,11 @@ def test_a_sweep_begun_here_that_loses_a_worker_and_a_node_ends_as_on_one_machin
     try:
         run = job.run(killer)
     finally:
-        nodes.add_node(num_cpus=2, object_store_memory=STORE)
+        nodes.add_node(num_cpus=1, object_store_memory=STORE)
     assert [said.split()[0] for said in killer.killed] == ["worker", "node"]
     assert (0, 0, 1) not in killer.epochs, "what the local run had done was done again"
     same(tmp_path / "run", local)
-    assert [node["cpus"] for node in run["cluster"]["nodes"]] == [2, 2, 2]
+    assert [node["cpus"] for node in run["cluster"]["nodes"]] == [1, 1, 1]
     assert sum(node["folds"] for node in run["cluster"]["nodes"]) == 7, "six folds and the refit"
     assert len(run["cluster"]["lost"]) == 1
     assert not list(tmp_path.glob("run.partial*"))
@@ -378,7 +347,7 @@ def test_a_command_interrupted_then_killed_is_finished_by_one_machine(
     os.killpg(process.pid, signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "cluster: 3 nodes, 6 CPUs, 0 GPUs (Ray " in said
+    assert "cluster: 3 nodes, 3 CPUs, 0 GPUs (Ray " in said
     assert "stopped; every finished epoch is safe in" in errors
     assert "Run the same command again to go on." in errors
     assert not any(word in said + errors for word in ("Traceback", "raylet", "ray."))
@@ -421,7 +390,7 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     assert cache.endswith(") the cache; its activations go through Ray's object store, a copy a node")
     assert folder.endswith(") the run folder; a fold lost or interrupted there begins again")
     assert job.spread is not None
-    assert (job.spread.cpus, job.spread.at_once) == (1, 6)
+    assert (job.spread.cpus, job.spread.at_once) == (1, 3)
     job.run()
     same(tmp_path / "run", tmp_path / "local")
 
@@ -451,7 +420,7 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
     finally:
         torch.set_num_threads(1)
     assert job.spread is not None
-    assert (job.spread.threads, job.spread.cpus, job.spread.at_once) == (4, 2, 3)
+    assert (job.spread.threads, job.spread.cpus, job.spread.at_once) == (4, 1, 3)
     assert [note.partition(":")[0] for note in job.spread.notes] == ["no node has 4 CPUs"]
 
 
@@ -563,7 +532,7 @@ def test_the_command_predicts_without_torch_on_the_driver(
         timeout=100,
     )
     assert done.returncode == 1, done.stderr
-    assert "cluster: 3 nodes, 6 CPUs, 0 GPUs (Ray " in done.stderr
+    assert "cluster: 3 nodes, 3 CPUs, 0 GPUs (Ray " in done.stderr
     assert "1 image(s) failed; their rows say why" in done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert out.read_bytes() == table.read_bytes()

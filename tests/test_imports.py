@@ -54,7 +54,7 @@ FLOORS = {
     11: ("cli",),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
-HEAVY = ("torch", "open_clip", "timm", "h5py", "pandas", "sklearn", "onnx", "matplotlib", "transformers")
+HEAVY = ("torch", "open_clip", "timm", "h5py", "pandas", "sklearn", "onnx", "matplotlib", "transformers", "ray")
 
 
 def imported(source: str, modules: set[str]) -> set[str]:
