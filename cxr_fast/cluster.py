@@ -258,6 +258,10 @@ def run_tasks(
     upcoming, waiting = enumerate(jobs), dict[Any, int]()
     hope = time.monotonic() + HOPE
     try:
+        # Before the tasks: on a busy machine they might else be over before the first report can be read.
+        while not reader.look(LOOK) and time.monotonic() < hope:
+            if stop():
+                raise Interrupted("stopped.")
         while True:
             while ahead is None or len(waiting) < ahead:
                 if (job := next(upcoming, None)) is None:

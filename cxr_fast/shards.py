@@ -201,9 +201,14 @@ class Together:
         self.on_progress, self.stop = on_progress, stop
         nothing = Progress(done=0, total=0, before=0, encoded=0, failed=0, decoding=0.0, computing=0.0, writing=0.0)
         self.latest = [replace(nothing, total=len(work.manifest)) for work in works]
+        self.whole: set[int] = set()
 
     def tell(self, number: int, progress: Progress) -> None:
-        """A shard got on."""
+        """A shard got on; what is told of one that is whole comes late and says nothing new."""
+        if number not in self.whole:
+            self._keep(number, progress)
+
+    def _keep(self, number: int, progress: Progress) -> None:
         self.latest[number] = progress
         if self.on_progress is not None:
             self.on_progress(self.sum())
@@ -212,7 +217,8 @@ class Together:
         """A shard is whole; one in which nothing was to be done has told nothing before."""
         done, failed = outcome.images, len(outcome.failed)
         before = done - outcome.encoded - failed
-        self.tell(number, replace(self.latest[number], done=done, before=before, encoded=done - before, failed=failed))
+        self.whole.add(number)
+        self._keep(number, replace(self.latest[number], done=done, before=before, encoded=done - before, failed=failed))
 
     def sum(self) -> Progress:
         """All shards."""
