@@ -1,4 +1,4 @@
-# make install | demo | test | bench | clean. Uses uv where it is there, plain pip otherwise.
+# make install | demo | test | test-ray | bench | clean. Uses uv where it is there, plain pip otherwise.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ REPEATS_full := 100
 REPEATS_short := 10
 CXR := $(BIN)/cxrfast
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-ray lint bench clean
 
 install: $(VENV)/.installed
 
@@ -51,10 +51,12 @@ demo: install
 	@echo "report: $(DEMO)/run/report.html"
 	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"
 
-# Two processes of one thread: on two cores two thirds of the time that one process takes. Then the tests with Ray,
-# whose clusters have processes enough of their own.
+# Two processes of one thread: on two cores two thirds of the time that one process takes.
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+
+# Real Ray clusters, nodes and workers killed; by themselves, since beside the others they take twice as long.
+test-ray: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 lint: install

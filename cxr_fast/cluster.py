@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -31,9 +33,10 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "GRPC_VERBOSITY": "NONE",
 }
-# Seconds: to reach an address; for all nodes to answer a probe; between two looks at what runs; for running tasks to
-# stop by themselves; without any node that could run what waits (a cluster that grows by itself takes minutes).
-REACH, ANSWER, LOOK, GRACE, HOPE = 5.0, 120.0, 0.25, 20.0, 600.0
+# Seconds: to reach an address; for a head to say that it lives, Python's start included; for all nodes to answer a
+# probe; between two looks at what runs; for running tasks to stop by themselves; without any node that could run what
+# waits (a cluster that grows by itself takes minutes).
+REACH, ALIVE, ANSWER, LOOK, GRACE, HOPE = 5.0, 20.0, 120.0, 0.25, 20.0, 600.0
 # How often a task is begun again when its worker or node is lost. Our own errors are never tried again.
 RETRIES = 10
 TELL_SECONDS = 0.2  # between two reports of one task
@@ -310,6 +313,8 @@ def _join(address: str) -> str:
             ray.init(named, **options)
             return f"joined at {named}"
         try:
+            if not _alive():
+                raise ConnectionError
             ray.init("auto", **options)
             return f"joined at {ray.get_runtime_context().gcs_address}"
         except ConnectionError:
@@ -352,6 +357,20 @@ def _reach(address: str, flag: str) -> None:
         raise InputError(
             f"{flag}: cannot be reached ({error.strerror or error}); is a head running there (`ray start --head`)?"
         ) from None
+    if bare == address and not _alive(address):
+        raise InputError(f"{flag}: what listens there is no Ray head that answers; see `ray status` there.")
+
+
+def _alive(address: str | None = None) -> bool:
+    """Whether a Ray head answers at an address, or at the one this machine knows. `ray.init` would wait for minutes
+    at an address that says nothing, and at one that a cluster left behind, and take SIGTERM for itself meanwhile."""
+    where = ["--address", address] if address else []
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", *where]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=ALIVE, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _probe() -> Callable[[Sequence[str]], dict[str, str]]:

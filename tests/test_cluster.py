@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,17 @@ def test_a_local_sweep_never_imports_ray(toy_cache: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.ray
+def test_an_address_where_something_else_listens_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` alone was still trying after 81 s."""
+    monkeypatch.setattr(module, "ALIVE", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InputError, match="no Ray head that answers") as found:
+            connect(address).__enter__()
+    assert "\n" not in str(found.value)
 
 
 # The core, with Ray.

@@ -170,9 +170,6 @@ def test_three_nodes_one_lost_make_the_files_of_one_machine(nodes: Any, films: P
         assert spread.run(tower, manifest, spec, sent).encoded == COUNT
         assert made(sent) == made(one)
         assert spread.run(tower, manifest, spec, sent).encoded == 0
-        away = replace(manifest, root=tmp_path / "nowhere")
-        with pytest.raises(InputError, match="every one of the 48 images failed"):
-            spread.run(tower, away, spec, tmp_path / "away.shards.json")
 
 
 def test_what_does_not_go_with_a_cluster_is_one_line(films: Path, tmp_path: Path) -> None:
