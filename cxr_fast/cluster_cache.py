@@ -23,7 +23,7 @@ from .config import CacheSpec
 from .datasets import Manifest
 from .encode import BLOCKS, Outcome, Plan, Progress, header_for
 from .encode import run as run_one
-from .errors import DeviceError, InputError, Interrupted
+from .errors import InputError, Interrupted
 from .lock import HeldError
 from .reuse import same_rows
 from .shards import Work
@@ -172,7 +172,7 @@ def over(
     """
     with clusters.connect(address) as cluster:
         nodes = clusters.check_nodes(cluster, ("torch", "open_clip_torch", "timm", "pillow"))
-        kind = _kind(device, nodes)
+        kind = cluster.target(device)
         largest = cluster.largest()
         if threads is not None and threads > largest and kind == "cpu":
             raise InputError(f"--threads {threads}: the largest node lends {largest} CPUs.")
@@ -203,16 +203,6 @@ def over(
             block=block,
             gather=gather,
         )
-
-
-def _kind(device: str, nodes: Sequence[Node]) -> str:
-    """`cpu` or `cuda`, for every task. DeviceError when GPUs are asked for and no node has one."""
-    gpus = sum(node.gpus for node in nodes)
-    if device not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"--device {device}: with --cluster give auto, cpu or cuda; Ray picks which.")
-    if device == "cuda" and not gpus:
-        raise DeviceError("--device cuda: no node of the cluster lends a GPU; see `ray status`.")
-    return "cuda" if gpus and device != "cpu" else "cpu"
 
 
 def _local(kind: str) -> str:

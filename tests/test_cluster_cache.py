@@ -185,15 +185,18 @@ def test_what_does_not_go_with_a_cluster_is_one_line(films: Path, tmp_path: Path
         assert len(done.output.splitlines()) == 1
 
 
-def test_every_task_runs_on_one_kind_of_device() -> None:
+def test_every_task_runs_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = object.__new__(cluster.Cluster)
     node = cluster.Node(id="a", name="a", cpus=8, gpus=0)
-    both = (node, replace(node, gpus=2))
-    assert [cluster_cache._kind(name, both) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
-    assert cluster_cache._kind("auto", (node,)) == "cpu"
+    monkeypatch.setattr(cluster.Cluster, "nodes", lambda self: [node, replace(node, gpus=2)])
+    assert [found.target(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    assert (found.slots(2, 1), found.slots(2), found.slots(16)) == (2, 8, 0)
+    with pytest.raises(DeviceError, match="Ray says which GPU"):
+        found.target("cuda:1")
+    monkeypatch.setattr(cluster.Cluster, "nodes", lambda self: [node])
+    assert found.target("auto") == "cpu"
     with pytest.raises(DeviceError, match="no node of the cluster lends a GPU"):
-        cluster_cache._kind("cuda", (node,))
-    with pytest.raises(DeviceError, match="Ray picks which"):
-        cluster_cache._kind("cuda:1", both)
+        found.target("cuda")
 
 
 def test_a_gathered_shard_that_arrives_damaged_is_not_kept(toy_cache: Path, tmp_path: Path) -> None:
