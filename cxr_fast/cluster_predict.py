@@ -86,6 +86,8 @@ class Remote:
         self._setup = self._share(workers)
         (_, said), *_ = clusters.run_tasks(cluster, describe, [(self.token, self._setup)], **self._size)
         self.provider, where, why = said
+        if device == "auto":  # a task is told its device; whoever typed the command was not
+            why = why.replace("as asked", "a node lends a GPU" if self.target == "cuda" else "no node lends a GPU", 1)
         self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {chosen}' if chosen else ''}"
 
     def _share(self, workers: int | None) -> list[Any]:
