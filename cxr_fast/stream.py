@@ -165,7 +165,7 @@ class Stream:
         return memory if len(memory) >= need else self.allocate(need)
 
     def _start(self, batches: list[Wanted], memory: np.ndarray) -> Window:
-        rows, views = (np.concatenate([batch[i] for batch in batches]).astype(np.int64) for i in range(2))
+        rows, views = (_column([batch[i] for batch in batches]) for i in range(2))
         for numbers, count in ((rows, self.first[-1]), (views, self.views)):
             if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
                 raise IndexError(f"{numbers.min()}..{numbers.max()} of {count}")
@@ -215,6 +215,10 @@ class Stream:
     def __del__(self) -> None:
         for fd in getattr(self, "_fds", ()):
             os.close(fd)
+
+
+def _column(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64)
 
 
 def _next(left: deque[tuple[int, int]]) -> tuple[int, int] | None:
