@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,15 @@ from typing import Any
 import numpy as np
 
 from . import cluster as clusters
-from . import cpu, shards, store, timing
+from . import cpu, reuse, shards, store, timing
 from .backbone import Backbone
-from .cluster import Cluster, Node, Stop, Tell
+from .cluster import Cluster, Stop, Tell
 from .config import CacheSpec
 from .datasets import Manifest
 from .encode import BLOCKS, Outcome, Plan, Progress, header_for
 from .encode import run as run_one
 from .errors import InputError, Interrupted
 from .lock import HeldError
-from .reuse import same_rows
 from .shards import Work
 
 # Shards for each task that runs at once, where the user does not say: a lost node costs little, and the last ones
@@ -47,7 +45,6 @@ class Spread:
     """
 
     cluster: Cluster
-    nodes: tuple[Node, ...]
     kind: str
     local: str
     threads: int
@@ -98,12 +95,16 @@ class Spread:
             self._see(manifest, out)
             tower = [clusters.share(backbone)]
             function = _gathered if self.gather else _shard
-            jobs = ((tower, work, spec, flags, self.threads, self._known(work, backbone, spec)) for work in works)
+
+            def job(work: Work) -> Job:
+                known = self._known(work, backbone, spec, repair)
+                return Job(tower=tower, work=work, spec=spec, flags=flags, threads=self.threads, known=known)
+
             found: dict[int, Outcome] = {}
             for number, (outcome, data) in clusters.run_tasks(
                 self.cluster,
                 function,
-                jobs,
+                ([job(work)] for work in works),
                 num_cpus=self.cpus,
                 num_gpus=float(self.kind == "cuda"),
                 on_progress=together.tell,
@@ -143,13 +144,16 @@ class Spread:
                     "or pass --gather to have the shards sent here."
                 )
 
-    def _known(self, work: Work, backbone: Backbone, spec: CacheSpec) -> tuple[str, ...]:
-        """With `gather`: the sha256 of the images of a shard that is here, whole and without failures."""
+    def _known(self, work: Work, backbone: Backbone, spec: CacheSpec, repair: bool) -> tuple[str, ...]:
+        """With `gather`: the sha256 of the images of a shard that is here, whole and without failures; with `repair`
+        without damaged rows too."""
         if not self.gather or not work.path.is_file():
             return ()
         file = store.ActivationFile(work.path)
         header = header_for(work.manifest, backbone, spec, block=self.block)
-        return file.sha256 if file.ok.all() and same_rows(file.header, header) else ()
+        if not file.ok.all() or not reuse.same_rows(file.header, header) or (repair and any(file.damaged())):
+            return ()
+        return file.sha256
 
 
 @contextmanager
@@ -193,7 +197,6 @@ def over(
             )
         yield Spread(
             cluster=cluster,
-            nodes=tuple(nodes),
             kind=kind,
             local=_local(kind),
             threads=each,
@@ -239,55 +242,44 @@ def _keep(path: Path, data: np.ndarray) -> None:
 Made = tuple[Outcome, np.ndarray | None]
 
 
-def _shard(
-    tower: list[Any],
-    work: Work,
-    spec: CacheSpec,
-    flags: dict[str, Any],
-    threads: int,
-    known: tuple[str, ...],
-    *,
-    tell: Tell,
-    stop: Stop,
-) -> Made:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a task needs: a reference to the tower, in a list, and its shard. `known` are the sha256 of the images of a
+    shard that the driver has and keeps if they are still the same."""
+
+    tower: list[Any]
+    work: Work
+    spec: CacheSpec
+    flags: dict[str, Any]
+    threads: int
+    known: tuple[str, ...]
+
+
+def _shard(job: Job, *, tell: Tell, stop: Stop) -> Made:
     """One shard on a disk that all nodes share."""
-    cpu.prepare(threads)
-    backbone, began = clusters.fetch(tower[0]), time.monotonic()
+    cpu.prepare(job.threads)
+    backbone, work, began = clusters.fetch(job.tower[0]), job.work, time.monotonic()
+    named: dict[str, Any] = {"also": work.also, "all_may_fail": True, "on_progress": tell, **job.flags}
     while True:
         try:
-            one = run_one(
-                backbone, work.manifest, spec, work.path, also=work.also, all_may_fail=True, on_progress=tell, **flags
-            )
+            return run_one(backbone, work.manifest, job.spec, work.path, **named), None
         except HeldError:
             if stop() or time.monotonic() - began > LEASE:
                 raise
             time.sleep(1)  # the holder may be lost and its lock not yet
-        else:
-            return one, None
 
 
-def _gathered(
-    tower: list[Any],
-    work: Work,
-    spec: CacheSpec,
-    flags: dict[str, Any],
-    threads: int,
-    known: tuple[str, ...],
-    *,
-    tell: Tell,
-    stop: Stop,
-) -> Made:
-    """One shard on this node's own disk, and its bytes; none where the images are those that are `known`."""
-    cpu.prepare(threads)
-    backbone = clusters.fetch(tower[0])
-    paths = [work.manifest.path(row) for row in range(len(work.manifest))]
-    if known and known == tuple(shards.hashes(paths, flags["workers"])):
-        names: dict[str, Any] = {"images": len(paths), "encoded": 0, "reused": len(paths), "failed": (), "seconds": 0.0}
-        return Outcome(path=work.path, fingerprint="", **names), None
-    folder = Path(tempfile.mkdtemp(prefix="cxr-fast-"))
-    try:
-        path = folder / work.path.name
-        one = run_one(backbone, work.manifest, spec, path, all_may_fail=True, on_progress=tell, **flags)
-        return one, np.fromfile(path, np.uint8)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _gathered(job: Job, *, tell: Tell, stop: Stop) -> Made:
+    """One shard on this node's own disk, and its bytes; none where the images are those that are known."""
+    cpu.prepare(job.threads)
+    manifest, name = job.work.manifest, job.work.path.name
+    rows = range(len(manifest))
+    if job.known:
+        told = reuse.hashes(rows, [manifest.path(row) for row in rows], job.flags["workers"], stop)
+        if job.known == tuple(found for _, found in told):
+            one: dict[str, Any] = {"images": len(rows), "encoded": 0, "reused": len(rows), "failed": (), "seconds": 0.0}
+            return Outcome(path=job.work.path, fingerprint="", **one), None
+    with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
+        path, named = Path(folder) / name, {"all_may_fail": True, "on_progress": tell, **job.flags}
+        made = run_one(clusters.fetch(job.tower[0]), manifest, job.spec, path, **named)
+        return made, np.fromfile(path, np.uint8)

@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 import torch
 
-from . import reuse, store, timing, twins
+from . import index, reuse, store, timing, twins
 from .backbone import Backbone, identity, prefix
 from .config import CacheSpec, digest, to_dict
 from .datasets import Manifest
@@ -393,7 +393,7 @@ def row_bytes(backbone: Backbone, spec: CacheSpec) -> int:
 
 def write_errors(path: Path, failed: tuple[tuple[str, str], ...]) -> Path:
     """`NAME.errors.csv` beside the cache: image, reason code, message; removed where nothing failed."""
-    out = path.with_name(path.name.removesuffix(".h5").removesuffix(".shards.json") + ".errors.csv")
+    out = path.with_name(path.name.removesuffix(".h5").removesuffix(index.SUFFIX) + ".errors.csv")
     if not failed:
         out.unlink(missing_ok=True)
         return out

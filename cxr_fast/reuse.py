@@ -135,7 +135,7 @@ def _stale(path: Path, paths: Sequence[Path], repair: bool, workers: int, stop: 
     stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
     rows = np.flatnonzero(file.ok).tolist()
     # An image that cannot be read now says nothing against its row: a network disk that stutters must not cost it.
-    stale |= {row for row, found in _hashes(rows, paths, workers, stop) if found and found != file.sha256[row]}
+    stale |= {row for row, found in hashes(rows, paths, workers, stop) if found and found != file.sha256[row]}
     if repair:
         stale |= {row for row, _ in file.damaged()}
     return sorted(stale)
@@ -156,8 +156,8 @@ def _copy(sources: Sequence[Path], out: Path, paths: Sequence[Path], workers: in
     with store.Writer(out) as writer:
         pending = np.flatnonzero(writer.state == store.PENDING).tolist()
         for start in range(0, len(pending), CHUNK):
-            hashes = _hashes(pending[start : start + CHUNK], paths, workers, stop)
-            found = [(row, values, h) for row, h in hashes if (values := _sound(known.get(h, ()))) is not None]
+            told = hashes(pending[start : start + CHUNK], paths, workers, stop)
+            found = [(row, values, h) for row, h in told if (values := _sound(known.get(h, ()))) is not None]
             if found:
                 rows, kept, names = zip(*found, strict=True)
                 writer.rows(rows, np.stack(kept), names, [None] * len(rows))
@@ -168,9 +168,7 @@ def _sound(copies: Sequence[tuple[store.ActivationFile, int]]) -> np.ndarray | N
     return next((file.activations[row] for file, row in copies if not file.damage(row)), None)
 
 
-def _hashes(
-    rows: Sequence[int], paths: Sequence[Path], workers: int, stop: Callable[[], bool]
-) -> list[tuple[int, str]]:
+def hashes(rows: Sequence[int], paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> list[tuple[int, str]]:
     """(row, sha256 of the image's bytes); an empty hash for a file that cannot be read. Ends early when told to."""
     out: list[tuple[int, str]] = []
     with ThreadPoolExecutor(workers) as pool:

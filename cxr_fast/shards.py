@@ -6,7 +6,6 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,10 +80,7 @@ def files_of(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(_stem(path)) + index.SHARD_NAME.pattern + "(" + re.escape(store.PARTIAL) + ")?")
     if not path.parent.is_dir():
         return []
-    found = sorted(p for p in path.parent.iterdir() if pattern.fullmatch(p.name))
-    # What a single shard's own run set aside lies beside the shard.
-    own = [aside for p in found if p.suffix == ".h5" for aside in reuse.asides(p)]
-    return list(dict.fromkeys([*found, *own, *reuse.asides(path)]))
+    return sorted(p for p in path.parent.iterdir() if pattern.fullmatch(p.name)) + reuse.asides(path)
 
 
 def plan(
@@ -224,12 +220,6 @@ class Together:
         """All shards."""
         names = ("done", "total", "before", "encoded", "failed", "decoding", "computing", "writing")
         return Progress(**{name: sum(getattr(p, name) for p in self.latest) for name in names})
-
-
-def hashes(paths: Sequence[Path], workers: int) -> list[str]:
-    """sha256 (hex) of each image file, an empty string for one that cannot be read."""
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(reuse.file_hash, paths))
 
 
 def _refuse_all_failed(outcomes: Sequence[Outcome], works: Sequence[Work]) -> None:

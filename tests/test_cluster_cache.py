@@ -170,6 +170,12 @@ def test_three_nodes_one_lost_make_the_files_of_one_machine(nodes: Any, films: P
         assert spread.run(tower, manifest, spec, sent).encoded == COUNT
         assert made(sent) == made(one)
         assert spread.run(tower, manifest, spec, sent).encoded == 0
+        first = shards.shard_path(sent, 1, SHARDS)
+        data = bytearray(first.read_bytes())
+        data[store.ActivationFile(first).offset + 5] ^= 255
+        first.write_bytes(data)
+        assert spread.run(tower, manifest, spec, sent, repair=True).encoded == COUNT // SHARDS
+        assert made(sent) == made(one)
 
 
 def test_what_does_not_go_with_a_cluster_is_one_line(films: Path, tmp_path: Path) -> None:

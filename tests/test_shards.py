@@ -305,11 +305,16 @@ def test_a_run_in_the_middle_leaves_no_index_and_goes_on(
 def test_two_runs_at_once_are_refused(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.shards.json"
 
+    refused = 0
+
     def nested(progress: encode.Progress) -> None:
+        nonlocal refused
         with pytest.raises(InputError, match="being written by process"):
             run(tower, spec, images, out)
+        refused += 1
 
     run(tower, spec, images, out, on_progress=nested)
+    assert refused
 
 
 def test_killed_at_random_moments_the_shards_are_the_same(
@@ -320,15 +325,17 @@ def test_killed_at_random_moments_the_shards_are_the_same(
     command = [sys.executable, "-m", "cxr_fast.cli", "cache", str(images / "manifest.csv"), "--weights", TOY]
     command += ["--out", str(out), "--shards", "3", "--batch-size", str(BLOCK), "--device", "cpu", "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = 0
     for _ in range(5):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         goal, began = moments.randint(1, 10), time.monotonic()
         while process.poll() is None and encoded(out) < goal and time.monotonic() - began < 60:
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         if out.exists():
             break
+    assert killed
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(index.open_cache(out), whole(tower, spec, images, tmp_path / "one.h5"))
