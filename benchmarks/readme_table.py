@@ -2,7 +2,8 @@
 
     python benchmarks/readme_table.py
 
-A row is the newest result of its name. A figure that no file holds is an empty cell beside the command that gives it.
+A row is the newest result of its name on each machine, the newest first. A figure that no file holds is an empty cell
+beside the command that gives it.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def random(found: Found) -> bool:
 
 
 def line(row: Row, found: list[Found]) -> str:
-    """One line: the ratio with its spread, or an empty cell where there is no result."""
+    """One line: each machine's newest ratio with its spread, or an empty cell where there is no result."""
     own = [
         each
         for each in found
@@ -165,16 +166,27 @@ def line(row: Row, found: list[Found]) -> str:
     ]
     if not own:
         return f"| {row.what} | | | | `{row.command}` |"
-    newest = own[0]
-    value, machine = row.ratio(newest), newest["machine"]
-    if isinstance(value, dict):
-        low, high = (value.get(a, value.get(b)) for a, b in (("min", "low"), ("max", "high")))
-        ends = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-        text, rounds = f"{value['median']:.2f}{ends}", str(value["n"])
-    else:
-        text, rounds = f"{value:.2f}", ""
-    place = newest["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
-    return f"| {row.what} | {text} | {rounds} | {place}, {newest['date']} | `{row.command}` |"
+    newest: dict[str, Found] = {}
+    for each in own:
+        newest.setdefault(place(each), each)
+    cells = zip(*(figure(row, each) for each in newest.values()), strict=True)
+    return f"| {row.what} | {' | '.join('<br>'.join(column) for column in cells)} | `{row.command}` |"
+
+
+def figure(row: Row, found: Found) -> tuple[str, str, str]:
+    """A result's ratio with its spread, its number of rounds, and where and when it was measured."""
+    value = row.ratio(found)
+    measured = f"{place(found)}, {found['date']}"
+    if not isinstance(value, dict):
+        return f"{value:.2f}", "", measured
+    low, high = (value.get(a, value.get(b)) for a, b in (("min", "low"), ("max", "high")))
+    ends = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{value['median']:.2f}{ends}", str(value["n"]), measured
+
+
+def place(found: Found) -> str:
+    """The GPU, or the CPU and its cores."""
+    return found["gpu"] or f"{found['machine']['cpu']}, {found['machine']['cores']} cores"
 
 
 def table(folder: Path = RESULTS) -> str:

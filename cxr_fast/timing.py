@@ -371,7 +371,7 @@ def machine(root: Path = Path("/")) -> dict[str, Any]:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine() or None,
+        "cpu": _cpu_name(info) or platform.processor() or platform.machine() or None,
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
         "cores": cpu_count(root),
         "cores_host": os.cpu_count(),
@@ -390,6 +390,14 @@ def _cpu_info(root: Path) -> dict[str, str]:
     first = _read(root / "proc/cpuinfo").partition("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _cpu_name(info: dict[str, str]) -> str:
+    """The model's name; a rented machine's often hides which ("AMD EPYC"), and then its family and model number too."""
+    name, numbers = info.get("model name", ""), [info.get("cpu family"), info.get("model")]
+    if not name or any(letter.isdigit() for letter in name) or None in numbers:
+        return name
+    return f"{name} (family {numbers[0]} model {numbers[1]})"
 
 
 def _memory_gib(root: Path) -> float | None:

@@ -206,6 +206,11 @@ def test_the_table_follows_the_newest_result_and_says_what_is_not_measured(table
     lines = [line for line in tables.table(tmp_path).splitlines()[2:] if "| | | |" not in line]
     assert len(lines) == 1, "a CPU's figure stands for no GPU's"
     assert "| 0.75 [0.65, 0.85] | 3 | X, 2 cores, 2026-02-01 | `run_cache.py` |" in lines[0]
+    other = common | {"machine": {"cpu": "Y", "cores": 4}, "date": "2026-01-15", "bound_over_whole": 0.9}
+    (tmp_path / "cache-other.json").write_text(json.dumps(other))
+    line = next(line for line in tables.table(tmp_path).splitlines() if "X, 2" in line)
+    kept = "0.75 [0.65, 0.85]<br>0.90 | 3<br> | X, 2 cores, 2026-02-01<br>Y, 4 cores, 2026-01-15"
+    assert kept in line, "one machine's figure hides another's"
 
 
 def test_a_command_of_the_table_is_a_file(tables: ModuleType) -> None:

@@ -372,6 +372,24 @@ def test_machine_is_json_and_never_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    ("lines", "cpu"),
+    [
+        ("cpu family\t: 26\nmodel\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 26 model 2)"),
+        (
+            "cpu family\t: 25\nmodel\t: 17\nmodel name\t: AMD EPYC 9554 64-Core Processor\n",
+            "AMD EPYC 9554 64-Core Processor",
+        ),
+        ("model name\t: AMD EPYC\n", "AMD EPYC"),
+    ],
+)
+def test_a_cpu_whose_name_hides_its_generation_is_named_by_family_and_model(
+    tmp_path: Path, lines: str, cpu: str
+) -> None:
+    """Two machines of one name, twice apart in float32, must not be taken for each other."""
+    assert timing.machine(put(tmp_path, {"proc/cpuinfo": lines}))["cpu"] == cpu
+
+
+@pytest.mark.parametrize(
     ("script", "gpus"),
     [("echo ' Some GPU, 1.2, 3 MiB'", ["Some GPU, 1.2, 3 MiB"]), ("echo no driver; exit 9", []), (None, [])],
 )
