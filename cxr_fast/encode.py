@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 import torch
 
-from . import index, reuse, store, timing, twins
+from . import index, products, reuse, store, timing, twins
 from .backbone import Backbone, identity, prefix
 from .config import CacheSpec, digest, to_dict
 from .datasets import Manifest
@@ -372,7 +372,7 @@ class Encoder:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (B, S, S) to float32 activations at the cut, (B, T, D) or (B, E)."""
-        with torch.inference_mode():
+        with torch.inference_mode(), products.float32(self.device):
             x = torch.from_numpy(pixels).to(self.device)
             x = normalise(x, self.mean, self.std)
             out: np.ndarray = prefix(self.visual, x, self.spec.unfreeze_blocks).float().cpu().numpy()

@@ -367,7 +367,7 @@ def machine(root: Path = Path("/")) -> dict[str, Any]:
 
     cpu, cpu_flags, cores (usable), cores_host, cores_affinity, cores_quota, governor, memory_gib, os, python, gpus.
     """
-    info = _cpu_info(root)
+    info = cpu_info(root)
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
@@ -385,7 +385,7 @@ def machine(root: Path = Path("/")) -> dict[str, Any]:
     }
 
 
-def _cpu_info(root: Path) -> dict[str, str]:
+def cpu_info(root: Path) -> dict[str, str]:
     """The first processor's lines of /proc/cpuinfo."""
     first = _read(root / "proc/cpuinfo").partition("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())

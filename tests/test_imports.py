@@ -26,7 +26,7 @@ FLOORS = {
     ),
     3: (
         *("datasets", "phantom", "store", "session", "backbone", "activations", "losses", "saved", "subgroups"),
-        *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots", "cluster"),
+        *("cpu", "material", "shell", "drift", "inputs", "overlay", "bench_plots", "cluster", "products"),
     ),
     4: ("tail", "reuse", "index", "outcome", "making", "card", "predict", "doctor"),
     5: (
