@@ -275,7 +275,7 @@ def _gathered(job: Job, *, tell: Tell, stop: Stop) -> Made:
     manifest, name = job.work.manifest, job.work.path.name
     rows = range(len(manifest))
     if job.known:
-        told = reuse.hashes(rows, [manifest.path(row) for row in rows], job.flags["workers"], stop)
+        told = reuse.Look([manifest.path(row) for row in rows], job.flags["workers"], stop).hashes(rows)
         if job.known == tuple(found for _, found in told):
             one: dict[str, Any] = {"images": len(rows), "encoded": 0, "reused": len(rows), "failed": (), "seconds": 0.0}
             return Outcome(path=job.work.path, fingerprint="", **one), None

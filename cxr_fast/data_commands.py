@@ -210,17 +210,32 @@ def cache(
         echo_cache_plan(plan, manifest, path, shards)
         if tower.random:
             click.echo("weights: RANDOM, not BiomedCLIP")
-        bar = Progress()
-
-        def show(p: Any) -> None:
-            rate = p.encoded / max(p.seconds if not cluster else bar.seconds, 1e-9)
-            text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
-            bar.show(p.done, p.total, text, before=p.before, seconds=None if cluster else p.seconds)
-
-        stop = on_error == "stop"
-        outcome = run(tower, manifest, spec, path, **how, repair=repair, stop_on_error=stop, on_progress=show)
-        bar.done()
+        line = CacheProgress(many=cluster is not None)
+        how |= {} if cluster else {"on_looked": lambda more: line.looked(more, plan.rows_done)}
+        how |= {"repair": repair, "stop_on_error": on_error == "stop", "on_progress": line.show}
+        outcome = run(tower, manifest, spec, path, **how)
+        line.bar.done()
     echo_outcome(outcome, path)
+
+
+class CacheProgress:
+    """The line of a cache run: images compared with rows that are there, then images encoded; `many`: by many machines,
+    whose seconds do not add up to those that passed."""
+
+    def __init__(self, *, many: bool) -> None:
+        self.bar, self.many, self.compared = Progress(), many, 0
+
+    def looked(self, more: int, rows: int) -> None:
+        """`more` images were read, to see whether they are still those of the `rows` that are there."""
+        self.compared += more
+        total = max(rows, self.compared)
+        self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
+
+    def show(self, p: Any) -> None:
+        """An `encode.Progress`."""
+        rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
+        text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
+        self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
 
 
 def echo_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:

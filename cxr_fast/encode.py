@@ -226,13 +226,14 @@ def run(
     also: Sequence[Path] = (),
     all_may_fail: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_looked: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Encode every image that is not in the file yet, and give it its final name.
 
     Rows encoded before, in `also` too, are kept where fingerprint and image bytes are the same (see `reuse.prepare`).
     Failed images are marked with their reason and never reach training; with `stop_on_error` the first ends the run
     (InputError), and so does a run without an image that succeeded, unless `all_may_fail`. SIGINT and SIGTERM finish
-    the block and raise Interrupted; the same call goes on from there.
+    the block and raise Interrupted; the same call goes on from there. `on_looked`: see `reuse.Look`.
     """
     began = time.perf_counter()
     target, threads = pick_device(device), workers or timing.cpu_count()
@@ -240,7 +241,8 @@ def run(
     paths = [manifest.path(row) for row in range(len(manifest))]
     total = len(paths)
     with FileLock(out), graceful() as stopped:
-        work = reuse.prepare(header, out, paths, repair=repair, workers=threads, stop=stopped.is_set, also=also)
+        look = reuse.Look(paths, threads, stopped.is_set, on_looked)
+        work = reuse.prepare(header, out, look, repair=repair, also=also)
         if stopped.is_set():
             raise Interrupted(f"stopped before anything was encoded; run the same command again to go on with {out}.")
         if not work:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ ASIDE = ".reuse"
 PIXEL_CHECK = "pixel_check"
 # What may differ between a file and a run that goes on with it.
 NO_IDENTITY = ("block", "pillow")
-CHUNK = 64
+CHUNK, AT_ONCE = 64, 256
 
 
 def check(header: store.Header, out: Path, files: Sequence[Path] | None = None) -> int:
@@ -79,11 +79,9 @@ def _as_old(new: store.Header, olds: Iterable[store.Header]) -> store.Header:
 def prepare(
     header: store.Header,
     out: Path,
-    paths: Sequence[Path],
+    look: Look,
     *,
     repair: bool,
-    workers: int,
-    stop: Callable[[], bool],
     also: Sequence[Path] = (),
 ) -> bool:
     """Leave a partial file at `out` in which only what must be encoded is pending; False when nothing is.
@@ -100,9 +98,9 @@ def prepare(
     if partial.exists() and not same_rows(store.read_header(partial), header):
         set_aside(partial, out)
     if partial.exists():
-        _forget(out, _stale(partial, paths, repair, workers, stop))
+        _forget(out, _stale(partial, look, repair))
     elif out.exists() and same_rows(store.read_header(out), header):
-        stale = _stale(out, paths, repair, workers, stop)
+        stale = _stale(out, look, repair)
         if not stale:
             finish(out)  # a run killed between the last rename and this may have left files aside
             return False
@@ -111,7 +109,7 @@ def prepare(
     else:
         store.create(out, header)
     if sources := [path for path in (*existing(out), *also) if path != partial]:
-        _copy(sources, out, paths, workers, stop)
+        _copy(sources, out, look)
     return True
 
 
@@ -129,13 +127,13 @@ def same_rows(old: store.Header, new: store.Header) -> bool:
     return columns and np.array_equal(old.labels, new.labels) and metas[0] == metas[1]
 
 
-def _stale(path: Path, paths: Sequence[Path], repair: bool, workers: int, stop: Callable[[], bool]) -> list[int]:
+def _stale(path: Path, look: Look, repair: bool) -> list[int]:
     """Rows that failed, whose image changed since, or (with `repair`) whose bytes are damaged."""
     file = store.ActivationFile(path, partial=True)
     stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
     rows = np.flatnonzero(file.ok).tolist()
     # An image that cannot be read now says nothing against its row: a network disk that stutters must not cost it.
-    stale |= {row for row, found in hashes(rows, paths, workers, stop) if found and found != file.sha256[row]}
+    stale |= {row for row, found in look.hashes(rows) if found and found != file.sha256[row]}
     if repair:
         stale |= {row for row, _ in file.damaged()}
     return sorted(stale)
@@ -147,7 +145,7 @@ def _forget(out: Path, stale: list[int]) -> None:
             writer.forget(stale)
 
 
-def _copy(sources: Sequence[Path], out: Path, paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> None:
+def _copy(sources: Sequence[Path], out: Path, look: Look) -> None:
     """Copy rows of `sources` whose image has the same bytes into the pending rows of the partial file."""
     known: dict[str, list[tuple[store.ActivationFile, int]]] = {}
     for file in (store.ActivationFile(path, partial=True) for path in sources):
@@ -156,7 +154,7 @@ def _copy(sources: Sequence[Path], out: Path, paths: Sequence[Path], workers: in
     with store.Writer(out) as writer:
         pending = np.flatnonzero(writer.state == store.PENDING).tolist()
         for start in range(0, len(pending), CHUNK):
-            told = hashes(pending[start : start + CHUNK], paths, workers, stop)
+            told = look.hashes(pending[start : start + CHUNK])
             found = [(row, values, h) for row, h in told if (values := _sound(known.get(h, ()))) is not None]
             if found:
                 rows, kept, names = zip(*found, strict=True)
@@ -168,16 +166,28 @@ def _sound(copies: Sequence[tuple[store.ActivationFile, int]]) -> np.ndarray | N
     return next((file.activations[row] for file, row in copies if not file.damage(row)), None)
 
 
-def hashes(rows: Sequence[int], paths: Sequence[Path], workers: int, stop: Callable[[], bool]) -> list[tuple[int, str]]:
-    """(row, sha256 of the image's bytes); an empty hash for a file that cannot be read. Ends early when told to."""
-    out: list[tuple[int, str]] = []
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(rows), 4 * CHUNK):
-            if stop():
-                break
-            some = rows[start : start + 4 * CHUNK]
-            out += zip(some, pool.map(lambda row: file_hash(paths[row]), some), strict=True)
-    return out
+@dataclass(frozen=True)
+class Look:
+    """How the images' bytes are looked at: their paths by row, threads, when to end early, whom to tell how many more
+    were read."""
+
+    paths: Sequence[Path]
+    workers: int
+    stop: Callable[[], bool]
+    on_looked: Callable[[int], None] | None = None
+
+    def hashes(self, rows: Sequence[int]) -> list[tuple[int, str]]:
+        """(row, sha256 of the image's bytes); an empty hash for a file that cannot be read."""
+        out: list[tuple[int, str]] = []
+        with ThreadPoolExecutor(self.workers) as pool:
+            for start in range(0, len(rows), AT_ONCE):
+                if self.stop():
+                    break
+                some = rows[start : start + AT_ONCE]
+                out += zip(some, pool.map(lambda row: file_hash(self.paths[row]), some), strict=True)
+                if self.on_looked is not None:
+                    self.on_looked(len(some))
+        return out
 
 
 def file_hash(path: Path) -> str:

@@ -113,6 +113,7 @@ def run(
     repair: bool = False,
     stop_on_error: bool = False,
     on_progress: OnProgress | None = None,
+    on_looked: Callable[[int], None] | None = None,
     runner: Callable[[Sequence[Work], Together], list[Outcome]] | None = None,
 ) -> Outcome:
     """Make every shard that is not whole, then the index at `out`.
@@ -140,6 +141,7 @@ def run(
                 also=work.also,
                 all_may_fail=True,
                 on_progress=lambda p, number=number: together.tell(number, p),  # type: ignore[misc]
+                on_looked=on_looked,
             )
             together.finished(number, one)
             outcomes.append(one)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_fast import __version__, benchmark_record, devices, shell, store, timing, train_commands
+from cxr_fast import __version__, benchmark_record, data_commands, devices, encode, shell, store, timing, train_commands
 from cxr_fast.cli import main
 
 GPU = devices.gpu_present()
@@ -736,6 +736,17 @@ def test_the_time_left_is_of_this_run(
 ) -> None:
     shell.Progress().show(done, 100, "some", before=before, seconds=seconds, force=True)
     assert capsys.readouterr().err == f"{done:5.1f} %  some{', ' * bool(left)}{left}\n"
+
+
+def test_a_cache_run_says_what_it_compares_and_then_what_it_encodes(capsys: pytest.CaptureFixture[str]) -> None:
+    line = data_commands.CacheProgress(many=False)
+    line.bar.every = 0.0
+    line.looked(5, 20)
+    line.looked(5, 20)
+    line.show(encode.Progress(done=15, total=30, before=10, encoded=5, failed=0, decoding=2, computing=3, writing=0))
+    told = capsys.readouterr().err.splitlines()
+    assert told[1].startswith(" 50.0 %  10 of 20 images compared with their rows, ")
+    assert told[2] == " 50.0 %  15 of 30 images, 1.0 images/s, waiting for the model, 15 s left"
 
 
 def test_verify_names_a_damaged_row_and_repair_mends_it(phantoms: Path, here: Path) -> None:

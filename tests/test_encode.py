@@ -365,6 +365,18 @@ def test_rows_never_change_under_a_reader(tower: Backbone, spec: CacheSpec, imag
     assert run(tower, spec, images, out).encoded == 1
 
 
+def test_images_compared_with_their_rows_are_told(
+    tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven thousand films on a network disk take minutes to read again; that must not look like a hang."""
+    monkeypatch.setattr(encode.reuse, "AT_ONCE", 5)
+    looked: list[int] = []
+    run(tower, spec, images, tmp_path / "a.h5", on_looked=looked.append)
+    assert looked == []
+    assert run(tower, spec, images, tmp_path / "a.h5", on_looked=looked.append).encoded == 0
+    assert looked == [5, 5, 3]
+
+
 # ------------------------------------------------------------------ crashes
 
 
