@@ -84,13 +84,22 @@ def prefix_flops() -> float:
 
 
 def newest(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """The newest result of a driver on a CPU, with its file's name; None where there is none."""
+    """The newest result of a driver on the CPU of `run_cluster.py`'s newest, or on any where that has not run; with its
+    file's name, None where there is none. Figures of two machines say nothing about each other.
+    """
     found = []
-    for path in folder.glob(f"{name}-*.json"):
+    for path in folder.glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["name"] == name and not result["gpu"]:
+        if result["name"] in (name, "cluster") and not result["gpu"]:
             found.append(result | {"file": path.name})
-    return max(found, key=lambda result: (result["date"], result["file"]), default=None)
+    found.sort(key=lambda result: (result["date"], result["file"]), reverse=True)
+    here = next((cpu(result) for result in found if result["name"] == "cluster"), None)
+    return next((result for result in found if result["name"] == name and here in (None, cpu(result))), None)
+
+
+def cpu(result: Mapping[str, Any]) -> str:
+    """The CPU that a result was measured on."""
+    return str(result.get("machine", {}).get("cpu"))
 
 
 def collect(folder: Path = RESULTS) -> dict[str, Input]:

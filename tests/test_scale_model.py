@@ -298,6 +298,16 @@ def test_the_newest_result_of_a_cpu_counts(tmp_path: Path) -> None:
     assert inputs.newest("cluster", tmp_path) is None
 
 
+def test_figures_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
+    for name, date, cpu in (("cluster", "01", "X"), ("cache", "01", "X"), ("cache", "02", "Y"), ("gather", "02", "Y")):
+        result = {"name": name, "date": f"2026-01-{date}", "gpu": None, "machine": {"cpu": cpu}}
+        (tmp_path / f"{name}-{cpu}.json").write_text(json.dumps(result))
+    found = inputs.newest("cache", tmp_path)
+    assert found is not None
+    assert found["file"] == "cache-X.json", "run_cluster.py ran on X"
+    assert inputs.newest("gather", tmp_path) is None
+
+
 # The page.
 
 
