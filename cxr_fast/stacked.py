@@ -54,7 +54,8 @@ class Stack:
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)
         self.plan: dict[str, torch.Tensor] = {}
         self.buffer = torch.zeros(0, device=self.device)
-        self.forward: Callable[..., Any] = torch.compile(self._forward, dynamic=False) if compile else self._forward
+        # Not bound: a stack that held its own method would keep its memory, a graph's too, until cycles are collected.
+        self.forward: Callable[..., Any] = torch.compile(Stack._forward, dynamic=False) if compile else Stack._forward
 
     def _share_parameters(self) -> None:
         """Weights and AdamW's moments to (K, ...), its step counts to (K, number of weights)."""
@@ -173,7 +174,7 @@ class Stack:
         # Not torch.where with a number: that copies the number from host memory, which a capture cannot.
         labels = self.first.device_labels[rows].masked_fill(~valid[..., None], -1)
         leaves = self._leaves()
-        loss, means, variances = self.forward(leaves, x, valid, plan["masks"][index], labels)
+        loss, means, variances = self.forward(self, leaves, x, valid, plan["masks"][index], labels)
         gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         with torch.no_grad():
             active = count > 0
