@@ -42,6 +42,7 @@ class Journal:
         self.folder = out.with_name(out.name + SUFFIX)
         self.resumed = (self.folder / "plan.json").is_file()
         self._waiting: dict[str, State] = {}
+        self._passed: dict[str, int] = {}  # on a GPU: epochs of a fold since it was saved
         self._changed = threading.Condition()
         self._busy, self._closing = False, False
         self._error: BaseException | None = None
@@ -93,12 +94,23 @@ class Journal:
     def save(self, key: str, fold: Fold) -> None:
         """Have the fold's state written soon. Raises InputError when an earlier write failed."""
         self._raise()
-        if fold.device.type == "cuda" and self._waiting:
-            return  # five folds' states are 0.9 GB an epoch, and an epoch there should be short: no disk takes each
+        if fold.device.type == "cuda" and not self._turn(key):
+            return
         state = fold.state()
         with self._changed:
             self._waiting[key] = state
             self._changed.notify_all()
+
+    def _turn(self, key: str) -> bool:
+        """Whether a fold on a GPU is to be saved now: none is waiting, and none went without for longer.
+
+        Five folds' states are 0.9 GB an epoch, and an epoch there should be short: no disk takes each.
+        """
+        if self._waiting or max(self._passed.values(), default=0) > self._passed.get(key, 0):
+            self._passed[key] = self._passed.get(key, 0) + 1
+            return False
+        self._passed.pop(key, None)
+        return True
 
     def flush(self) -> None:
         """Wait until every state handed over is on disk."""

@@ -246,9 +246,9 @@ class Sweep:
                 try:
                     run = self._run(journal, on_epoch, stopped.is_set, began)
                 except Interrupted as error:
+                    safe = "every finished epoch" if self.trained_on == "cpu" else "what was saved of each fold"
                     raise Interrupted(
-                        f"stopped; every finished epoch is safe in {journal.folder}. "
-                        "Run the same command again to go on."
+                        f"stopped; {safe} is safe in {journal.folder}. Run the same command again to go on."
                     ) from error
                 except OSError as error:
                     raise InputError(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import threading
+import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import toys
 from conftest import TOY, TOY_AVERAGE
 from test_stacked import change, everything, lines, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cxr_fast import journal
+from cxr_fast.journal import Journal
 from cxr_fast.stacked import WARM_UP, Stack, lay_out, run_epoch
 
 ROOT = Path(__file__).parent.parent
@@ -199,3 +205,32 @@ def test_a_stack_let_go_takes_its_memory_with_it() -> None:
         assert left() is None, "its graph's memory would be there until cycles are collected"
     finally:
         gc.enable()
+
+
+# States on disk.
+
+
+def test_no_fold_on_a_gpu_goes_without_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes one state an epoch of five folds, one of which stops early."""
+    room, written = threading.Semaphore(0), Counter[str]()
+
+    def slow(path: Path, *_: object) -> None:
+        assert room.acquire(timeout=60)
+        written[path.stem] += 1
+
+    monkeypatch.setattr(journal, "_save", slow)
+    folds = [toys.make(fold=k) for k in range(5)]
+    for fold in folds:
+        fold.device = CUDA
+    with Journal(tmp_path / "run", {}) as saved:
+        for epoch in range(30):
+            for k, fold in enumerate(folds if epoch < 12 else folds[1:]):
+                saved.save(f"fold{k + (epoch >= 12)}", fold)
+            room.release()
+            while saved._waiting:
+                time.sleep(0.001)
+        for _ in range(10):
+            room.release()
+    assert sorted(written) == [f"fold{k}" for k in range(5)]
+    assert min(written[f"fold{k}"] for k in range(1, 5)) >= 4
+    assert sum(written.values()) >= 25
