@@ -175,8 +175,10 @@ def _start(path: Path, target: str, number: int, options: Any) -> tuple[Any, str
     """A session that runs on `target`, or what went wrong with the device. InputError where the file is at fault."""
     if target == "cpu":
         return _cpu(path, options), ""
+    # TF32 keeps 10 bits of a float32 product's 23: not the arithmetic that the file was checked in.
+    options_of = {"tensorrt": {"device_id": number}, "cuda": {"device_id": number, "use_tf32": 0}}
     order = ["tensorrt", "cuda"] if target == "tensorrt" else ["cuda"]
-    providers = [*((PROVIDERS[name], {"device_id": number}) for name in order), CPU]
+    providers = [*((PROVIDERS[name], options_of[name]) for name in order), CPU]
     try:
         # Without enable_fallback=0 a failing provider is replaced by the CPU, now or in the middle of a run.
         session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)

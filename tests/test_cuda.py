@@ -20,7 +20,7 @@ from conftest import TOY, TOY_AVERAGE
 from test_stacked import change, everything, lines, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cxr_fast import journal
+from cxr_fast import encode, journal
 from cxr_fast.journal import Journal
 from cxr_fast.stacked import WARM_UP, Stack, lay_out, run_epoch
 
@@ -234,3 +234,18 @@ def test_no_fold_on_a_gpu_goes_without_being_saved(tmp_path: Path, monkeypatch: 
     assert sorted(written) == [f"fold{k}" for k in range(5)]
     assert min(written[f"fold{k}"] for k in range(1, 5)) >= 4
     assert sum(written.values()) >= 25
+
+
+# float32.
+
+
+def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert encode.pick_device("cpu").type == "cpu"
+        assert torch.backends.cudnn.allow_tf32, "a CPU has no TF32"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name, found in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+            torch.backends.cudnn.allow_tf32 = True
+            assert str(encode.pick_device(name)) == found
+            assert not torch.backends.cudnn.allow_tf32

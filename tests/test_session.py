@@ -192,7 +192,10 @@ def test_cuda_is_had_where_nothing_does(toy_model: Path, gpu: Fake) -> None:
     for device, number, where in (("auto", 0, "CUDA"), ("cuda", 0, "CUDA"), ("cuda:1", 1, "CUDA:1")):
         found = open_model(toy_model, device)
         assert (found.provider, found.where) == ("CUDAExecutionProvider", where)
-        assert gpu.asked[-1] == [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
+        assert gpu.asked[-1] == [
+            ("CUDAExecutionProvider", {"device_id": number, "use_tf32": 0}),
+            "CPUExecutionProvider",
+        ]
     assert open_model(toy_model).why == "CUDA: a GPU is here and its libraries load"
     assert open_model(toy_model, "cuda:1").why == "CUDA:1: as asked"
     assert open_model(toy_model, "cpu").provider == "CPUExecutionProvider"
@@ -201,9 +204,9 @@ def test_cuda_is_had_where_nothing_does(toy_model: Path, gpu: Fake) -> None:
 def test_tensorrt_has_cuda_behind_it(toy_model: Path, gpu: Fake) -> None:
     found = open_model(toy_model, "tensorrt")
     assert (found.provider, found.where) == ("TensorrtExecutionProvider", "TensorRT")
-    device = {"device_id": 0}
+    device, cuda = {"device_id": 0}, {"device_id": 0, "use_tf32": 0}
     assert gpu.asked == [
-        [("TensorrtExecutionProvider", device), ("CUDAExecutionProvider", device), "CPUExecutionProvider"]
+        [("TensorrtExecutionProvider", device), ("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     ]
 
 
