@@ -21,15 +21,24 @@ def environment() -> dict[str, Any]:
     import numpy
     import torch
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "versions": {"cxr-fast": cxr_fast.__version__, "torch": torch.__version__, "numpy": numpy.__version__},
         "gpu": gpu,
         "machine": timing.machine(),
     }
+
+
+def commit() -> str | None:
+    """Short revision of this checkout; None where it is a copy without one, or git is not there."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def show(spreads: dict[str, dict[str, float | int]], unit: str) -> None:

@@ -19,7 +19,7 @@ import common
 import models
 import numpy as np
 
-from cxr_fast import timing
+from cxr_fast import devices, timing
 from cxr_fast.devices import onnxruntime
 from cxr_fast.predict import Predictor, golden_pixels
 
@@ -31,7 +31,7 @@ GFLOP_AN_IMAGE = 32.1
 
 def bound(path: Path, pixels: np.ndarray, *, graph: bool) -> Callable[[], np.ndarray]:
     """A call on buffers that stay on the device, the copies of input and answer included; optionally a CUDA graph."""
-    options = {"device_id": 0, "enable_cuda_graph": "1" if graph else "0"}
+    options = {"device_id": 0, "use_tf32": 0, "enable_cuda_graph": int(graph)}
     providers = [("CUDAExecutionProvider", options)]
     session = onnxruntime.InferenceSession(path, providers=providers, enable_fallback=0)
     assert session.get_providers()[0] == "CUDAExecutionProvider", session.get_providers()
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=790.0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if reason := devices.obstacle("cuda"):
+        raise SystemExit(f"ONNX Runtime has no GPU here: {reason}")
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
         (found,) = models.exported(where, args.weights, ("fp16",))

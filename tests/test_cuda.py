@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
+import subprocess
 import threading
 import time
 import weakref
@@ -249,3 +251,45 @@ def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.backends.cudnn.allow_tf32 = True
             assert str(encode.pick_device(name)) == found
             assert not torch.backends.cudnn.allow_tf32
+
+
+# The benchmarks.
+
+
+def test_a_benchmark_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None:
+    """`gpu.sh` in a copy of the checkout, with an interpreter that fails in one driver."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "gpu.sh").write_bytes((ROOT / "benchmarks" / "gpu.sh").read_bytes())
+    old = tmp_path / "benchmarks" / "results" / "old.json"
+    old.write_text("{}")
+    os.utime(old, (1e9, 1e9))
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = -c ] && exit 0\n'
+        'echo "$@" >>calls\n'
+        'case "$*" in *run_cache*) exit 3;; esac\n'
+        'name=$(basename "$1" .py); case "$*" in *--compile*) name=compiled;; esac\n'
+        "sleep 0.02; echo '{}' >benchmarks/results/$name.json\n"
+    )
+    python.chmod(0o755)
+    (out := tmp_path / "out").mkdir()
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out)}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "benchmarks" / "gpu.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "failed: run_cache.py" in done.stderr
+    calls = (tmp_path / "calls").read_text().split("\n")[:-1]
+    assert all((ROOT / call.split()[0]).is_file() for call in calls)
+    assert len(calls) == 4
+    assert sorted(path.name for path in out.iterdir()) == ["compiled.json", "run_inference_gpu.json", "run_search.json"]
+
+
+def test_a_copy_without_git_has_figures_without_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+
+    assert common.environment()["commit"] == common.commit()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.environment()["commit"] is None
