@@ -34,9 +34,9 @@ from .errors import CxrFastError, DeviceError, InputError
 from .heads import HeadFold, fit_side_by_side
 from .index import Cache, open_cache
 from .journal import Journal
-from .search import OnEpoch, Search
+from .search import OnEpoch, Search, fit_one
 from .selection import Data
-from .train import Epoch, Fold, Snapshot, fit
+from .train import Epoch, Fold, Snapshot
 
 TOKEN = "cluster.json"
 
@@ -371,7 +371,7 @@ def _fit(fold: Fold, job: Job, journal: Journal, tell: Tell, stop: Stop) -> None
         if isinstance(fold, HeadFold) and job.rates is None:
             fit_side_by_side([fold], job.epochs, threads=1, taken=[taken], on_epoch=told, on_snapshot=keep, stop=stop)
         else:
-            fit(
+            fit_one(
                 fold,
                 job.epochs,
                 taken=taken,

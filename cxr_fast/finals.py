@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .journal import Journal
-from .search import Search, Trained, choose
+from .search import Search, Trained, choose, fit_one
 from .tail import Tail
-from .train import Epoch, fit, predict, sigmoid
+from .train import Epoch, predict, sigmoid
 
 KINDS = ("best-fold", "refit", "ensemble")
 REFIT = "refit"
@@ -46,7 +46,7 @@ class Finals:
             if on_epoch is not None:
                 on_epoch(self.trained.number, self.search.spec.folds, epoch)
 
-        fit(
+        fit_one(
             fold,
             (epochs,),
             taken=taken,

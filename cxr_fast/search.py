@@ -222,6 +222,29 @@ class Search:
         return scores, defined
 
 
+def fit_one(
+    fold: Fold,
+    budgets: Sequence[int],
+    *,
+    taken: set[int],
+    on_epoch: Callable[[Epoch], None],
+    on_snapshot: Callable[[Snapshot], None],
+    stop: Callable[[], bool] = bool,
+) -> None:
+    """`train.fit`; on a GPU as a stack of one, for the graph: the launches of a step take longer than its work."""
+    if fold.device.type == "cpu":
+        fit(fold, budgets, taken=taken, on_epoch=on_epoch, on_snapshot=on_snapshot, stop=stop)
+        return
+    fit_together(
+        [fold],
+        budgets,
+        taken=[taken],
+        on_epoch=lambda _, epoch: on_epoch(epoch),
+        on_snapshot=lambda _, snapshot: on_snapshot(snapshot),
+        stop=stop,
+    )
+
+
 def choose(scores: np.ndarray) -> tuple[int, int]:
     """Budget of the highest mean validation AUC over folds, then the best fold there; (budgets, folds) -> indices.
 

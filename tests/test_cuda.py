@@ -19,12 +19,13 @@ import pytest
 import torch
 import toys
 from conftest import TOY, TOY_AVERAGE
-from test_stacked import change, everything, lines, make
+from test_stacked import EQUAL, alike, change, everything, lines, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cxr_fast import encode, journal
+from cxr_fast import encode, journal, search
 from cxr_fast.journal import Journal
-from cxr_fast.stacked import WARM_UP, Stack, lay_out, run_epoch
+from cxr_fast.stacked import WARM_UP, Stack, fit_together, lay_out, run_epoch
+from cxr_fast.train import Fold, Snapshot, fit
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
@@ -195,6 +196,28 @@ def test_a_graph_is_captured_once_behind_its_warm_up_and_changes_nothing(monkeyp
     assert places[0] == places[1] == places[2], "a graph knows its tensors by address"
     assert [e.lr for e in stack.folds[0].history] == list(rates)
     assert (lines(stack.folds[1])[:, :6] == lines(plain.folds[1])[:, :6]).all()
+
+
+def test_one_fold_on_a_gpu_is_a_stack_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold, other = make(ranges=EQUAL[:1])[0], make(ranges=EQUAL[:1])[0]
+    told, snapshots, asked = list[int](), list[Snapshot](), list[bool]()
+
+    def on_the_cpu(folds: list[Fold], *rest: Any, **named: Any) -> None:
+        fold.device = torch.device("cpu")
+        fit_together(folds, *rest, **named)
+
+    def stop() -> bool:
+        asked.append(True)
+        return False
+
+    monkeypatch.setattr(search, "fit_together", on_the_cpu)
+    monkeypatch.setattr(search, "fit", lambda *_, **__: pytest.fail("launched kernel by kernel"))
+    named: dict[str, Any] = {"on_epoch": lambda epoch: told.append(epoch.epoch), "on_snapshot": snapshots.append}
+    fold.device = CUDA
+    search.fit_one(fold, (1, 2), taken={1}, stop=stop, **named)
+    assert (told, [s.budget for s in snapshots], len(asked)) == ([1, 2], [2], 6)
+    fit(other, (2,), on_snapshot=lambda _: None)
+    alike([fold], [other])
 
 
 def test_a_stack_let_go_takes_its_memory_with_it() -> None:
