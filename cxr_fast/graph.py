@@ -211,9 +211,14 @@ def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
 
 
 def _mean(graph: Graph, logits: list[str], name: str) -> None:
-    """Mean of the members' probabilities; adds `logits`, those of the mean, kept EDGE away from the ends."""
+    """Mean of the members' probabilities; adds `logits`, those of the mean, kept EDGE away from the ends.
+
+    As a sum: ONNX Runtime has no Mean on CUDA, and would take it to the CPU and back.
+    """
     each = [graph.add("Sigmoid", x, name=f"{x}.probabilities") for x in logits]
-    _logit(graph, graph.add("Mean", *each, name=name), "logits")
+    total = graph.add("Sum", *each, name=f"{name}.sum")
+    count = graph.weight(f"{name}.members", np.array(float(len(each))))
+    _logit(graph, graph.add("Div", total, count, name=name), "logits")
 
 
 def _logit(graph: Graph, p: str, name: str) -> str:

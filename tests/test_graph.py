@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -128,3 +129,25 @@ def test_an_ensemble_of_every_variant_is_the_mean_of_its_members(toy_run: Path) 
         np.testing.assert_allclose(found, np.mean(each, axis=0), atol=1e-6)
         assert np.abs(each[0] - each[1]).max() > 1e-4
         assert sum(node.op_type == "Conv" for node in all_nodes(build(run, variant).graph)) == 1
+
+
+# Seen placed on CUDA by ONNX Runtime 1.31.1, in float16 and float32 graphs as built here.
+ON_CUDA = {
+    *("Add", "Cast", "Clip", "Conv", "Div", "Gelu", "LayerNormalization", "Log", "MatMul", "Max", "Min", "Mul"),
+    *("MultiHeadAttention", "Pad", "ReduceL2", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice"),
+    *("Softmax", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze"),
+}
+KNOTS = {"kind": "isotonic", "x": [[0.1, 0.4]] * 40, "y": [[0.2, 0.3]] * 40}
+
+
+@pytest.mark.parametrize("final", ["best-fold", "ensemble"])
+@pytest.mark.parametrize("calibration", [None, {"kind": "platt", "a": 1.0, "b": 0.0}, KNOTS])
+def test_every_node_has_a_kernel_on_cuda(
+    final: str, calibration: dict[str, Any] | None, toy_run: Path, toy_run_average: Path
+) -> None:
+    """One without would go to the CPU and back, and no session with a CUDA graph would take the file."""
+    for folder in (toy_run, toy_run_average):
+        run = read_run(folder, final)
+        run = dataclasses.replace(run, info={**run.info, "calibration": calibration})
+        for variant in ("fp32", "fp16"):
+            assert {node.op_type for node in build(run, variant, embedding=final != "ensemble").graph.node} <= ON_CUDA
