@@ -40,9 +40,23 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; no unfinished file has a final name, run the same command again", err=True)
             ctx.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not (whose := full_memory(error)):
+                raise
+            why = str(error).partition("\n")[0][:120]
+            mend = "try a smaller --batch-size, for a sweep also --residency stream."
+            click.echo(f"error: {whose} memory is full ({why}); {mend}", err=True)
+            ctx.exit(2)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+
+
+def full_memory(error: Exception) -> str:
+    """Whose memory an error says is full, empty for another error; torch's own are told without importing it."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU's"
+    return "this machine's" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
 
 
 def setting(cls: type, name: str, help: str, flag: str | None = None, **kwargs: Any) -> Callable[[Any], Any]:

@@ -19,6 +19,7 @@ import click
 import h5py
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cxr_fast import __version__, benchmark_record, data_commands, devices, encode, shell, store, timing, train_commands
@@ -736,6 +737,38 @@ def test_the_time_left_is_of_this_run(
 ) -> None:
     shell.Progress().show(done, 100, "some", before=before, seconds=seconds, force=True)
     assert capsys.readouterr().err == f"{done:5.1f} %  some{', ' * bool(left)}{left}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines"), "the GPU's"),
+        (MemoryError("Unable to allocate 9 TiB"), "this machine's"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "this machine's"),
+    ],
+)
+def test_memory_that_is_full_is_a_line(
+    phantoms: Path, here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, whose: str
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(encode.Encoder, "__call__", full)
+    text = refused(cxr("cache", phantoms, "--weights", RANDOM, "--device", "cpu", "--out", "c.h5"))
+    assert f"{whose} memory is full" in text
+    assert "smaller --batch-size" in text
+    assert "More lines" not in text
+
+
+def test_another_failure_of_the_program_keeps_its_traceback(
+    phantoms: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(encode.Encoder, "__call__", wrong)
+    result = cxr("cache", phantoms, "--weights", RANDOM, "--device", "cpu", "--out", "c.h5")
+    assert str(result.exception) == "a bug"
 
 
 def test_a_cache_run_says_what_it_compares_and_then_what_it_encodes(capsys: pytest.CaptureFixture[str]) -> None:
