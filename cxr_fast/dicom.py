@@ -112,17 +112,17 @@ def _stored(ds: Any, check_size: Callable[[int, int], None]) -> tuple[np.ndarray
         # The same pixels as from a .jpg, whatever else is installed; and pylibjpeg's RLE panics on broken files,
         # past every `except Exception`.
         plugin = {JPEGBaseline8Bit: "pillow", RLELossless: "pydicom"}.get(syntax, "")
-        _check_codestream(ds, check_size, whole=plugin == "")
+        _check_codestream(ds, check_size)
     # raw: no colour conversion, which pydicom does in float32; high bits are masked by `_shown`.
     options = {"raw": True, "view_only": True, "correct_unused_bits": False, "decoding_plugin": plugin}
     array, properties = decoder.as_array(ds, index=0, **options)
     return array, str(properties["photometric_interpretation"])
 
 
-def _check_codestream(ds: Any, check_size: Callable[[int, int], None], whole: bool) -> None:
+def _check_codestream(ds: Any, check_size: Callable[[int, int], None]) -> None:
     """A compressed frame has a size of its own, and that is the one decoders allocate.
 
-    `whole`: ask for its end marker too, as pylibjpeg makes up the rest of a JPEG-LS or JPEG Lossless cut short.
+    And an end marker, for pylibjpeg and Pillow make up the rest of a JPEG that is cut short or filled up with zeros.
     """
     from pydicom.encaps import get_frame
 
@@ -130,7 +130,7 @@ def _check_codestream(ds: Any, check_size: Callable[[int, int], None], whole: bo
     size = _codestream_size(frame)
     if size is None:
         return
-    if whole and b"\xff\xd9" not in frame[-64:]:
+    if b"\xff\xd9" not in frame.rstrip(b"\0")[-64:]:
         raise ImageError("truncated", "the compressed image ends before its end marker; copy the file again")
     check_size(*size)
     if size != (ds.Columns, ds.Rows):

@@ -12,6 +12,7 @@ import stat
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -124,6 +125,8 @@ def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndar
       in a 16-bit PNG come out dark. Of 16-bit colour Pillow keeps the high byte. Floating-point TIFF must lie
       in 0..1. TIFF WhiteIsZero is inverted.
     - Transparency is composited over black (a 16-bit file's transparent value is ignored).
+    - PNG proves its checksums, and JPEG must have its end marker. No other damage shows in a file that still
+      decodes: JPEG, TIFF, BMP and DICOM hold no checksum of their pixels.
     - EXIF orientation is applied. Of a phone's multi-picture JPEG the first picture is taken; animated PNG and
       multi-page TIFF are refused.
 
@@ -251,11 +254,32 @@ def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
     """Read the header, and refuse by it: nothing is decoded yet."""
     image = _READERS[kind](io.BytesIO(data))
     _check_size(*image.size)
+    if kind == "PNG":
+        _check_png(data)
+    # Looked for after the headers, as thumbnails have their own. Without it zeros in place of the rest are pixels.
+    if kind == "JPEG" and image.fp is not None and data.rfind(_END[kind], image.fp.tell()) < 0:
+        raise ImageError("truncated", "JPEG file ends before its end marker; copy it again")
     if getattr(image, "is_animated", False):
         raise ImageError("multi_frame", f"{kind} with several frames; save the one to use as its own file")
     if isinstance(image, TiffImageFile):  # libtiff allocates a whole tile, whatever the image's size
         _check_size(image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
     return image
+
+
+def _check_png(data: bytes) -> None:
+    """Prove the checksums of the pixels, which Pillow does not: a flipped bit, or zeros for the rest, would be a film.
+
+    What is cut short, and all other chunks, is left to Pillow.
+    """
+    at, whole = 8, memoryview(data)
+    while at + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if name == b"IEND" or end + 4 > len(data):
+            return
+        if name == b"IDAT" and zlib.crc32(whole[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ImageError("corrupt", "PNG file is corrupt (its pixels do not have their checksum); copy it again")
+        at = end + 4
 
 
 def _check_size(width: int, height: int) -> None:

@@ -246,10 +246,16 @@ def test_dicom_compressed():
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.98])
 def test_dicom_compressed_and_cut_short(share):
-    jpeg, j2k = save(smooth(90, 90), "JPEG"), save(noise(90, 90), "JPEG2000", no_jp2=True)
+    jpeg, j2k = save(noise(90, 90), "JPEG", quality=100), save(noise(90, 90), "JPEG2000", no_jp2=True)
     for syntax, frame in ((uid.JPEGBaseline8Bit, jpeg), (uid.JPEG2000Lossless, j2k)):
         inside = frame[: int(len(frame) * share)]
         assert reason(dicom_file(noise(90, 90), syntax=syntax, frame=inside)) == "truncated"
+        filled = inside.ljust(len(frame), b"\0")
+        assert reason(dicom_file(noise(90, 90), syntax=syntax, frame=filled)) == "truncated"
+        np.testing.assert_array_equal(
+            grey(dicom_file(noise(90, 90), syntax=syntax, frame=frame + bytes(500))),
+            grey(dicom_file(noise(90, 90), syntax=syntax, frame=frame)),
+        )
         whole = dicom_file(noise(90, 90), syntax=syntax, frame=frame)
         start = whole.index(b"\xe0\x7f\x10\x00") + 40
         assert reason(whole[: start + int(len(frame) * share) - 40]) == "truncated"
