@@ -1,8 +1,6 @@
 """What a model file says of itself, read and checked without running it: no onnx package, no ONNX Runtime.
 
-An ONNX file is one protobuf message, a row of records: a tag (field number and wire type), then a number, or a length
-and so many bytes. Source: onnx.proto (ModelProto: graph 7, metadata_props 14; GraphProto: initializer 5; TensorProto:
-data_location 14) and the protobuf encoding guide.
+Source: onnx.proto (ModelProto: graph 7, metadata_props 14).
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from . import __version__
+from . import __version__, operations
 from .config import PreprocessSpec, from_dict
 from .errors import CxrFastError, InputError, SchemaError
+from .wire import BYTES, NotOnnx, Record, records
 
 SCHEMA = 2
 PREFIX = "cxr."
@@ -28,28 +26,9 @@ SEAL = "content_sha256"
 NEEDED = (SEAL, "labels", "labels_sha256", "thresholds", "preprocess")
 
 _GRAPH, _ENTRY = 7, 14
-_INITIALIZER, _DATA_LOCATION = 5, 14
-_NUMBER, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types
-# In the file, in its graph, in one weight; a real one has some 50, 2,000 and 5. A hostile one of two-byte records would
-# be read for minutes.
-MOST_RECORDS, MOST_NODES, MOST_FIELDS = 10_000, 20_000, 32
+MOST_RECORDS = 10_000  # a real file has some 50; a hostile one of two-byte records would be read for minutes
 MOST_TEXT = 64 << 20
 CHUNK = 1 << 20
-
-
-class NotOnnx(Exception):
-    """The bytes are no ONNX file; the message says where that shows."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One field of a protobuf message: its bytes are [start, end) of the file, its content [body, end)."""
-
-    field: int
-    wire: int
-    start: int
-    body: int
-    end: int
 
 
 def read(path: Path, *, check: bool = True) -> dict[str, Any]:
@@ -98,19 +77,28 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def write(path: Path, serialised: bytes) -> None:
     """Write a serialised model with the `content_sha256` of it as one more entry."""
     file = io.BytesIO(serialised)
-    entries = _entries(file, look_inside=False)
+    entries = _entries(file)
     assert PREFIX + SEAL not in {key for key, _, _ in entries}, "sealed twice"
     key, value = (PREFIX + SEAL).encode(), json.dumps(_digest(file, entries)).encode()
-    pair = b"".join(bytes([n << 3 | _BYTES, len(text)]) + text for n, text in ((1, key), (2, value)))
+    pair = b"".join(bytes([n << 3 | BYTES, len(text)]) + text for n, text in ((1, key), (2, value)))
     assert len(pair) < 128, "a length of one byte"
     with open(path, "wb") as out:
         out.write(serialised)
-        out.write(bytes([_ENTRY << 3 | _BYTES, len(pair)]) + pair)
+        out.write(bytes([_ENTRY << 3 | BYTES, len(pair)]) + pair)
 
 
 def labels_sha256(labels: Sequence[str]) -> str:
     """sha256 (hex) of the class names, in order, a line each."""
     return hashlib.sha256("\n".join(labels).encode()).hexdigest()
+
+
+def check_operations(path: Path) -> None:
+    """Raise InputError where a file holds what `cxrfast export` never writes, before ONNX Runtime sees it.
+
+    The seal is no signature: who seals a file again may have it compute for ever, or take all memory.
+    """
+    with _opened(path) as file:
+        operations.check(file)
 
 
 def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
@@ -119,15 +107,15 @@ def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
     wanted = [("input", session.get_inputs(), "pixels", "tensor(uint8)", [size, size])]
     wanted += [("output", session.get_outputs(), "probabilities", "tensor(float)", [count])]
     for kind, nodes, name, dtype, shape in wanted:
-        found = {node.name: node for node in nodes}
+        try:
+            found = {node.name: (node.type, list(node.shape or [])) for node in nodes}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: damaged graph (an {kind} has a name that is not UTF-8).") from error
         if name not in found or (kind == "input" and len(found) > 1):
             raise InputError(f"{path}: damaged graph ({kind}s are {', '.join(found)[:80] or 'none'}, not {name}).")
-        node = found[name]
-        batch, *rest = node.shape or [0]
-        if node.type != dtype or rest != shape or isinstance(batch, int):
-            raise InputError(
-                f"{path}: damaged graph ({name} is {node.type} {list(node.shape)[:6]}, not {dtype} {['N', *shape]})."
-            )
+        is_a, dims = found[name]
+        if is_a != dtype or dims[1:] != shape or not dims or isinstance(dims[0], int):
+            raise InputError(f"{path}: damaged graph ({name} is {is_a} {dims[:6]}, not {dtype} {['N', *shape]}).")
 
 
 # The entries.
@@ -200,16 +188,14 @@ def _brief(value: object, most: int = 60) -> str:
 # The bytes.
 
 
-def _entries(file: IO[bytes], *, look_inside: bool = True) -> list[tuple[str, str, Record]]:
-    """Key, value and place of each metadata entry. Raises NotOnnx, also for weights that are not inside."""
+def _entries(file: IO[bytes]) -> list[tuple[str, str, Record]]:
+    """Key, value and place of each metadata entry. Raises NotOnnx."""
     size = file.seek(0, io.SEEK_END)
     found, graphs, text = [], 0, 0
-    for record in _records(file, 0, size, MOST_RECORDS):
-        if record.field == _GRAPH and record.wire == _BYTES:
+    for record in records(file, 0, size, MOST_RECORDS):
+        if record.field == _GRAPH and record.wire == BYTES:
             graphs += 1
-            if look_inside:
-                _weights_inside(file, record)
-        elif record.field == _ENTRY and record.wire == _BYTES:
+        elif record.field == _ENTRY and record.wire == BYTES:
             text += record.end - record.body
             if text > MOST_TEXT:
                 raise NotOnnx(f"over {MOST_TEXT >> 20} MiB of metadata")
@@ -222,27 +208,15 @@ def _entries(file: IO[bytes], *, look_inside: bool = True) -> list[tuple[str, st
 def _pair(file: IO[bytes], entry: Record) -> tuple[str, str]:
     """Key and value of one entry."""
     texts: dict[int, str] = {}
-    for record in _records(file, entry.body, entry.end, 2):
+    for record in records(file, entry.body, entry.end, 2):
         file.seek(record.body)
         try:
             texts[record.field] = file.read(record.end - record.body).decode()
         except ValueError:
             raise NotOnnx("metadata that is not UTF-8") from None
-        if record.wire != _BYTES or record.field not in (1, 2):
+        if record.wire != BYTES or record.field not in (1, 2):
             raise NotOnnx("a metadata entry that is not a key and a value")
     return texts.get(1, ""), texts.get(2, "")
-
-
-def _weights_inside(file: IO[bytes], graph: Record) -> None:
-    """Refuse weights that lie in another file: `content_sha256` does not see them, and the file could be any."""
-    for weight in _records(file, graph.body, graph.end, MOST_NODES):
-        if weight.field != _INITIALIZER or weight.wire != _BYTES:
-            continue
-        for record in _records(file, weight.body, weight.end, MOST_FIELDS):
-            if record.field == _DATA_LOCATION and record.wire == _NUMBER:
-                file.seek(record.body)
-                if _varint(file):
-                    raise NotOnnx("its weights lie in another file, which `cxrfast export` never does")
 
 
 def _digest(file: IO[bytes], entries: list[tuple[str, str, Record]]) -> str:
@@ -261,44 +235,3 @@ def _digest(file: IO[bytes], entries: list[tuple[str, str, Record]]) -> str:
             at += count
         at = end
     return total.hexdigest()
-
-
-def _records(file: IO[bytes], start: int, end: int, most: int) -> Iterator[Record]:
-    """The records of one message at [start, end) of the file. Raises NotOnnx where they do not fit it exactly."""
-    at = start
-    for _ in range(most):
-        if at == end:
-            return
-        file.seek(at)
-        tag = _varint(file)
-        wire, body = tag & 7, 0
-        if wire == _BYTES:
-            length = _varint(file)
-            body = file.tell()
-        elif wire == _NUMBER:
-            body = file.tell()
-            _varint(file)
-            length = file.tell() - body
-        elif wire in (_EIGHT, _FOUR):
-            body, length = file.tell(), 8 if wire == _EIGHT else 4
-        else:
-            raise NotOnnx(f"no such wire type: {wire}")
-        if not tag >> 3 or body + length > end:
-            raise NotOnnx("it ends before its content does: cut short?" if tag >> 3 else "field number 0")
-        yield Record(tag >> 3, wire, at, body, body + length)
-        at = body + length
-    if at != end:
-        raise NotOnnx(f"more than {most:,} records in one message")
-
-
-def _varint(file: IO[bytes]) -> int:
-    """A number of 7 bits a byte, lowest first, at most ten bytes."""
-    value = 0
-    for i in range(10):
-        byte = file.read(1)
-        if not byte:
-            raise NotOnnx("it ends before its content does: cut short?")
-        value |= (byte[0] & 127) << 7 * i
-        if byte[0] < 128:
-            return value
-    raise NotOnnx("a number of more than ten bytes")

@@ -54,6 +54,7 @@ def open_model(
     target, reason = _target(name, number, device)
     path, chosen = choose(path, target, explicit=name != "auto") if path.is_dir() else (path, "")
     info = model_file.read(path, check=check)  # first: a damaged graph may crash ONNX Runtime
+    model_file.check_operations(path)
     kind = _variant(info, path)
     if chosen and f".{kind}." not in path.name:
         raise InputError(
