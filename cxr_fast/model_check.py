@@ -15,6 +15,7 @@ from .errors import CxrFastError, DeviceError, InputError
 from .model_file import is_number
 from .predict import Predictor, file_sha256, golden_pixels
 from .preprocess import flip, self_check
+from .session import VARIANTS
 
 KEYS = (
     *("schema", "written_by", "variant", "labels", "labels_sha256", "thresholds", "threshold_source", "calibration"),
@@ -87,7 +88,7 @@ def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> R
     """
     info = model_file.read(path, check=False)
     content = _content(info, path)
-    checks = [content, _keys(info), _labels(info), _preprocessing(info), _limits(info)]
+    checks = [content, _keys(info, path), _labels(info), _preprocessing(info), _limits(info)]
     provider = ""
     if content.ok:
         predictor = Predictor(path, device=device, threads=threads, check=False)
@@ -158,8 +159,11 @@ def _content(info: dict[str, Any], path: Path) -> Check:
     return Check(name="content", ok=False, detail=detail)
 
 
-def _keys(info: dict[str, Any]) -> Check:
+def _keys(info: dict[str, Any], path: Path) -> Check:
     wrong = [f"no {name}" for name in KEYS if name not in info]
+    named = [variant for variant in VARIANTS if f".{variant}." in path.name]
+    if named and info.get("variant") not in named:  # a folder of variants is not opened with it
+        wrong.append(f"variant {info.get('variant')!r} in a file called {path.name}")
     if "dicom_policy" in info and info["dicom_policy"] != info["preprocess"]["dicom_policy"]:
         wrong.append(f"dicom_policy {info['dicom_policy']!r} is not the one in preprocess")
     return Check(name="metadata", ok=not wrong, detail=", ".join(wrong) or f"schema {info['schema']}, {len(info)} keys")

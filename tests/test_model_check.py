@@ -54,6 +54,12 @@ def test_what_was_exported_passes(toy_model: Path) -> None:
     assert "0 of 35 decisions flip" in text
 
 
+def test_a_file_under_another_variants_name_differs(toy_model: Path, tmp_path: Path) -> None:
+    """`predict` does not open a folder with it."""
+    shutil.copy(toy_model, tmp_path / "model.int8.onnx")
+    assert "variant 'fp32' in a file called model.int8.onnx" in differs(tmp_path / "model.int8.onnx")["metadata"]
+
+
 def test_the_content_hash_is_of_all_but_its_own_entry(toy_model: Path, tmp_path: Path) -> None:
     """Slow twin: with the onnx package, the file without the entry, serialised again."""
     bare = changed(toy_model, tmp_path / "m.onnx", put("content_sha256", None), seal=False)
