@@ -339,15 +339,6 @@ def samples() -> dict[str, bytes]:
     }
 
 
-def test_mutated_files_give_pixels_or_an_image_error():
-    rng = np.random.default_rng(19)
-    files = samples()
-    for name, data in files.items():
-        assert survives(data), name
-    outcomes = {survives(mutated(data, rng)) for data in files.values() for _ in range(40)}
-    assert outcomes == {True, False}
-
-
 # ---- real files
 
 

@@ -660,15 +660,6 @@ def survives(data: bytes) -> bool:
     return True
 
 
-def test_mutated_files_give_pixels_or_an_image_error():
-    rng = np.random.default_rng(17)
-    files = samples()
-    for name, data in files.items():
-        assert survives(data), name
-    outcomes = {survives(mutated(data, rng)) for data in files.values() for _ in range(36)}
-    assert outcomes == {True, False}
-
-
 @settings(deadline=None, max_examples=150)
 @given(
     st.binary(max_size=600), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"BM", b"\x08\0"])
