@@ -21,7 +21,9 @@ MOST_DEEP = 2  # an int8 graph is the body of a Scan
 
 # Each with the attributes that it is written with.
 ATTRIBUTES: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Clip", "Log", "Relu", "Sigmoid"), frozenset()),
+    **dict.fromkeys(
+        ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum", "Clip", "Log", "Relu", "Sigmoid"), frozenset()
+    ),
     **dict.fromkeys(("MatMul", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Pad"), frozenset()),
     **dict.fromkeys(("DynamicQuantizeLinear", "MatMulIntegerToFloat"), frozenset()),
     **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceSum"), frozenset({"keepdims"})),
