@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from cxr_fast import checks
+from cxr_fast import checks, operations
 from cxr_fast.graph import VARIANTS, all_nodes, build, matrices
 from cxr_fast.runs import Run, read_run
 
@@ -142,12 +143,15 @@ KNOTS = {"kind": "isotonic", "x": [[0.1, 0.4]] * 40, "y": [[0.2, 0.3]] * 40}
 
 @pytest.mark.parametrize("final", ["best-fold", "ensemble"])
 @pytest.mark.parametrize("calibration", [None, {"kind": "platt", "a": 1.0, "b": 0.0}, KNOTS])
-def test_every_node_has_a_kernel_on_cuda(
+def test_every_node_has_a_kernel_on_cuda_and_a_place_in_a_model_file(
     final: str, calibration: dict[str, Any] | None, toy_run: Path, toy_run_average: Path
 ) -> None:
-    """One without would go to the CPU and back, and no session with a CUDA graph would take the file."""
+    """One without would go to the CPU and back, and no session with a CUDA graph would take the file. And every graph
+    holds what a model file may hold and nothing else."""
     for folder in (toy_run, toy_run_average):
         run = read_run(folder, final)
         run = dataclasses.replace(run, info={**run.info, "calibration": calibration})
-        for variant in ("fp32", "fp16"):
-            assert {node.op_type for node in build(run, variant, embedding=final != "ensemble").graph.node} <= ON_CUDA
+        for variant in VARIANTS:
+            model = build(run, variant, embedding=final != "ensemble")
+            assert variant == "int8" or {node.op_type for node in model.graph.node} <= ON_CUDA
+            operations.check(io.BytesIO(model.SerializeToString()))
