@@ -340,17 +340,23 @@ def openi(source: Path, unindexed: Unindexed) -> Rows:
 
 
 def nih(file: Path) -> Rows:
-    """NIH ChestX-ray14: `Data_Entry_2017*.csv`, a row an image, findings joined by a bar."""
+    """NIH ChestX-ray14: `Data_Entry_2017*.csv`, a row an image, findings joined by a bar.
+
+    A patient's visits, up to years apart, are studies of their own: `patient/follow-up`, else each image.
+    """
     cells = read_csv(file)
     need(cells, ["Image Index", "Finding Labels", "Patient ID", "View Position"], file)
     found = [set(text.split("|")) - {"No Finding"} for text in filled(cells, "Finding Labels", file)]
     if strange := sorted(set().union(*found) - set(NIH_FINDINGS)):
         raise InputError(f"{file}: 'Finding Labels' names {strange[0]!r}, not one of the {len(NIH_FINDINGS)} findings.")
+    patients = filled(cells, "Patient ID", file)
+    visits = filled(cells, "Follow-up #", file) if "Follow-up #" in cells else cells["Image Index"]
     return Rows(
         kind="nih",
         file=file,
         images=filled(cells, "Image Index", file),
-        groups=filled(cells, "Patient ID", file),
+        groups=patients,
+        studies=[f"{patient}/{visit}" for patient, visit in zip(patients, visits, strict=True)],
         views=cells["View Position"],
         classes=NIH_FINDINGS,
         labels=multi_hot(found, NIH_FINDINGS),

@@ -236,9 +236,15 @@ def test_nih(tmp_path: Path) -> None:
     assert len(m.classes) == 14
     assert positives(m) == [{"Hernia"}, {"Hernia", "Mass"}, set(), {"Pleural_Thickening"}]
     assert m.groups == ("3", "3", "4", "5")
+    assert m.studies == ("3/0", "3/1", "4/0", "5/0"), "visits of one patient, years apart, are not views of one study"
     assert m.views == ("PA", "AP", "PA", "PA")
     assert m.subgroups == {"sex": ("F", "F", "M", "M"), "age": ("70-79", "70-79", "", "0-9")}
     assert m.images[1] == "images_001/images/00000003_002.png"
+
+
+def test_nih_without_follow_up_numbers(tmp_path: Path) -> None:
+    m = read(nih(tmp_path, NIH.replace("Follow-up #", "Visit")))
+    assert m.studies == ("3/00000003_001.png", "3/00000003_002.png", "4/00000004_000.png", "5/00000005_000.png")
 
 
 def test_nih_bad(tmp_path: Path) -> None:
@@ -699,7 +705,7 @@ def test_real_indiana_with_all_its_files(tmp_path: Path) -> None:
 def test_real_nih() -> None:
     m = read(real("nih"))
     told = summary(m)
-    assert (told["images"], told["groups"], told["classes"]) == (550, 129, 14)
+    assert (told["images"], told["studies"], told["groups"], told["classes"]) == (550, 550, 129, 14)
     assert told["views"] == {"PA": 366, "AP": 184}
     assert all(m.path(row).is_file() for row in range(len(m)))
     assert set(m.subgroups["sex"]) == {"F", "M"}
