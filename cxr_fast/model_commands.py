@@ -96,7 +96,7 @@ def describe_export(found: list[Any]) -> str:
             f"{one.drift.largest:.1e}",
             f"{one.drift.p99:.1e}",
             f"{one.drift.flips:.1f}",
-            number(finite(one.drift.macro_auc)),
+            number(finite(one.drift.macro_auc - one.drift.macro_drop)),
             signed(finite(-one.drift.macro_drop)),
             gigabytes(one.size),
             "-" if one.variant == "fp16" else f"{1000 * one.seconds:.1f}",
