@@ -45,6 +45,13 @@ def apply(calibration: dict[str, Any] | None, probs: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(column, x, y) for column, x, y in columns], axis=1).astype(np.float32)
 
 
+def describe(calibration: dict[str, Any], classes: int) -> str:
+    """What was fitted in words, and how many of the classes were not."""
+    said = f"{calibration['kind']} a class, fitted out of fold"
+    left = classes - calibration["fitted"]
+    return said + (f"; {left} of {classes} classes could not be fitted and are not calibrated" if left else "")
+
+
 def logit(p: np.ndarray) -> np.ndarray:
     """log(p / (1 - p)) with p kept EDGE away from 0 and 1."""
     p = np.clip(p, EDGE, 1 - EDGE)

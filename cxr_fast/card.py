@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from . import calibrate
 from .config import BIOMEDCLIP
 from .labels import TRAPS
 from .markup import NOTICE, PARTS, number, of_classes, with_interval
@@ -178,11 +179,12 @@ def _classes(material: Material) -> list[str]:
 
 def _calibration(material: Material) -> list[str]:
     fitted = material.run["calibration"]
-    said = (
-        f"{fitted['kind']} a class, fitted out of fold" if fitted else "none; focal loss alone gives no probabilities"
-    )
-    if not fitted and material.run["train"]["loss"] == "bce":
+    if fitted:
+        said = calibrate.describe(fitted, len(material.run["classes"]))
+    elif material.run["train"]["loss"] == "bce":
         said = "none"
+    else:
+        said = "none; focal loss alone gives no probabilities"
     bins = material.evaluation["reliability"] if material.evaluation else None
     found = f" Calibration error on {material.judged_on}, all labels pooled: {number(bins['ece'])}." if bins else ""
     return [f"Calibration: {said}.{found}"]

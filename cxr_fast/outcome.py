@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import plots
+from . import calibrate, plots
 from .markup import (
     PARTS,
     Cell,
@@ -220,7 +220,7 @@ def calibration(material: Material) -> str:
     if not bins:
         return ""
     fitted = material.run["calibration"]
-    said = f"calibrated a class ({fitted['kind']}), fitted out of fold" if fitted else "not calibrated"
+    said = f"calibrated ({calibrate.describe(fitted, len(material.run['classes']))})" if fitted else "not calibrated"
     image = picture(
         "Reliability diagram: observed frequency against predicted probability",
         material.plots.get("reliability_diagram.png"),

@@ -240,6 +240,8 @@ def parse_epochs(text: str) -> tuple[int, ...]:
 
 def describe_run(run: dict[str, Any]) -> str:
     """Fold table, budget table, hold-out figures."""
+    from . import calibrate
+
     budgets = [b["epochs"] for b in run["budgets"]]
     head = ["fold", "images", "classes", *(f"{b} epochs" for b in budgets)]
     rows = [
@@ -269,6 +271,8 @@ def describe_run(run: dict[str, Any]) -> str:
     rows.append(["images", *(f"{f['n']:,}" for f in found.values())])
     goal = run["spec"]["threshold_target"].replace("f1", "F1")
     lines += [table([f"figure (thresholds from out-of-fold {goal})", *found], rows)]
+    if run["calibration"]:
+        lines += ["", f"calibration: {calibrate.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
         lines += ["", describe_finals(run)]
     if held := parts["hold-out"]:

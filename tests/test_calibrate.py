@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
-from cxr_fast.calibrate import EDGE, apply, fit, logit
+from cxr_fast.calibrate import EDGE, apply, describe, fit, logit
 from cxr_fast.metrics import auc
 
 KINDS = ("platt", "isotonic")
@@ -183,6 +183,13 @@ def test_an_inverted_class_is_left_alone_by_platt() -> None:
     assert found["fitted"] == 1
     assert (found["a"][1], found["b"][1]) == (1.0, 0.0)
     np.testing.assert_allclose(apply(found, np.stack([GRID, GRID], axis=1))[:, 1], GRID, atol=2e-7)
+
+
+def test_classes_left_as_they_are_are_told() -> None:
+    found = {"kind": "platt", "fitted": 6, "a": [1.0] * 14, "b": [0.0] * 14}
+    said = "platt a class, fitted out of fold; 8 of 14 classes could not be fitted and are not calibrated"
+    assert describe(found, 14) == said
+    assert describe(found | {"fitted": 14}, 14) == "platt a class, fitted out of fold"
 
 
 def test_unknown_labels_do_not_count() -> None:

@@ -209,6 +209,16 @@ def test_the_fold_table_is_run_jsons_and_the_best_is_marked(made: Path, parsed: 
         assert [r[3:] for r in rows if r[0] == name] == [[number(b[key]) for b in run["budgets"]]]
 
 
+def test_page_and_card_count_the_classes_that_are_not_calibrated(folder: Path) -> None:
+    run = read_json(folder / "run.json")
+    classes = len(run["classes"])
+    run["calibration"] = {"kind": "platt", "fitted": classes - 2, "a": [1.0] * classes, "b": [0.0] * classes}
+    (folder / "run.json").write_text(json.dumps(run))
+    said = f"platt a class, fitted out of fold; 2 of {classes} classes could not be fitted"
+    assert said in page(folder).text
+    assert said in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
 def test_confusions_bins_and_pairs_are_evaluation_jsons(made: Path, parsed: Page) -> None:
     found = read_json(made / "evaluation.json")
     by_size = sorted(found["confusion"], key=lambda row: -(row["tp"] + row["fn"]))[:6]
