@@ -116,7 +116,7 @@ def classes(material: Material) -> str:
         table(head, [_class_row(row) for row in material.ranked()], caption="All classes", css="full sortable"),
         note(
             "AP: average precision, the area under the precision-recall curve; by chance it equals the prevalence. "
-            "A class without an interval has too few positives for one, and its figures may be luck."
+            "A class without an interval has positives or negatives in too few groups; its figures may be luck."
         ),
         pair(
             picture(

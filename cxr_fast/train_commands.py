@@ -426,8 +426,7 @@ def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> lis
         notes.append(f"{left} of {total} classes have no positive or no negative among these images and are left out.")
     if few := len(shown) - sure:
         notes.append(f"{few} of {total} classes are in too few groups for an interval.")
-    notes.append(
-        f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}. Where "
-        f"nothing differs, about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
-    )
+    star = f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}."
+    chance = f"about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
+    notes.append(f"{star} Where nothing differs, {chance}" if sure else star)
     return notes

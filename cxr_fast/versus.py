@@ -168,8 +168,13 @@ def against(first: str, other: str, pair: Mapping[str, Any], place: int) -> str:
         picture(
             f"Difference in AUC of each class, {other} minus {first}",
             plots.differences(pair["per_class"], (first, other)) if known else None,
-            f"Right of the line {other} is better. Orange: the interval holds no 0; of {sure} classes without any "
-            f"difference about {sure * (1 - pair['level']):.1f} would be orange by chance.",
+            f"Right of the line {other} is better. "
+            + (
+                f"Orange: the interval holds no 0; of {sure} classes without any difference about "
+                f"{sure * (1 - pair['level']):.1f} would be orange by chance."
+                if sure
+                else "No class is in enough groups for an interval."
+            ),
         ),
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxr_fast import metrics
+from cxr_fast import metrics, versus
 from cxr_fast.cli import main
 from cxr_fast.compare import compare
 from cxr_fast.errors import InputError, SchemaError
@@ -206,6 +206,19 @@ def test_the_command_says_what_the_figures_are_worth(tmp_path: Path) -> None:
     assert "about 0.1 of 2 AUC intervals are marked" in text
     assert "class 2 (" not in text
     assert "*" not in text.split("* the interval")[0], "nothing differs"
+
+
+def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
+    arrays = made.arrays(240, 2)
+    arrays["labels"][:] = 0
+    arrays["labels"][np.flatnonzero(arrays["fold"] == -1)[:2]] = 1
+    runs = [str(made.write(tmp_path / name, arrays)) for name in "ab"]
+    text = CliRunner().invoke(main, ["compare", *runs, "--resamples", "100"]).output
+    assert "2 of 2 classes are in too few groups for an interval.\n* the interval holds no 0; 100 paired" in text
+    assert "by chance" not in text
+    page = versus.against("a", "b", compare(*map(Path, runs), resamples=100), 1)
+    assert "No class is in enough groups for an interval." in page
+    assert "by chance" not in page
 
 
 def test_the_command_refuses_in_one_line(two: tuple[Path, Path], tmp_path: Path) -> None:
