@@ -227,6 +227,10 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
+# Said under a table of medians.
+RATIOS = "a ratio is the median of the rounds' own ratios; the medians of the table divide to another figure"
+
+
 def write_json(result: dict[str, Any], out: Path) -> None:
     """Any result of a command as JSON; InputError where it cannot be written."""
     record.write_bytes((json.dumps(result, indent=1) + "\n").encode(), out, "--json")

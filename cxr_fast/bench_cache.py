@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import benchmark_record as record
 from . import datasets, encode, store, timing
 from .backbone import Backbone
-from .bench import describe_noise, films, ratio_text
+from .bench import RATIOS, describe_noise, films, ratio_text
 from .config import CacheSpec, PreprocessSpec
 from .errors import ImageError, InputError
 from .preprocess import IMAGE_SUFFIXES, load
@@ -235,6 +235,7 @@ def describe(result: dict[str, Any]) -> str:
         f"bound over whole: {ratio_text(share)}",
         f"plain over whole: {ratio_text(result['ratios']['plain over whole'])}; the cache is made once, the plain "
         "pipeline takes its time every epoch (one view, whole tower, 2 loader workers)",
+        RATIOS,
         f"embeddings agree within {result['largest_embedding_difference']:.1e}; pixels differ by at most "
         f"{result['largest_pixel_difference']} grey level(s)",
         f"Indiana, EXTRAPOLATED: {INDIANA:,} images x {1000 * whole:.1f} ms = "

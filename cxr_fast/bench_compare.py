@@ -14,7 +14,7 @@ import numpy as np
 
 from . import benchmark_record as record
 from . import drift, timing
-from .bench import describe_noise, films, ratio_text
+from .bench import RATIOS, describe_noise, films, ratio_text
 from .bench_worker import About, Arm, Worker, working
 from .config import PreprocessSpec
 from .errors import ImageError, InputError, ParityError
@@ -227,6 +227,7 @@ def describe(result: dict[str, Any]) -> str:
         "",
         f"{result['rounds']} rounds A B A B, batch {result['batch_size']}, a process each; "
         f"A on {models['a']['where']}, B on {models['b']['where']}, {result['machine']['cpu']}",
+        RATIOS,
         _why(far),
     ]
     if not far["classes"]:

@@ -16,7 +16,7 @@ from . import benchmark_record as record
 from . import index, store, timing, verify
 from .activations import Activations
 from .backbone import Backbone, load, prefix, prefix_sha256
-from .bench import describe_noise, ratio_text
+from .bench import RATIOS, describe_noise, ratio_text
 from .bench_cache import pixels_apart, readable
 from .config import CacheSpec, SweepSpec, TrainSpec, from_dict
 from .datasets import Manifest
@@ -297,6 +297,7 @@ def describe(result: dict[str, Any]) -> str:
         "",
         f"{PLAIN} over {best}: {ratio_text(whole)} times, {whole['n']} rounds in turn; {result['images']} images, "
         f"{result['threads']} thread(s), {result['device']}, {result['machine']['cpu']}",
+        RATIOS,
         f"checked first: losses of {STEPS} steps, cached and plain, agree within "
         f"{result['largest_loss_difference']:.1e}, stored tokens within {result['largest_token_difference']:.1e} of a "
         f"row's peak; pixels differ by at most {result['largest_pixel_difference']} grey level(s)",

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cxr_fast import backbone, bench_cache, datasets, encode, store, timing
+from cxr_fast.bench import RATIOS
 from cxr_fast.cli import main
 from cxr_fast.config import CacheSpec
 from cxr_fast.errors import InputError
@@ -96,6 +97,7 @@ def test_every_part_is_timed_in_every_round(parts: bench_cache.Parts, tmp_path: 
         {**found, "seconds_per_image": found["seconds_per_image"] | {"whole": timing.spread([0.4])}}
     )
     assert "EXTRAPOLATED: 7,466 images x 400.0 ms = 49 min 46 s with 2 view(s), once" in text
+    assert RATIOS in text
     assert "NOISY" not in bench_cache.describe({**found, "noise": {"share": 0.0, "noisy": False}})
     assert "2 image(s) cannot be read" in bench_cache.describe(found | {"left_out": 2})
 

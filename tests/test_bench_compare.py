@@ -17,6 +17,7 @@ from model_edits import changed, put, weights
 
 from cxr_fast import bench_compare, bench_worker, drift, metrics, model_file, timing
 from cxr_fast import benchmark_record as record
+from cxr_fast.bench import RATIOS
 from cxr_fast.bench_compare import About, Arm, difference
 from cxr_fast.cli import main
 from cxr_fast.config import PreprocessSpec
@@ -83,6 +84,7 @@ def test_the_text_has_times_and_differences_in_one_place(result: dict[str, Any])
     text = bench_compare.describe(result)
     assert f"{result['difference']['flips']:.1f}" in text
     assert f"{result['ratio']['median']:.2f} [" in text
+    assert RATIOS in text
     assert "the same weights in another precision" in text
     assert "1 image(s) cannot be read and were left out" in text or result["images"]["left_out"] == 0
     assert "note: PHANTOM IMAGES" in text

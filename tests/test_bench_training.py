@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from cxr_fast import bench_training, timing
 from cxr_fast import benchmark_record as record
+from cxr_fast.bench import RATIOS
 from cxr_fast.bench_training import DECODED, EPOCHS, PLAIN, Arms, Material
 from cxr_fast.cli import main
 from cxr_fast.errors import InputError, SchemaError
@@ -132,6 +133,7 @@ def test_the_extrapolation_is_the_arithmetic_it_says(result: dict[str, Any]) -> 
     fixed = {**result["seconds_per_sample"][result["fastest"]], "median": 0.0287}
     result = {**result, "seconds_per_sample": result["seconds_per_sample"] | {result["fastest"]: fixed}}
     text = bench_training.describe(result)
+    assert RATIOS in text
     assert "EXTRAPOLATED: 5 folds x 100 epochs x 4,779 training images x 28.70 ms = 19 h 02 min" in text
     assert "345 epochs for 100: its search is 3.45 times what its row says" in text
     for name, value in result["extrapolated"].items():
