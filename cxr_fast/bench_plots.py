@@ -52,7 +52,8 @@ def by_batch(result: dict[str, Any]) -> bytes:
         above = [max(point[arm]["rates"]) - point[arm]["rate"] for point in points]
         axes.errorbar(batches, rates, [below, above], color=colour, marker="o", ms=4, capsize=3, lw=1.6, label=arm)
         knee = result["knee"][arm]
-        axes.plot(knee, rates[batches.index(knee)], "o", ms=12, mfc="none", mec=COLOURS[1], mew=1.6)
+        ring = {"ms": 12, "mfc": "none", "mec": COLOURS[1], "mew": 1.6, "clip_on": False}
+        axes.plot(knee, rates[batches.index(knee)], "o", **ring)
     axes.plot([], [], "o", ms=9, mfc="none", mec=COLOURS[1], mew=1.6, label="knee")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])

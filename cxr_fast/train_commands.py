@@ -321,8 +321,8 @@ def positives_note(run: dict[str, Any]) -> str:
 
 
 def column_name(name: str) -> str:
-    """`fold_0` of split.csv as people count: `fold 1`."""
-    return f"fold {int(name[5:]) + 1}" if name.startswith("fold_") else name
+    """`fold_0` of split.csv as people count, `fold 1`, and the hold-out spelled as everywhere."""
+    return f"fold {int(name[5:]) + 1}" if name.startswith("fold_") else name.replace("holdout", "hold-out")
 
 
 @click.command()

@@ -62,6 +62,7 @@ def test_rates_by_batch_with_their_knees(drawn: list[Any], fast: float, scale: s
     rings = [tuple(map(float, (*line.get_xdata(), *line.get_ydata()))) for line in axes.lines
              if line.get_markersize() == 12]  # fmt: skip
     assert rings == [(4, 4 * fast), (2, 2)]
+    assert not any(line.get_clip_on() for line in axes.lines if line.get_markersize() == 12), "cut off at the edge"
 
 
 def test_trials_by_rate(drawn: list[Any]) -> None:

@@ -114,6 +114,7 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert "trainable parameters 487,971: blocks 83,456, head 404,515" in said["sweep"].stdout
     assert said["sweep"].stdout.count("<- chosen") == 3, "the fold, the budget, the final model"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
+    assert re.search(r"positives a fold +total( +fold \d)+ +hold-out\n", said["sweep"].stdout)
     assert "not a medical device" in said["sweep"].stdout
     assert re.search(r"against torch float32 on 58 images .*\nfp32 +\S+e-0[6789]", said["export"].stdout, re.DOTALL)
     assert "wrote exports/phantom/model.fp32.onnx" in said["export"].stdout
@@ -709,7 +710,7 @@ def test_every_command_shows_its_help() -> None:
         (shell.number, 0.123456, "0.1235"),
         (train_commands.parse_epochs, "30, 50", (30, 50)),
         (train_commands.column_name, "fold_0", "fold 1"),
-        (train_commands.column_name, "holdout", "holdout"),
+        (train_commands.column_name, "holdout", "hold-out"),
     ],
 )
 def test_numbers_for_people(function: Callable[[object], object], value: object, expected: object) -> None:
