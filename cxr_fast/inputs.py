@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from .errors import InputError
 from .preprocess import IMAGE_SUFFIXES
-from .tables import Cells, filled, need, read_csv, read_parquet
+from .tables import Cells, filled, read_csv, read_parquet
 
 MANIFESTS = (".csv", ".csv.gz", ".parquet")
 BY = ("study", "group")  # the columns that say which images are pooled, the first there is
@@ -136,7 +136,11 @@ def _listed(item: str, data: bytes) -> list[str]:
 def _manifest(path: Path) -> tuple[str, dict[str, str]]:
     """The column that says the study, "" where there is none, and path to study."""
     cells: Cells = read_parquet(path) if path.suffix.lower() == ".parquet" else read_csv(path)
-    need(cells, ["image"], path)
+    if "image" not in cells:
+        raise InputError(
+            f"{path} lacks the column(s) image; a dataset's table becomes a manifest by "
+            f"`cxrfast prepare {path} --out manifest.csv`."
+        )
     images = filled(cells, "image", path)
     by = next((name for name in BY if name in cells), "")
     studies = cells[by] if by else [""] * len(images)

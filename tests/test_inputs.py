@@ -164,7 +164,10 @@ def test_a_parquet_manifest(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("file,group\nb.png,1\n", r"m\.csv lacks the column\(s\) image"),
+        (
+            "file,group\nb.png,1\n",
+            r"m\.csv lacks the column\(s\) image; .*`cxrfast prepare \S*m\.csv --out manifest\.csv`",
+        ),
         ("image,group\nb.png,1\n,2\n", "column 'image' is blank in data row 2"),
         ("image,group\nb.png,1\nb.png,2\n", r"m\.csv: b\.png is in group '1' and in '2'"),
         ("image,group\n", "a header and no rows"),
