@@ -93,12 +93,14 @@ def _studies(material: Material) -> str:
     if not columns:
         return ""
     pool = {"mean": "averaged", "max": "replaced by the highest"}.get(studies["pool"], studies["pool"])
+    whole = all(part["n"] == part["groups"] for part in studies["parts"].values())
+    alike = " Here each group counts as one study; a manifest's column `study` can say otherwise." if whole else ""
     return (
         "<h3>By image and by study</h3>"
         + part_table(columns, "Figures by image and by study")
         + note(
             f"By study: the probabilities of a study's views are {pool}, and the study is scored once; its rows of "
-            "“Images” count studies."
+            f"“Images” count studies.{alike}"
         )
     )
 

@@ -209,6 +209,14 @@ def test_the_fold_table_is_run_jsons_and_the_best_is_marked(made: Path, parsed: 
         assert [r[3:] for r in rows if r[0] == name] == [[number(b[key]) for b in run["budgets"]]]
 
 
+def test_groups_that_count_as_studies_are_told(folder: Path) -> None:
+    """A patient's visits would be pooled as one study where nothing names them."""
+    said = "Here each group counts as one study"
+    assert said in page(folder).text
+    edit_predictions(folder, lambda arrays: arrays.update(study=arrays["image"]))
+    assert said not in page(folder).text
+
+
 def test_page_and_card_count_the_classes_that_are_not_calibrated(folder: Path) -> None:
     run = read_json(folder / "run.json")
     classes = len(run["classes"])
