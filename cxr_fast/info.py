@@ -22,6 +22,8 @@ def describe(path: Path) -> str:
         return _model(path)
     if path.name.endswith(index.SUFFIX):
         return _sharded(path)
+    if path.name == "run.json":
+        return _run(path.parent)
     if path.suffix == ".json":
         from . import bench_info
 

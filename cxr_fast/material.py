@@ -144,8 +144,12 @@ class Material:
         )
 
     def best_and_worst(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        """Up to five classes of highest AUC, best first, and up to five others of lowest, worst first."""
+        """Up to five classes of highest AUC, best first, and up to five others of lowest, worst first.
+
+        Of those with at least FEW positives, where there are any: an AUC of one positive leads by luck.
+        """
         known = [row for row in self.ranked() if row["auc"]["value"] is not None]
+        known = [row for row in known if row["positives"] >= FEW] or known
         best = known[: min(BEST, -(-len(known) // 2))]
         return best, known[len(best) :][::-1][:BEST]
 

@@ -25,7 +25,7 @@ from .markup import (
     table,
     value_cell,
 )
-from .material import FIGURES, TIERS, Material
+from .material import FEW, FIGURES, TIERS, Material
 
 Row = Mapping[str, Any]
 FINAL_FIGURES = ("macro_auc", "map", "label_accuracy", "sample_jaccard", "class_jaccard", "macro_f1")
@@ -161,6 +161,7 @@ def _best_and_worst(material: Material) -> str:
     for caption, rows in zip(("Best", "Worst"), material.best_and_worst(), strict=True):
         lines: Lines = [[str(row["class"]), figure_cell(row["auc"]), count_cell(row["positives"])] for row in rows]
         title = f"{caption} {('', 'one', 'two', 'three', 'four', 'five')[len(rows)]}"
+        title += f" with at least {FEW} positives" if rows and rows[0]["positives"] >= FEW else ""
         tables.append(table(["class", "AUC", "positives"], lines, caption=title) if rows else "")
     return pair(*tables)
 

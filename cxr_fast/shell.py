@@ -123,15 +123,15 @@ def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
     return ctx.params[name] if given or recipe == "default" else reference_value(cls, name)
 
 
-def table(head: list[str], rows: list[list[str]], *, mark: int | None = None) -> str:
-    """Columns aligned, first left, the others right; `mark` puts an arrow behind one row."""
+def table(head: list[str], rows: list[list[str]], *, mark: int | None = None, name: str = "chosen") -> str:
+    """Columns aligned, first left, the others right; `mark` puts an arrow with `name` behind one row."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(cells: list[str]) -> str:
         first = cells[0].ljust(widths[0])
         return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
 
-    body = [line(row) + ("  <- chosen" if i == mark else "") for i, row in enumerate(rows)]
+    body = [line(row) + (f"  <- {name}" if i == mark else "") for i, row in enumerate(rows)]
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *body])
 
 

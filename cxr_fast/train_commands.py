@@ -114,6 +114,9 @@ def sweep(
     own = {name: flags.pop(name) for name in names}
     own["split_by"] = by_recipe(ctx, recipe, SweepSpec, "split_by")
     train = TrainSpec(flip="flip" in views, **flags)
+    for axis in (flag.partition("=")[0] for flag in grid):
+        if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"--{axis.replace('_', '-')} and --grid {axis}=... both say it; leave one of them out.")
     spec = SweepSpec(epochs=parse_epochs(epochs), train=train, **own)
     from . import index
     from . import sweep as sweeps
@@ -249,7 +252,7 @@ def describe_run(run: dict[str, Any]) -> str:
         for f in run["folds"]
     ]
     best = next(i for i, f in enumerate(run["folds"]) if f["best"])
-    lines = ["", "validation macro AUC of each fold", table(head, rows, mark=best), ""]
+    lines = ["", "validation macro AUC of each fold", table(head, rows, mark=best, name="best"), ""]
     rows = [[str(b["epochs"]), number(b["mean_auc"]), number(b["std_auc"])] for b in run["budgets"]]
     chosen = next(i for i, b in enumerate(run["budgets"]) if b["chosen"])
     lines += [table(["epochs", "mean AUC", "std"], rows, mark=chosen), ""]

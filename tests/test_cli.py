@@ -112,7 +112,8 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert f"encoded {images} images" in said["cache"].stdout
     assert "newest cache: cache/phantom.h5" in said["sweep"].stdout
     assert "trainable parameters 487,971: blocks 83,456, head 404,515" in said["sweep"].stdout
-    assert said["sweep"].stdout.count("<- chosen") == 3, "the fold, the budget, the final model"
+    assert said["sweep"].stdout.count("<- chosen") == 2, "the budget and the final model"
+    assert said["sweep"].stdout.count("<- best\n") == 1, "a fold, chosen by no more than one of the final models"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
     assert re.search(r"positives a fold +total( +fold \d)+ +hold-out\n", said["sweep"].stdout)
     assert "not a medical device" in said["sweep"].stdout
@@ -412,6 +413,10 @@ CASES: list[tuple[list[object], str]] = [
     *((["sweep", "toy.h5", *TRAIN, "--seed", bad], "--seed: ") for bad in (-1, 2**32)),
     *((["sweep", "toy.h5", *TRAIN, "--lr", bad], "--lr: ") for bad in ("0", "-1", "nan", "inf")),
     (["sweep", "toy.h5", *TRAIN, "--weight-decay", "inf"], "--weight-decay: "),
+    (
+        ["sweep", "toy.h5", *TRAIN, "--clip-norm", 2, "--grid", "clip_norm=1,3"],
+        "--clip-norm and --grid clip_norm=... both",
+    ),
     (["sweep", "toy.h5", *TRAIN, "--batch-size", 1], "--batch-size: 1 must be at least 2"),
     (["sweep", "toy.h5", *TRAIN, "--dropout", 1], "--dropout: "),
     (["sweep", "toy.h5", *TRAIN, "--patience", 0], "--patience: 0 must be at least 1"),

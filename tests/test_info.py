@@ -66,6 +66,7 @@ def test_a_run(toy_run: Path, tmp_path: Path) -> None:
         f"macro F1 {held['macro_f1']:.4f}, mAP {held['map']:.4f} on {held['n']} images"
     )
     assert found["models"] == "none yet; `cxrfast export` makes one"
+    assert info.describe(toy_run / "run.json") == info.describe(toy_run)
     shutil.copytree(toy_run, tmp_path / "run")
     (tmp_path / "run" / "model.fp32.onnx").write_bytes(b"")
     run["metrics"]["holdout"], run["provenance"] = None, ""

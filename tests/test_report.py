@@ -285,7 +285,9 @@ def test_the_summary_is_three_sentences_of_the_same_figures(made: Path) -> None:
     assert material.frequent_auc() == pytest.approx(run["metrics"]["holdout"]["frequent_auc"])
     assert f"{sum(row['tier'] == 'excellent' for row in material.rows)} " in trust
     best, worst = ([row["class"] for row in rows] for rows in material.best_and_worst())
-    known = [row["class"] for row in material.ranked() if row["auc"]["value"] is not None]
+    scored = [row for row in material.ranked() if row["auc"]["value"] is not None]
+    assert scored[0]["positives"] < 10 <= max(row["positives"] for row in scored), "a rare class leads"
+    known = [row["class"] for row in scored if row["positives"] >= 10]
     assert best == known[: min(5, -(-len(known) // 2))]
     assert worst == known[::-1][: min(5, len(known) // 2)]
     assert not set(best) & set(worst)
