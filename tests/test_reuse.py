@@ -45,7 +45,7 @@ def rows_for(images: list[int]) -> np.ndarray:
 
 def prepare(folder: Path, images: list[int], *, repair: bool = False) -> bool:
     out, paths = folder / "a.h5", [folder / f"{i}.png" for i in images]
-    return reuse.prepare(header(images), out, paths, repair=repair, workers=2, stop=lambda: False)
+    return reuse.prepare(header(images), out, reuse.Look(paths, 2, lambda: False), repair=repair)
 
 
 def encode(folder: Path, images: list[int], count: int) -> list[int]:
@@ -144,7 +144,7 @@ def with_check(value: str, images: list[int]) -> store.Header:
 
 def run(folder: Path, head: store.Header) -> bool:
     paths = [folder / image for image in head.images]
-    return reuse.prepare(head, folder / "a.h5", paths, repair=False, workers=1, stop=lambda: False)
+    return reuse.prepare(head, folder / "a.h5", reuse.Look(paths, 1, lambda: False), repair=False)
 
 
 def test_another_pillow_is_refused_by_field_and_version(folder: Path) -> None:
