@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def call(arguments: list[str]) -> dict[str, Any]:
     """Exit code (negative: the signal that killed it), what it wrote and seconds of `cxrfast ARGUMENTS`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.monotonic()
-        child = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 warns of threads; the child only runs one command and ends
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if not child:
             _become(arguments, out.fileno(), err.fileno())
         _, status = os.waitpid(child, 0)
