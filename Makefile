@@ -67,7 +67,7 @@ lint: install
 # The CPU figures of the README, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
 BENCH := PYTHONPATH=. $(BIN)/python benchmarks
 bench: install
-	$(BENCH)/run_cache.py --count 48 --rounds 3
+	$(BENCH)/run_cache.py --count 24 --rounds 3
 	$(BENCH)/run_training.py --part steps --rounds 3
 	$(BENCH)/run_inference.py --rounds 6
 	$(BENCH)/run_cold_start.py --rounds 5

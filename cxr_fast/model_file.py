@@ -26,7 +26,6 @@ SEAL = "content_sha256"
 NEEDED = (SEAL, "labels", "labels_sha256", "thresholds", "preprocess")
 
 _GRAPH, _ENTRY = 7, 14
-MOST_RECORDS = 10_000  # a real file has some 50; a hostile one of two-byte records would be read for minutes
 MOST_TEXT = 64 << 20
 CHUNK = 1 << 20
 
@@ -192,7 +191,7 @@ def _entries(file: IO[bytes]) -> list[tuple[str, str, Record]]:
     """Key, value and place of each metadata entry. Raises NotOnnx."""
     size = file.seek(0, io.SEEK_END)
     found, graphs, text = [], 0, 0
-    for record in records(file, 0, size, MOST_RECORDS):
+    for record in records(file, 0, size, operations.MOST_RECORDS):
         if record.field == _GRAPH and record.wire == BYTES:
             graphs += 1
         elif record.field == _ENTRY and record.wire == BYTES:

@@ -2,8 +2,8 @@
 
 Read without ONNX Runtime, which runs whatever it is given: a loop without end, or an image padded to a million. Source:
 onnx.proto (ModelProto: graph 7, training_info 20, functions 25; GraphProto: node 1, initializer 5,
-sparse_initializer 15; NodeProto: input 1, op_type 4, attribute 5; AttributeProto: name 1, g 6; TensorProto: dims 1,
-int64_data 7, name 8, raw_data 9, data_location 14).
+sparse_initializer 15; NodeProto: input 1, op_type 4, attribute 5; AttributeProto: name 1, g 6; TensorProto: name 8,
+raw_data 9, data_location 14).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
 }
 MOST_PADDED = 64  # class and register tokens in front of the patches
 
-Weights = dict[str, list[Record | None]]  # where the values of each name lie
+Weights = dict[str, list[Record | None]]  # where the values of each name lie; None where they are not raw bytes
 
 _GRAPH, _FOREIGN = 7, (20, 25)
 _NODE, _INITIALIZER, _SPARSE = 1, 5, 15
@@ -101,8 +101,8 @@ def _weight(file: IO[bytes], weight: Record, weights: Weights) -> None:
         file.seek(location.body)
         if location.wire != NUMBER or varint(file):
             raise NotOnnx("its weights lie in another file, which `cxrfast export` never does")
-    if _NAME in fields and _RAW_DATA in fields:
-        weights.setdefault(_text(file, fields[_NAME]), []).append(fields[_RAW_DATA])
+    if _NAME in fields:
+        weights.setdefault(_text(file, fields[_NAME]), []).append(fields.get(_RAW_DATA))
 
 
 def _padding(file: IO[bytes], values: Record | None) -> None:
