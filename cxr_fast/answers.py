@@ -10,31 +10,59 @@ import json
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
 import PIL
 
 from . import __version__, timing
-from .cluster_predict import Remote
 from .errors import InputError, Interrupted
 from .formats import WRITERS, Columns, Row, shown
 from .inputs import Inputs
 from .lock import FileLock, graceful
-from .predict import BATCH, Predictor, Result, file_sha256
+from .predict import BATCH, Result, file_sha256
 from .preprocess import self_check
 from .resume import Resume, beside
 from .tables import pyarrow
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 Pool = Literal["mean", "max"]
-Model = Predictor | Remote
 KEYS = ("path", "status", "reason")
 STUDY_KEYS = ("study", "images", "status", "reason")
+
+
+class Answerer(Protocol):
+    """Whatever answers batches of images with one model file: a `Predictor`, or a cluster that runs many."""
+
+    path: Path
+    labels: tuple[str, ...]
+    thresholds: np.ndarray
+    threads: int
+    provider: str
+
+    @property
+    def warning(self) -> str:
+        """What must be said beside every figure of the model; empty for a real one."""
+        ...
+
+    def stream_batches(
+        self,
+        batches: Sequence[Sequence[str]],
+        *,
+        workers: int | None = None,
+        seconds: dict[str, float] | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> Generator[list[Result], None, None]:
+        """The results of one batch after the other, in order. Raises Interrupted once `stop` returns True."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What NAME.run.json says beyond the fields above."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -54,7 +82,7 @@ class State:
 
 
 def write(
-    predictor: Model,
+    predictor: Answerer,
     inputs: Inputs,
     out: Path,
     *,
@@ -69,7 +97,7 @@ def write(
 
     What `out` holds of the same model and the same files is not done again; failed files are tried again. Rows are
     kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. With `pool` the studies
-    of a manifest are written beside it, NAME.studies.csv. A `Remote` predictor has it done by a cluster. Returns what
+    of a manifest are written beside it, NAME.studies.csv. `predictor` may be a cluster's. Returns what
     NAME.run.json says.
 
     Raises InputError for an `out` that cannot be written, holds something else, or is an input; Interrupted after
@@ -91,7 +119,7 @@ def write(
                 "reused": state.reused,
                 "failed": state.failed,
                 **tables,
-                **({"cluster": predictor.describe()} if isinstance(predictor, Remote) else {}),
+                **predictor.describe(),
                 "began": began.isoformat(timespec="seconds"),
                 "seconds": time.perf_counter() - clock,
                 "stages": state.seconds,
@@ -157,7 +185,7 @@ class _Study:
 # ---------------------------------------------------------------------------------------------- the parts of `write`
 
 
-def _check(predictor: Model, inputs: Inputs, out: Path, pool: Pool | None) -> None:
+def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) -> None:
     """Everything that is wrong with the request, before hours of predicting and not after."""
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a file.")
@@ -179,7 +207,7 @@ def _check(predictor: Model, inputs: Inputs, out: Path, pool: Pool | None) -> No
         raise InputError("--study-pool: one manifest at a time, for two may mean different studies by one name.")
 
 
-def _protect(predictor: Model, inputs: Inputs, out: Path) -> None:
+def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
     """No file that is written may be one that is read."""
     own = (out, run_path(out), studies_path(out), beside(out), *map(_partial, (out, run_path(out), studies_path(out))))
     written = {_identity(path): path for path in (*own, out.with_name(out.name + ".lock")) if path.exists()}
@@ -229,7 +257,7 @@ def _model_sha256(path: Path) -> str:
     return hashlib.sha256("".join(f"{file_sha256(path / name)} {name}\n" for name in names).encode()).hexdigest()
 
 
-def _request(predictor: Model, out: Path, batch_size: int, workers: int | None, decide: bool) -> dict[str, Any]:
+def _request(predictor: Answerer, out: Path, batch_size: int, workers: int | None, decide: bool) -> dict[str, Any]:
     """What was asked of which model by which code, as NAME.run.json says it."""
     own = {"cxr-fast": __version__, "onnxruntime": onnxruntime.__version__}
     return {
@@ -251,7 +279,7 @@ def _request(predictor: Model, out: Path, batch_size: int, workers: int | None, 
 
 
 def _predict(
-    predictor: Model,
+    predictor: Answerer,
     paths: Sequence[str],
     kept: Resume,
     state: State,
@@ -269,10 +297,7 @@ def _predict(
     batches = [[paths[i] for i in part] for _, part in itertools.groupby(todo, key=lambda i: i // batch_size)]
     by = f"{predictor.provider}, onnxruntime {onnxruntime.__version__}"
     with graceful() as stopped:
-        if isinstance(predictor, Remote):
-            answers = predictor.stream_batches(batches, count=len(batches), seconds=state.seconds, stop=stopped.is_set)
-        else:
-            answers = predictor.stream_batches(batches, workers=workers, seconds=state.seconds)
+        answers = predictor.stream_batches(batches, workers=workers, seconds=state.seconds, stop=stopped.is_set)
         with contextlib.closing(answers), _told(state):
             for results in answers:
                 began = time.perf_counter()
@@ -282,8 +307,6 @@ def _predict(
                 state.failed += sum(not result.ok for result in results)
                 if on_batch is not None:
                     on_batch(state)
-                if stopped.is_set() and state.done < state.total:
-                    raise Interrupted("stopped.")
 
 
 @contextlib.contextmanager
@@ -297,7 +320,7 @@ def _told(state: State) -> Iterator[None]:
 
 
 def _write_tables(
-    predictor: Model,
+    predictor: Answerer,
     inputs: Inputs,
     kept: Resume,
     out: Path,

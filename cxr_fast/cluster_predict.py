@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +55,7 @@ class Answered:
 
 
 class Remote:
-    """A model file that a cluster's nodes run; to `answers.write` it is what a `Predictor` is.
+    """A model file that a cluster's nodes run: an `answers.Answerer`, as a `Predictor` is one.
 
     A task computes with as many threads as the model would here, for the last bits may hang on their number, and takes
     as many CPUs of a node, or one GPU. `sample` are names of images that go first. Raises InputError where a node runs
@@ -117,37 +116,39 @@ class Remote:
         return str(self.info.get("provenance", ""))
 
     def stream_batches(
-        self, batches: Iterable[Sequence[str]], *, count: int, seconds: dict[str, float], stop: Stop
+        self,
+        batches: Sequence[Sequence[str]],
+        *,
+        workers: int | None = None,
+        seconds: dict[str, float] | None = None,
+        stop: Stop = bool,
     ) -> Generator[list[Result], None, None]:
-        """The results of `count` batches, each one call of the model, chunk by chunk as they are finished.
+        """The results of the batches, each one call of the model, chunk by chunk as they are finished.
 
-        `seconds` collects what the tasks' processes spent, all together. Raises Interrupted once `stop` says so.
+        `seconds` collects what the tasks' processes spent, all together; `workers` was said to each task when this was
+        made. Raises Interrupted once `stop` returns True.
         """
+        spent = seconds if seconds is not None else {}
         slots = max(self.cluster.slots(self.cpus, int(self.target == "cuda")), 1)
-        upcoming = iter(batches)
-        if (first := next(upcoming, None)) is None:
+        if not batches:
             return
         # Four chunks a slot, so that the last ones end together.
-        most = max(CHUNK[self.target] // len(first), 1)
-        size = max(1, min(most, count // (4 * slots)))
-        whole = itertools.chain([first], upcoming)
-        chunks = iter(lambda: [list(batch) for batch in itertools.islice(whole, size)], [])
+        most = max(CHUNK[self.target] // len(batches[0]), 1)
+        size = max(1, min(most, len(batches) // (4 * slots)))
+        chunks = ([list(batch) for batch in batches[i : i + size]] for i in range(0, len(batches), size))
         jobs = ((chunk, self.token, self._setup) for chunk in chunks)
         for _, found in clusters.run_tasks(self.cluster, answer, jobs, stop=stop, ahead=2 * slots, **self._size):
             self.tasks[found.node] += sum(map(len, found.batches))
-            for stage, spent in found.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + spent
+            for stage, more in found.seconds.items():
+                spent[stage] = spent.get(stage, 0.0) + more
             yield from found.batches
 
     def describe(self) -> dict[str, Any]:
         """The cluster as NAME.run.json records it, with the images each node answered in this call."""
         said = zip(self.nodes, clusters.describe(self.nodes), strict=True)
-        return {
-            "what": str(self.cluster),
-            "cpus_a_task": self.cpus,
-            "nodes": [{**one, "images": self.tasks[node.id]} for node, one in said],
-            "lost": self.cluster.lost(self.nodes),
-        }
+        nodes = [{**one, "images": self.tasks[node.id]} for node, one in said]
+        lost = self.cluster.lost(self.nodes)
+        return {"cluster": {"what": str(self.cluster), "cpus_a_task": self.cpus, "nodes": nodes, "lost": lost}}
 
 
 def _require_seen(cluster: Cluster, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from . import timing
 from .config import PreprocessSpec, from_dict
-from .errors import ImageError, InputError
+from .errors import ImageError, InputError, Interrupted
 from .preprocess import array_pixels, load
 from .session import open_model
 
@@ -135,11 +135,13 @@ class Predictor:
         *,
         workers: int | None = None,
         seconds: dict[str, float] | None = None,
+        stop: Callable[[], bool] = bool,
     ) -> Generator[list[Result], None, None]:
         """The results of one batch after the other, in order, each batch one call of the model.
 
         The model runs in the calling thread while `workers` threads decode what comes next; Pillow and hashing drop
         the GIL. `seconds` collects what the caller's thread spent in each: `decode` waiting for pixels, `model`.
+        Raises Interrupted before the next batch once `stop` returns True.
         """
         # Where the model waits for pixels and all cores are busy, ONNX Runtime's idle threads, which spin, take time
         # from the decoding ones: `threads`, and session.intra_op.allow_spinning, are what to tune then.
@@ -154,6 +156,8 @@ class Predictor:
                         pending.append([pool.submit(self._decode, path) for path in batch])
                     if not pending:
                         return
+                    if stop():
+                        raise Interrupted("stopped.")
                     began = time.perf_counter()
                     decoded = [future.result() for future in pending.popleft()]
                     ready = time.perf_counter()
@@ -164,6 +168,10 @@ class Predictor:
             finally:
                 for future in itertools.chain.from_iterable(pending):
                     future.cancel()
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing beyond the fields above; a cluster's answerer says here which nodes ran the model."""
+        return {}
 
     def _decode(self, path: str | os.PathLike[str]) -> Decoded:
         name, now = os.fspath(path), time.time_ns()
