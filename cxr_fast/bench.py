@@ -17,7 +17,7 @@ from . import timing
 from .inputs import expand
 from .predict import Predictor
 from .preprocess import decode_grey, read_bytes, resize
-from .shell import table
+from .text import table
 
 STAGES = ("read", "decode", "resize", "model", "post")
 WHOLE, MODEL_ONLY = "file to probabilities", "model only"

@@ -23,8 +23,8 @@ from .config import CacheSpec, PreprocessSpec
 from .errors import ImageError, InputError
 from .preprocess import IMAGE_SUFFIXES, load
 from .reference import Films, loader
-from .shell import duration, table
 from .tail import Tail
+from .text import duration, table
 
 # Images of the main job: Indiana, each with as many views as were measured.
 INDIANA = 7466

@@ -20,7 +20,7 @@ from .config import PreprocessSpec
 from .errors import ImageError, InputError, ParityError
 from .inputs import expand
 from .preprocess import load
-from .shell import number, table
+from .text import number, table
 
 BATCH = 8
 # Two float32 roads of one model: the export allows 1e-5, another machine's golden answer 1e-4.

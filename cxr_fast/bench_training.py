@@ -24,7 +24,7 @@ from .encode import normalise, pick_device, run, with_size
 from .errors import InputError
 from .preprocess import load as load_image
 from .reference import Films, Model, Trainer, loader
-from .shell import duration, table
+from .text import duration, table
 from .train import Fold, predict
 
 CLASSES, BATCH = 35, 16

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import calibrate
-from .config import BIOMEDCLIP
+from .config import BIOMEDCLIP, NOTICE
 from .labels import TRAPS
-from .markup import NOTICE, PARTS, number, of_classes, with_interval
+from .markup import PARTS, number, of_classes, with_interval
 from .material import FEW, FIGURES, Material
 
 TAGS = ("chest-x-ray", "radiology", "multi-label", "biomedclip", "onnx", "research-only")

@@ -98,10 +98,24 @@ class Done:
 # ------------------------------------------------------------------------------------------------- beside the workers
 
 
-def gpu(cluster: Cluster) -> tuple[str, bool]:
-    """The name of some node's GPU, and whether it computes in bfloat16."""
-    found: tuple[str, bool] = next(clusters.run_tasks(cluster, ask_gpu, [()], num_gpus=1))[1]
-    return found
+class ClusterTrainers:
+    """A cluster as a place where a sweep's folds can be trained: `Sweep(..., trainers=ClusterTrainers(cluster))`."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def target(self, device: str) -> str:
+        """`cpu` or `cuda`, by `--device`. DeviceError where no node lends it."""
+        return self.cluster.target(device)
+
+    def gpu(self) -> tuple[str, bool]:
+        """The name of some node's GPU, and whether it computes in bfloat16."""
+        found: tuple[str, bool] = next(clusters.run_tasks(self.cluster, ask_gpu, [()], num_gpus=1))[1]
+        return found
+
+    def start(self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str) -> Spread:
+        """The search's folds and refit as tasks of the cluster's nodes."""
+        return Spread(self.cluster, search, trains, out, device=device, residency=residency)
 
 
 class Spread:
@@ -125,6 +139,9 @@ class Spread:
         self._jobs: list[Job] = []
         self._results: Any = None
         self._done: dict[tuple[int, int], Done] = {}
+
+    def __str__(self) -> str:
+        return str(self.cluster)
 
     def _share(self, residency: str) -> list[Any]:
         """What all tasks need, in the object store; and what of it a node already sees."""
@@ -333,7 +350,7 @@ def look(cache: str, mark: str, name: str, token: str) -> tuple[bool, bool]:
 
 
 def ask_gpu(*, tell: Tell, stop: Stop) -> tuple[str, bool]:
-    """See `gpu`."""
+    """See `ClusterTrainers.gpu`."""
     if not torch.cuda.is_available():
         raise DeviceError("--device cuda: Ray lends a GPU that torch cannot use; try `cxrfast doctor` on the nodes.")
     return torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()

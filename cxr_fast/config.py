@@ -29,6 +29,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 VIEWS = ("plain", "flip")
 
+# Stands on every page, card, overlay and table that shows a figure or a probability.
+NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
+
 
 def to_dict(spec: Any) -> dict[str, Any]:
     """The fields of a spec as JSON-ready values."""

@@ -19,19 +19,16 @@ from .shell import (
     by_recipe,
     cluster_option,
     device_option,
-    duration,
     echo_notes,
-    file_name,
-    gigabytes,
     images_option,
     recipe_option,
     setting,
     skip_option,
     source_argument,
-    table,
     threads_option,
     unindexed_option,
 )
+from .text import duration, file_name, gigabytes, table
 
 
 @click.command()

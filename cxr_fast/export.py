@@ -18,6 +18,7 @@ import PIL
 
 from . import __version__, calibrate, drift
 from .checks import IMAGES, Checks, OpenFile, Parity, Progress, check, checks_of, raw_name
+from .config import NOTICE
 from .drift import Drift
 from .errors import InputError, ParityError
 from .graph import VARIANTS, all_nodes, build, matrices
@@ -31,7 +32,6 @@ from .timing import machine
 LIMIT = 1e-5
 # Images on which a single matrix in int8 shows what it does.
 FEW = 16
-NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).with_name("data")
-NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 NONE = "–"
 # Pixels of a picture to one of the page: plots are drawn at 160 an inch, a page has 96.
 DENSITY = 160 / 96

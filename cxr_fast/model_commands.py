@@ -11,18 +11,16 @@ from typing import Any, Literal
 import click
 
 from . import cluster as clusters
+from .config import NOTICE
 from .shell import (
-    NOTICE,
     PATH,
     Progress,
     cluster_option,
     device_option,
-    gigabytes,
     images_option,
-    number,
-    table,
     threads_option,
 )
+from .text import gigabytes, number, table
 
 
 @click.command()

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .config import PreprocessSpec
-from .markup import NOTICE
+from .config import NOTICE, PreprocessSpec
 from .preprocess import placed
 
 COLUMNS = 4

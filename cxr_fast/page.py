@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import making, outcome
-from .markup import NOTICE, contents, document, listing, paragraph, text
+from .config import NOTICE
+from .markup import contents, document, listing, paragraph, text
 from .material import Material
 
 

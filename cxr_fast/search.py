@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,69 @@ from .selection import Data
 from .stacked import fit_together
 from .train import Epoch, Fold, Snapshot, fit, precision
 
+# Configuration, fold (the number of folds: the refit), and the epoch just trained.
 OnEpoch = Callable[[int, int, Epoch], None]
+
+
+class FoldTrainer(Protocol):
+    """Trains the folds of one search, and its refit, elsewhere than in this process.
+
+    `str()` is its line in a plan. Close it when the search is done.
+    """
+
+    @property
+    def at_once(self) -> int:
+        """How many folds train at the same time."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines that a user must see before it starts."""
+        ...
+
+    def train_folds(
+        self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Train the folds of configuration `number` into the journal: their histories and seconds."""
+        ...
+
+    def refit(
+        self,
+        number: int,
+        epochs: int,
+        rates: Sequence[float],
+        journal: Journal,
+        on_epoch: OnEpoch | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Train the refit of configuration `number` into the journal."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` records of where the folds were trained."""
+        ...
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        ...
+
+
+class Trainers(Protocol):
+    """A place where folds can be trained: it lends a device, and starts a `FoldTrainer` for a search."""
+
+    def target(self, device: str) -> str:
+        """`cpu` or `cuda`, by `--device`. Raises DeviceError where it cannot be had."""
+        ...
+
+    def gpu(self) -> tuple[str, bool]:
+        """The name of its GPU, and whether that computes in bfloat16."""
+        ...
+
+    def start(
+        self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
+    ) -> FoldTrainer:
+        """Make the search's folds ready to be trained; `trains` are its configurations, precision resolved."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

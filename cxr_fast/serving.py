@@ -12,7 +12,7 @@ from . import benchmark_record as record
 from . import timing
 from .bench import WHOLE, unsteady, verdict_line
 from .predict import Predictor
-from .shell import table
+from .text import table
 
 PERCENTILE = {"single-stream": 90, "server": 99}  # MLPerf's own
 WARM = 20

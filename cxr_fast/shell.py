@@ -1,9 +1,8 @@
-"""What every command shares: options, tables, the progress line, and errors as one or two lines."""
+"""What every command shares: options, the progress line, and errors as one or two lines."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -15,10 +14,9 @@ import click
 
 from .config import choices, default, reference_value
 from .errors import CxrFastError
+from .text import duration
 
 PATH = click.Path(path_type=Path)
-
-NOTICE = "Research use only: not a medical device, not for diagnosis."
 
 
 class Group(click.Group):
@@ -123,18 +121,6 @@ def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
     return ctx.params[name] if given or recipe == "default" else reference_value(cls, name)
 
 
-def table(head: list[str], rows: list[list[str]], *, mark: int | None = None, name: str = "chosen") -> str:
-    """Columns aligned, first left, the others right; `mark` puts an arrow with `name` behind one row."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: list[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
-
-    body = [line(row) + (f"  <- {name}" if i == mark else "") for i, row in enumerate(rows)]
-    return "\n".join([line(head), "  ".join("-" * w for w in widths), *body])
-
-
 class Progress:
     """One line that updates on a terminal; elsewhere a plain line every few seconds."""
 
@@ -175,31 +161,6 @@ class Progress:
         """Leave the line."""
         if self.live:
             click.echo("\r" + " " * 100 + "\r", err=True, nl=False)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 10 s`, `2 h 05 min`."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
-
-
-def gigabytes(count: float) -> str:
-    """`4.5 GB`, `83 MB`, `210 kB`."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def number(value: Any) -> str:
-    """Four decimals, or `-` where a figure is undefined."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def file_name(name: str) -> str:
-    """A dataset's name as part of a path: separators and what hides a file become a dash."""
-    return re.sub(r"[/\\\0]+|^\.+", "-", name).strip() or "dataset"
 
 
 def echo_notes(notes: Iterable[str]) -> None:

@@ -14,10 +14,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from . import __version__, calibrate, cluster_search, record, timing
+from . import __version__, calibrate, record, timing
 from .activations import Activations
 from .backbone import Backbone, load, tower_sha256
-from .cluster import Cluster
 from .config import SweepSpec, TrainSpec, grid, to_dict
 from .datasets import Manifest
 from .encode import pick_device
@@ -27,13 +26,10 @@ from .index import Cache
 from .journal import Journal, difference
 from .lock import FileLock, graceful
 from .runs import clean, model_sha256, save_model
-from .search import Search, Trained
+from .search import FoldTrainer, OnEpoch, Search, Trained, Trainers
 from .selection import read
 from .tail import Tail, count_trainable
-from .train import Epoch, precision, predict, require_scorable
-
-# Configuration, fold (the number of folds: the refit), and the epoch just trained.
-OnEpoch = Callable[[int, int, Epoch], None]
+from .train import precision, predict, require_scorable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +75,9 @@ class Sweep:
     """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder.
 
     `out` None takes the first free name of `exports/CACHE`, `exports/CACHE-2`, ...; an unfinished run of the same
-    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. On a `cluster`
-    folds and refit are its nodes' tasks and all else happens here; on CPUs the figures are a local run's to the last
-    bit.
+    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. With `trainers`
+    (a cluster's) folds and refit are trained there and all else happens here; on CPUs the figures are a local run's to
+    the last bit.
     """
 
     def __init__(
@@ -96,7 +92,7 @@ class Sweep:
         weights: str | None = None,
         manifest: Manifest | None = None,
         overwrite: bool = False,
-        cluster: Cluster | None = None,
+        trainers: Trainers | None = None,
     ) -> None:
         if out is not None:
             _require_free(out, overwrite)
@@ -104,7 +100,7 @@ class Sweep:
         self.data = read(cache, spec, manifest)
         self.labels_from = "the cache" if manifest is None else manifest.name
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
-        self._choose_device(device, residency, cluster)
+        self._choose_device(device, residency, trainers)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, weights)
@@ -113,26 +109,24 @@ class Sweep:
         self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
         self.overwrite = overwrite
-        self.spread: cluster_search.Spread | None = None
-        if cluster is not None:
+        self.spread: FoldTrainer | None = None
+        if trainers is not None:
             trains = [
                 replace(train, precision=cast(Any, k)) for (_, train), k in zip(self.points, self.kinds, strict=True)
             ]
-            self.spread = cluster_search.Spread(
-                cluster, self.search, trains, self.out, device=self.trained_on, residency=residency
-            )
+            self.spread = trainers.start(self.search, trains, self.out, device=self.trained_on, residency=residency)
             self.search.train_folds = self.spread.train_folds
 
-    def _choose_device(self, device: str, residency: str, cluster: Cluster | None) -> None:
+    def _choose_device(self, device: str, residency: str, trainers: Trainers | None) -> None:
         """Where folds are trained, in which arithmetic each configuration, and where all else is computed: here."""
-        if cluster is None:
+        if trainers is None:
             self.device, self.residency = pick_device(device), residency
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
             self.kinds = [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points]
             return
-        self.trained_on, self.gpu, bfloat16 = cluster.target(device), "cpu", False
+        self.trained_on, self.gpu, bfloat16 = trainers.target(device), "cpu", False
         if self.trained_on == "cuda":
-            self.gpu, bfloat16 = cluster_search.gpu(cluster)
+            self.gpu, bfloat16 = trainers.gpu()
         # Where this machine lends its GPU to the tasks, their activations need its memory.
         self.device = pick_device("auto" if self.trained_on == "cuda" else "cpu")
         self.residency = "host" if self.device.type == "cuda" else residency
@@ -198,7 +192,7 @@ class Sweep:
             precision=self.kinds[0],
             seconds=self._expected_seconds(self.points[0][1]),
             resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.overwrite,
-            cluster="" if self.spread is None else str(self.spread.cluster),
+            cluster="" if self.spread is None else str(self.spread),
             notes=() if self.spread is None else tuple(self.spread.notes),
         )
 

@@ -20,7 +20,7 @@ from .errors import ImageError, InputError
 from .inputs import expand
 from .predict import Predictor, Result
 from .serving import PERCENTILE, Say, Worker, server, server_lines, single_lines, single_stream
-from .shell import table
+from .text import table
 
 FROM_FILES = "from files"
 # The knee: no batch size needs to be larger than the smallest that comes this close to the best.

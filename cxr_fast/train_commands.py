@@ -12,24 +12,20 @@ import click
 
 from . import cluster as clusters
 from . import cpu
-from .config import CacheSpec, SweepSpec, TrainSpec, default, reference_value
+from .config import NOTICE, CacheSpec, SweepSpec, TrainSpec, default, reference_value
 from .errors import InputError
 from .shell import (
-    NOTICE,
     PATH,
     Progress,
     by_recipe,
     cluster_option,
     device_option,
-    duration,
     echo_notes,
-    gigabytes,
-    number,
     recipe_option,
     setting,
-    table,
     threads_option,
 )
+from .text import duration, gigabytes, number, table
 
 
 @click.command()
@@ -118,7 +114,7 @@ def sweep(
         if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{axis.replace('_', '-')} and --grid {axis}=... both say it; leave one of them out.")
     spec = SweepSpec(epochs=parse_epochs(epochs), train=train, **own)
-    from . import index
+    from . import cluster_search, index
     from . import sweep as sweeps
 
     if cache is None:
@@ -143,7 +139,7 @@ def sweep(
             weights=weights,
             manifest=labels,
             overwrite=overwrite,
-            cluster=joined,
+            trainers=None if joined is None else cluster_search.ClusterTrainers(joined),
         )
         echo_plan(plan := job.plan(), spec)
         shuffles = {str(train.shuffle) for _, train in job.points}

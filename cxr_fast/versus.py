@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import plots
+from .config import NOTICE
 from .markup import (
     NONE,
-    NOTICE,
     Cell,
     Lines,
     contents,

@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 
 from cxr_fast import __version__, benchmark_record, data_commands, devices, encode, shell, store, timing, train_commands
 from cxr_fast.cli import main
+from cxr_fast.text import duration, file_name, gigabytes, number
 
 GPU = devices.gpu_present()
 RANDOM = "random:0:test_vit"
@@ -116,7 +117,7 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert said["sweep"].stdout.count("<- best\n") == 1, "a fold, chosen by no more than one of the final models"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
     assert re.search(r"positives a fold +total( +fold \d)+ +hold-out\n", said["sweep"].stdout)
-    assert "not a medical device" in said["sweep"].stdout
+    assert "Not a medical device" in said["sweep"].stdout
     assert re.search(r"against torch float32 on 58 images .*\nfp32 +\S+e-0[6789]", said["export"].stdout, re.DOTALL)
     assert "wrote exports/phantom/model.fp32.onnx" in said["export"].stdout
     assert "note: RANDOM BACKBONE, PHANTOM IMAGES" in said["export"].stdout
@@ -702,17 +703,17 @@ def test_every_command_shows_its_help() -> None:
 @pytest.mark.parametrize(
     ("function", "value", "expected"),
     [
-        (shell.duration, 0.4, "0 s"),
-        (shell.duration, 59.4, "59 s"),
-        (shell.duration, 59.6, "1 min 00 s"),
-        (shell.duration, 190, "3 min 10 s"),
-        (shell.duration, 3599.6, "1 h 00 min"),
-        (shell.duration, 7500, "2 h 05 min"),
-        (shell.gigabytes, 4.52e9, "4.5 GB"),
-        (shell.gigabytes, 83e6, "83 MB"),
-        (shell.gigabytes, 2.1e5, "210 kB"),
-        (shell.number, None, "-"),
-        (shell.number, 0.123456, "0.1235"),
+        (duration, 0.4, "0 s"),
+        (duration, 59.4, "59 s"),
+        (duration, 59.6, "1 min 00 s"),
+        (duration, 190, "3 min 10 s"),
+        (duration, 3599.6, "1 h 00 min"),
+        (duration, 7500, "2 h 05 min"),
+        (gigabytes, 4.52e9, "4.5 GB"),
+        (gigabytes, 83e6, "83 MB"),
+        (gigabytes, 2.1e5, "210 kB"),
+        (number, None, "-"),
+        (number, 0.123456, "0.1235"),
         (train_commands.parse_epochs, "30, 50", (30, 50)),
         (train_commands.column_name, "fold_0", "fold 1"),
         (train_commands.column_name, "holdout", "hold-out"),
@@ -815,7 +816,7 @@ def test_predictions_never_overwrite_the_model(pantry: Path, toy_model: Path) ->
     ("name", "expected"), [("iu", "iu"), ("a/b", "a-b"), ("../x", "--x"), (".hidden", "-hidden"), ("", "dataset")]
 )
 def test_a_datasets_name_is_one_file_name(name: str, expected: str) -> None:
-    assert shell.file_name(name) == expected
+    assert file_name(name) == expected
 
 
 def test_a_trial_run_never_costs_a_finished_cache(phantoms: Path, here: Path) -> None:

@@ -23,6 +23,7 @@ from cxr_fast import answers, cluster_predict, cluster_search, inputs
 from cxr_fast import cluster as module
 from cxr_fast.cluster import Cluster, check_nodes, connect, describe, on_each, run_tasks, share, visible
 from cxr_fast.cluster_predict import Remote
+from cxr_fast.cluster_search import ClusterTrainers
 from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
 from cxr_fast.predict import Predictor
@@ -307,7 +308,7 @@ def test_a_sweep_begun_here_that_loses_a_worker_and_a_node_ends_as_on_one_machin
     cluster: Cluster, nodes: Any, toy_cache: Path, local: Path, tmp_path: Path
 ) -> None:
     interrupted(toy_cache, tmp_path / "run", after=3)
-    job = Sweep(toy_cache, tmp_path / "run", SPEC, grid_flags=GRID, device="cpu", cluster=cluster)
+    job = Sweep(toy_cache, tmp_path / "run", SPEC, grid_flags=GRID, device="cpu", trainers=ClusterTrainers(cluster))
     plan = job.plan()
     assert plan.cluster == str(cluster)
     assert plan.resumed
@@ -396,7 +397,7 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     monkeypatch.setattr(cluster_search, "TOKEN", "another name")
     look = cluster_search.look
     monkeypatch.setattr(cluster_search, "look", lambda *names: (look(*names)[0], False))
-    job = Sweep(embeddings, tmp_path / "run", spec, device="cpu", cluster=cluster)
+    job = Sweep(embeddings, tmp_path / "run", spec, device="cpu", trainers=ClusterTrainers(cluster))
     cache, folder = job.plan().notes
     assert cache.startswith("3 node(s) do not see (")
     assert cache.endswith(") the cache; its activations go through Ray's object store, a copy a node")
@@ -419,7 +420,7 @@ def test_a_gpu_that_no_node_lends_is_refused(
     cluster: Cluster, toy_cache: Path, tmp_path: Path, device: str, match: str
 ) -> None:
     with pytest.raises(DeviceError, match=match):
-        Sweep(toy_cache, tmp_path / "run", SPEC, device=device, cluster=cluster)
+        Sweep(toy_cache, tmp_path / "run", SPEC, device=device, trainers=ClusterTrainers(cluster))
 
 
 @pytest.mark.ray
@@ -428,7 +429,7 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
 
     torch.set_num_threads(4)
     try:
-        job = Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu", cluster=cluster)
+        job = Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu", trainers=ClusterTrainers(cluster))
     finally:
         torch.set_num_threads(1)
     assert job.spread is not None

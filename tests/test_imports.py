@@ -19,7 +19,20 @@ from cxr_fast.cli import main
 PACKAGE = Path(cxr_fast.__file__).parent
 FLOORS = {
     0: ("__init__", "errors", "wire"),
-    1: ("config", "labels", "tables", "dicom", "anatomy", "lock", "markup", "plots", "flat", "whole", "operations"),
+    1: (
+        "config",
+        "labels",
+        "tables",
+        "text",
+        "dicom",
+        "anatomy",
+        "lock",
+        "markup",
+        "plots",
+        "flat",
+        "whole",
+        "operations",
+    ),
     2: (
         *("layouts", "rows", "splits", "preprocess", "findings", "metrics", "calibrate", "timing", "twins", "curves"),
         *("model_file", "devices", "formats", "stream"),
