@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import cxr_fast
-from cxr_fast import timing
+from cxr_fast.system import hardware
 
 HERE = Path(__file__).parent
-spread = timing.spread
+spread = hardware.spread
 
 
 def environment() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "versions": {"cxr-fast": cxr_fast.__version__, "torch": torch.__version__, "numpy": numpy.__version__},
         "gpu": gpu,
-        "machine": timing.machine(),
+        "machine": hardware.machine(),
     }
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cxr_fast import backbone, datasets, encode
+from cxr_fast.activations import encoder
 from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
-from cxr_fast.export import Exported, export
-from cxr_fast.phantom import write_dataset
-from cxr_fast.sweep import Sweep
+from cxr_fast.data import manifest as datasets
+from cxr_fast.data.phantom.dataset import write_dataset
+from cxr_fast.export.variants import Exported, export
+from cxr_fast.models import backbone
+from cxr_fast.training.sweep import Sweep
 
 
 def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Exported]:
@@ -23,8 +25,8 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     """
     write_dataset(folder / "data", studies=8, size=128, seed=0)
     tower, manifest = backbone.load(weights), datasets.read(folder / "data")
-    spec = encode.with_size(CacheSpec(weights=weights), tower)
-    encode.run(tower, manifest, spec, folder / "c.h5", device="cpu")
+    spec = encoder.with_size(CacheSpec(weights=weights), tower)
+    encoder.run(tower, manifest, spec, folder / "c.h5", device="cpu")
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))
     Sweep(folder / "c.h5", folder / "run", short, device="cpu").run()
     return export(folder / "run", variants=variants, allow_drift=True, count=8)
@@ -32,8 +34,8 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
 
 def torch_road(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     """The same model as eager torch: open_clip's tower and the head, uint8 pixels (N, S, S) to probabilities."""
-    from cxr_fast.encode import normalise
-    from cxr_fast.runs import read_run
+    from cxr_fast.activations.encoder import normalise
+    from cxr_fast.training.run_folder import read_run
 
     run = read_run(folder / "run")
     mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
@@ -42,8 +44,8 @@ def torch_road(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def films(folder: Path, images: Path | None, count: int) -> list[str]:
     """`count` full-size files: copies of those in `images` in turn, or of phantoms at acquisition size."""
-    from cxr_fast.bench import films as drawn
-    from cxr_fast.inputs import expand
+    from cxr_fast.bench.latency import films as drawn
+    from cxr_fast.data.paths import expand
 
     sources = expand([str(images)]) if images else drawn(folder)
     out = folder / "films"

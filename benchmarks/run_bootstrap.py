@@ -19,7 +19,8 @@ from typing import Any
 import common
 import numpy as np
 
-from cxr_fast import metrics, timing
+from cxr_fast.metrics import figures
+from cxr_fast.system import hardware
 
 SKILL = 1.2
 LIMIT = 1 / (1 + math.exp(-SKILL / 2))
@@ -39,10 +40,10 @@ def naive(labels: np.ndarray, probs: np.ndarray, groups: list[str], resamples: i
     """Macro AUC of rows really repeated, one resample after another."""
     ids = np.unique(groups, return_inverse=True)[1]
     out = []
-    for weights in metrics.group_weights(ids, resamples, seed):
+    for weights in figures.group_weights(ids, resamples, seed):
         for column in weights.T:
             rows = np.repeat(np.arange(len(labels)), column)
-            out.append(metrics.macro(metrics.auc(labels[rows], probs[rows]))[0])
+            out.append(figures.macro(figures.auc(labels[rows], probs[rows]))[0])
     return out
 
 
@@ -67,10 +68,10 @@ def covered(
     random = np.random.default_rng(seed)
     labels, probs, _ = draw(random, make(400 * groups))
     limits, hit = np.full(labels.shape[1], LIMIT), dict.fromkeys(names, 0)
-    whole = metrics.headline(labels, probs, limits)
-    whole |= metrics.per_class(labels, probs, limits, [""] * len(limits))[0]
+    whole = figures.headline(labels, probs, limits)
+    whole |= figures.per_class(labels, probs, limits, [""] * len(limits))[0]
     for k in range(times):
-        found = metrics.bootstrap(*draw(random, make(groups)), limits, resamples=400, seed=k)
+        found = figures.bootstrap(*draw(random, make(groups)), limits, resamples=400, seed=k)
         for name, key in names.items():
             low, high = (np.ravel(end)[0] for end in (found[key].low, found[key].high))
             hit[name] += bool(low <= whole[name] <= high)
@@ -88,7 +89,7 @@ def coverage(times: int) -> dict[str, dict[str, float]]:
 
         out[f"{positive} positive groups"] = covered(make, of_class, times, positive, 400)
     random, shares = np.random.default_rng(0), np.geomspace(0.005, 0.4, 20)
-    every = {name: name for name in metrics.HEADLINE if name not in ("brier", "ece")}  # per_class has those names
+    every = {name: name for name in figures.HEADLINE if name not in ("brier", "ece")}  # per_class has those names
     out["20 classes"] = covered(lambda groups: random.random((groups, 20)) < shares, every, times, 1, 500)
     return out
 
@@ -106,19 +107,19 @@ def main() -> None:
     other = data(args.images, args.classes, 1)[1]
     thresholds = np.full(args.classes, 0.5)
     ids = np.unique(groups, return_inverse=True)[1]
-    drawn = metrics._resampled(metrics._figures(labels, probs, thresholds), ids, 50, 1)["macro_auc"]
+    drawn = figures._resampled(figures._figures(labels, probs, thresholds), ids, 50, 1)["macro_auc"]
     assert np.allclose(drawn, naive(labels, probs, groups, 50, 1), rtol=0, atol=1e-12)
     named = {"resamples": args.resamples, "seed": 0}
     arms: dict[str, Callable[[], object]] = {
-        "every figure, one run": lambda: metrics.bootstrap(labels, probs, groups, thresholds, **named),
-        "paired, two runs": lambda: metrics.paired_bootstrap(
+        "every figure, one run": lambda: figures.bootstrap(labels, probs, groups, thresholds, **named),
+        "paired, two runs": lambda: figures.paired_bootstrap(
             labels, probs, other, groups, thresholds, thresholds, **named
         ),
-        "AUC of every class once, as after each epoch": lambda: metrics.auc(labels, probs),
+        "AUC of every class once, as after each epoch": lambda: figures.auc(labels, probs),
         "macro AUC alone, rows repeated": lambda: naive(labels, probs, groups, args.resamples, 0),
     }
     found: dict[str, list[float]] = {name: [] for name in arms}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(args.rounds):
             for name, work in arms.items():
                 found[name].append(seconds(work))

@@ -16,8 +16,10 @@ from typing import Any
 
 import common
 
-from cxr_fast import backbone, bench_cache, cpu, encode
+from cxr_fast.activations import encoder
+from cxr_fast.bench import caching
 from cxr_fast.config import CacheSpec
+from cxr_fast.models import backbone, device
 
 TARGET = 0.90
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cpu.prepare()
+    device.prepare()
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
     common.save("cache", result, args.json)
@@ -40,12 +42,12 @@ def main() -> None:
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     tower = backbone.load(args.weights)
-    spec = encode.with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
-    manifest = bench_cache.copies(folder, args.images, args.count)
-    parts = bench_cache.Parts(tower, spec, manifest, folder, args.device)
-    found = bench_cache.measure(parts, args.rounds)
+    spec = encoder.with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
+    manifest = caching.copies(folder, args.images, args.count)
+    parts = caching.Parts(tower, spec, manifest, folder, args.device)
+    found = caching.measure(parts, args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"
-    print(bench_cache.describe(found))
+    print(caching.describe(found))
     samples = found["samples"]
     shares = [bound / whole for bound, whole in zip(samples["bound"], samples["whole"], strict=True)]
     kept = ("images", "weights", "views", "device", "workers", "bound_is", "seconds_per_image", "ratios", "noise")

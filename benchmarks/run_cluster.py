@@ -31,12 +31,18 @@ import torch
 from PIL import Image
 from run_search import flops
 
-from cxr_fast import backbone, bench_cache, cpu, encode, store, timing
-from cxr_fast.activations import Activations
+from cxr_fast.activations import encoder as encode
+from cxr_fast.activations import file
+from cxr_fast.activations.loader import (
+    Activations,
+)
+from cxr_fast.bench import caching
 from cxr_fast.config import CacheSpec, PreprocessSpec, TrainSpec
-from cxr_fast.phantom import draw
-from cxr_fast.preprocess import load
-from cxr_fast.train import Fold
+from cxr_fast.data.images import load
+from cxr_fast.data.phantom.dataset import draw
+from cxr_fast.models import backbone, device
+from cxr_fast.system import hardware
+from cxr_fast.training.fold import Fold
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW, MANY = 4, 8
@@ -79,14 +85,14 @@ def start_cluster(nodes: int, cores: Sequence[int]) -> Any:
 
 def command(folder: Path, source: Path, weights: str, shards: int, address: str | None) -> list[str]:
     """`cxrfast cache` of `source` into `folder`."""
-    words = [sys.executable, "-m", "cxr_fast.cli", "cache", str(source), "--weights", weights, "--views", "plain"]
+    words = [sys.executable, "-m", "cxr_fast", "cache", str(source), "--weights", weights, "--views", "plain"]
     words += ["--out", str(folder / "c.shards.json"), "--shards", str(shards), "--threads", "1", "--workers", "1"]
     return words + ["--device", "cpu"] + (["--cluster", address] if address else [])
 
 
 def rows(folder: Path) -> np.ndarray:
     """The activations of every shard, in order."""
-    return np.concatenate([np.array(store.ActivationFile(path).activations) for path in sorted(folder.glob("*.h5"))])
+    return np.concatenate([np.array(file.ActivationFile(path).activations) for path in sorted(folder.glob("*.h5"))])
 
 
 def once(source: Path, weights: str, shards: int, address: str | None, core: int) -> tuple[float, np.ndarray]:
@@ -136,7 +142,7 @@ def arms(sources: Sequence[Path], args: argparse.Namespace, cores: Sequence[int]
     clusters: dict[str, list[float]] = {name: [] for name, nodes in ARMS.items() if nodes}
     bare: list[dict[str, float]] = []
     wanted: dict[int, np.ndarray] = {}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(args.rounds):
             for name, nodes in ARMS.items():
                 began = time.perf_counter()
@@ -214,8 +220,8 @@ def write_seconds(folder: Path, tower: backbone.Backbone, spec: CacheSpec, manif
 
     def work() -> int:
         path = folder / f"w{next(made)}.h5"
-        store.create(path, header)
-        with store.Writer(path) as writer:
+        file.create(path, header)
+        with file.Writer(path) as writer:
             for start in range(0, count, 8):
                 some = range(start, min(start + 8, count))
                 writer.rows(some, values[some.start : some.stop], ["0" * 64] * len(some), [None] * len(some))
@@ -256,7 +262,7 @@ def parts(folder: Path, manifest: Any, args: argparse.Namespace, core: int) -> d
     tower = backbone.load(args.weights)
     spec = encode.with_size(CacheSpec(weights=args.weights, views=("plain",)), tower)
     with held(core):
-        cpu.prepare(1)
+        device.prepare(1)
         encoder = encode.Encoder(tower, spec, torch.device("cpu"), block=8)
         pixels = np.zeros((8, *(spec.preprocess.size,) * 2), np.uint8)
         found = {
@@ -290,7 +296,7 @@ def main() -> None:
         manifests = []
         for count in args.films:
             (folder / str(count)).mkdir()
-            manifests.append(bench_cache.copies(folder / str(count), None, count))
+            manifests.append(caching.copies(folder / str(count), None, count))
         sources = [folder / str(count) / "manifest.csv" for count in args.films]
         found = parts(folder, manifests[-1], args, cores[0])
         found_arms = arms(sources, args, cores)

@@ -24,8 +24,9 @@ from typing import Any
 import common
 import models
 
-from cxr_fast import cpu, timing
-from cxr_fast.bench import films
+from cxr_fast.bench.latency import films
+from cxr_fast.models import device
+from cxr_fast.system import hardware
 
 SAME = 1e-4
 STAGES = ("interpreter", "import", "load", "first answer")
@@ -41,7 +42,7 @@ print(json.dumps({"marks": marks, "answer": [float(p) for p in row]}))
 """
 ONNX = """
 from cxr_fast import answers, cli
-from cxr_fast.predict import Predictor
+from cxr_fast.inference.predictor import Predictor
 marks.append(time.monotonic())
 predictor = Predictor(sys.argv[2], device="cpu")
 marks.append(time.monotonic())
@@ -51,9 +52,9 @@ TORCH = """
 import torch, open_clip
 from cxr_fast import calibrate, cpu
 from cxr_fast.config import PreprocessSpec, from_dict
-from cxr_fast.encode import normalise
-from cxr_fast.preprocess import load
-from cxr_fast.runs import read_run
+from cxr_fast.activations.encoder import normalise
+from cxr_fast.data.images import load
+from cxr_fast.training.run_folder import read_run
 marks.append(time.monotonic())
 cpu.prepare()
 from pathlib import Path
@@ -100,7 +101,7 @@ def measure(run: Path, film: Path, rounds: int) -> dict[str, Any]:
     }
     apart = compare(arms, film)
     samples: dict[str, dict[str, list[float]]] = {name: {s: [] for s in (*STAGES, "whole")} for name in arms}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(rounds):
             for name, (code, model) in arms.items():
                 for stage, value in once(code, model, film)["seconds"].items():
@@ -134,12 +135,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.run is None:
-            cpu.prepare()
+            device.prepare()
             models.exported(Path(scratch), args.weights, ("fp32", "int8"))
         film = args.film or Path(films(Path(scratch), count=1)[0])
         result = measure(args.run or Path(scratch) / "run", film, args.rounds)
     weights = str(args.run.name) if args.run else args.weights
-    common.save("cold-start", {"weights": weights, "threads": timing.cpu_count(), **result}, args.json)
+    common.save("cold-start", {"weights": weights, "threads": hardware.cpu_count(), **result}, args.json)
 
 
 if __name__ == "__main__":

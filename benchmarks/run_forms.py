@@ -26,8 +26,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from cxr_fast import cpu, timing
-from cxr_fast.predict import golden_pixels
+from cxr_fast.inference.predictor import golden_pixels
+from cxr_fast.models import device
+from cxr_fast.system import hardware
 
 EXPORTED = "Gelu, opset 20 (as exported)"
 AGREE, TANH = 1e-5, "FastGelu (tanh)"
@@ -82,9 +83,9 @@ def serve(path: str) -> None:
     """What a form's process does: its answer and node counts, then times when told to."""
     import onnxruntime
 
-    cpu.prepare()
+    device.prepare()
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = timing.cpu_count(), 3
+    options.intra_op_num_threads, options.log_severity_level = hardware.cpu_count(), 3
     options.optimized_model_filepath = path + ".optimised"
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(path + ".optimised", load_external_data=False).graph.node)
@@ -125,17 +126,17 @@ def main() -> None:
         apart = {n: float(np.abs(np.subtract(f["answer"], first[EXPORTED]["answer"])).max()) for n, f in first.items()}
         assert all(value <= AGREE for name, value in apart.items() if name != TANH), apart
         times: dict[str, list[float]] = {name: [] for name in arms}
-        with timing.other_cpu_share() as noise:
+        with hardware.other_cpu_share() as noise:
             for _ in range(args.rounds):
                 for name, arm in arms.items():
                     assert arm.stdin is not None
                     print(EACH, file=arm.stdin, flush=True)
-                    times[name].append(timing.median(read(arm)))
+                    times[name].append(hardware.median(read(arm)))
         for arm in arms.values():
             arm.stdin.close()  # type: ignore[union-attr]
             arm.wait(30)
     common.show(spreads := {name: common.spread(values) for name, values in times.items()}, "s/image")
-    ratios = {name: vars(timing.ratio_interval(values, times[EXPORTED])) for name, values in times.items()}
+    ratios = {name: vars(hardware.ratio_interval(values, times[EXPORTED])) for name, values in times.items()}
     for name, ratio in ratios.items():
         other = {op: n for op, n in first[name]["nodes"].items() if first[EXPORTED]["nodes"].get(op) != n}
         print(f"{name}: {ratio['median']:.3f} [{ratio['low']}, {ratio['high']}] of {EXPORTED}; other nodes: {other}")

@@ -22,9 +22,10 @@ import common
 import models
 import numpy as np
 
-from cxr_fast import cpu, timing
-from cxr_fast.predict import Predictor, golden_pixels
-from cxr_fast.preprocess import load
+from cxr_fast.data.images import load
+from cxr_fast.inference.predictor import Predictor, golden_pixels
+from cxr_fast.models import device
+from cxr_fast.system import hardware
 
 TARGETS = {"fp32 of torch": 0.45, "int8 of fp32": 0.38, "folder of its bound": 0.9, "p90 ms": 100.0}
 EACH, AGREE = 10, {"fp32": 1e-5, "int8": 0.02}
@@ -59,7 +60,7 @@ class Arm:
 
 def serve(name: str, folder: Path) -> None:
     """What an arm's process does."""
-    cpu.prepare()
+    device.prepare()
     if name == "torch":
         run, size = models.torch_road(folder), 224
     else:
@@ -85,15 +86,15 @@ def single(folder: Path, rounds: int) -> dict[str, Any]:
     print(f"largest probability difference to torch: {apart}")
     assert all(apart[name] <= AGREE[name] for name in apart), apart
     medians: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(rounds):
             for arm in arms:
-                medians[arm.name].append(timing.median(arm.turn(EACH)))
+                medians[arm.name].append(hardware.median(arm.turn(EACH)))
     for arm in arms:
         arm.end()
     ratios = {
-        "fp32 of torch": timing.ratio_interval(medians["fp32"], medians["torch"]),
-        "int8 of fp32": timing.ratio_interval(medians["int8"], medians["fp32"]),
+        "fp32 of torch": hardware.ratio_interval(medians["fp32"], medians["torch"]),
+        "int8 of fp32": hardware.ratio_interval(medians["int8"], medians["fp32"]),
     }
     common.show(spreads := {name: common.spread(values) for name, values in medians.items()}, "s/image")
     for name, ratio in ratios.items():
@@ -111,11 +112,11 @@ def single(folder: Path, rounds: int) -> dict[str, Any]:
 def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
     """The folder's throughput against its bound, and one film after the other from file to probabilities, in int8."""
     predictor = Predictor(folder / "run" / "model.int8.onnx", device="cpu")
-    cores, pixels = timing.cpu_count(), np.stack([predictor.pixels(path) for path in paths[:8]])
+    cores, pixels = hardware.cpu_count(), np.stack([predictor.pixels(path) for path in paths[:8]])
     predictor.run(pixels)
     rows: dict[str, list[float]] = {"decode": [], "model": [], "bound": [], "folder": [], "share": []}
     latencies = []
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(rounds):
             began = time.process_time()
             for path in paths:
@@ -137,10 +138,10 @@ def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
                 latencies.append(time.perf_counter() - began)
     spreads = {name: common.spread(values) for name, values in rows.items()}
     common.show(spreads, "s/image, and share")
-    verdict = timing.verdict(latencies, TARGETS["p90 ms"] / 1000, 90)
+    verdict = hardware.verdict(latencies, TARGETS["p90 ms"] / 1000, 90)
     bound = "-" if verdict.bound is None else f"{1000 * verdict.bound:.1f} ms"
     print(
-        f"file to probabilities, n {verdict.n}: p50 {1000 * timing.percentile(latencies, 50):.1f} ms, p90 "
+        f"file to probabilities, n {verdict.n}: p50 {1000 * hardware.percentile(latencies, 50):.1f} ms, p90 "
         f"{1000 * verdict.estimate:.1f} ms, 99 % bound {bound}: {verdict.result}"
     )
     if noise.noisy:
@@ -148,7 +149,7 @@ def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
     return {
         "films": len(paths),
         "folder": spreads | {"target_share": TARGETS["folder of its bound"]},
-        "file_to_probabilities": vars(verdict) | {"p50": timing.percentile(latencies, 50)},
+        "file_to_probabilities": vars(verdict) | {"p50": hardware.percentile(latencies, 50)},
         "threads": predictor.threads,
         "noise": {"share": noise.share, "noisy": noise.noisy},
     }
@@ -167,7 +168,7 @@ def main() -> None:
     if args.arm:
         serve(args.arm, args.folder)
         return
-    cpu.prepare()
+    device.prepare()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         found = models.exported(folder, args.weights, ("fp32", "int8"))

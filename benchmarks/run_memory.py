@@ -13,11 +13,11 @@ from pathlib import Path
 
 import common
 
-from cxr_fast.phantom import write_dataset
+from cxr_fast.data.phantom.dataset import write_dataset
 
 MEASURE = """
 import resource, sys
-from cxr_fast.cli import main
+from cxr_fast.cli.main import main
 try:
     main(sys.argv[1:], standalone_mode=False)
 finally:

@@ -30,12 +30,16 @@ import common
 import numpy as np
 import torch
 
-from cxr_fast import backbone, encode, timing
-from cxr_fast.activations import Activations
+from cxr_fast.activations import encoder
+from cxr_fast.activations.loader import (
+    Activations,
+)
 from cxr_fast.config import SweepSpec, TrainSpec
-from cxr_fast.stacked import Stack, lay_out
-from cxr_fast.tail import HEAD_WIDTHS, Tail
-from cxr_fast.train import Fold
+from cxr_fast.models import backbone
+from cxr_fast.models.tail import HEAD_WIDTHS, Tail
+from cxr_fast.system import hardware
+from cxr_fast.training.fold import Fold
+from cxr_fast.training.stacked_folds import Stack, lay_out
 
 CLASSES, UNFREEZE, HOLDOUT = 35, 2, 0.2
 BUDGETS = SweepSpec().epochs
@@ -148,7 +152,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    device = encode.pick_device(args.device)
+    device = encoder.pick_device(args.device)
     visual = backbone.load(args.weights).visual
     activations = random_activations(visual, args.images, device)
     labels = (np.random.default_rng(0).random((args.images, CLASSES)) < 0.05).astype(np.int8)
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folds = make(visual, activations, labels, args, rows)
     stack = Stack(folds, compile=args.compile)
     capture = captured(stack)
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         epochs = [epoch(stack) for _ in range(args.epochs)]
         began = time.perf_counter()
         for fold in folds:

@@ -32,11 +32,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from cxr_fast import stream, timing
-from cxr_fast.activations import Activations, Batch
+from cxr_fast.activations import stream
+from cxr_fast.activations.loader import (
+    Activations,
+    Batch,
+)
 from cxr_fast.config import TrainSpec
-from cxr_fast.heads import HeadFold
-from cxr_fast.train import draw
+from cxr_fast.system import hardware
+from cxr_fast.training.fold import draw
+from cxr_fast.training.head_fold import HeadFold
 
 CPU = torch.device("cpu")
 SHAPE, OFFSET = (197, 768), 6144
@@ -158,7 +162,7 @@ def bandwidth(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     check(array, {"stream": streamed.ahead, "map": mapped.ahead, "row by row": before})
     size = args.images * array[0, 0].nbytes
     found: dict[str, list[float]] = {}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for number in range(args.rounds):
             block, full = (order(args.images, kind, number) for kind in ("block", "full"))
             arms: dict[str, Callable[[], int]] = {
@@ -195,7 +199,7 @@ def readers(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     path = scratch / "rows"
     array = make(path, args.images)
     found: dict[str, list[float]] = {}
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for number in range(args.rounds):
             batches = {kind: order(args.images, kind, number) for kind in ("block", "full")}
             for count, kind, advised in (
@@ -222,7 +226,7 @@ def shown(found: dict[str, dict[str, float | int]], unit: str) -> dict[str, dict
     return found
 
 
-def said(noise: timing.OtherCpu) -> dict[str, Any]:
+def said(noise: hardware.OtherCpu) -> dict[str, Any]:
     """What others took of the machine, printed where it is a lot."""
     if noise.noisy:
         print(f"NOISY: other processes took {noise.share:.0%} of the machine")
@@ -296,7 +300,7 @@ def main() -> None:
     args.images = args.images or (10000 if args.part == "shuffle" else 8000)
     if args.part == "shuffle":
         torch.set_num_threads(1)
-        with timing.other_cpu_share() as noise:
+        with hardware.other_cpu_share() as noise:
             result = shuffles(args.seeds, args.images, args.epochs)
         common.save("stream-shuffle", result | {"noise": said(noise)}, args.json)
         return

@@ -4,7 +4,8 @@
 
 steps: full ViT-B/16, batch 16, as `cxrfast bench train` measures it on a cache of yours. A sample's share of an epoch
 is its training step plus a quarter of a validation pass (four folds train, one validates). Interleaved: the plain
-pipeline (`cxr_fast/reference.py`: two loader workers over full-size PNGs, float32, last two blocks and head trained),
+pipeline (`cxr_fast/bench/baseline.py`: two loader workers over full-size PNGs, float32, last two blocks and head
+trained),
 the same with decoding left out, ours in bfloat16 and in float32, four mini-epochs a round.
 heads: 7,466 embeddings, 5 folds to 100 epochs, batch 16, through the real search with its states on disk.
 memory: peak resident memory of a process that trains one fold, before and after.
@@ -27,14 +28,16 @@ import common
 import numpy as np
 import torch
 
-from cxr_fast import backbone, bench_cache, bench_training, cpu, timing
-from cxr_fast.activations import Activations
-from cxr_fast.bench_training import random_labels
+from cxr_fast.activations.loader import Activations
+from cxr_fast.bench import caching, training
+from cxr_fast.bench.training import random_labels
 from cxr_fast.config import SweepSpec, TrainSpec
-from cxr_fast.journal import Journal
-from cxr_fast.search import Search
-from cxr_fast.selection import Data
-from cxr_fast.train import Fold
+from cxr_fast.models import backbone, device
+from cxr_fast.system import hardware
+from cxr_fast.training.checkpoints import Journal
+from cxr_fast.training.dataset import Data
+from cxr_fast.training.fold import Fold
+from cxr_fast.training.search import Search
 
 TARGETS = {"whole": 14.0, "float32": 4.5, "heads": 60.0, "memory": 2e9}
 CPU = torch.device("cpu")
@@ -44,13 +47,13 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     """The arms' seconds a sample and their ratios, round by round."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        manifest = bench_cache.copies(folder, args.images, args.count)
-        arms = bench_training.Arms(bench_training.fresh(backbone.load(args.weights), manifest, folder))
-        found = bench_training.measure(arms, args.rounds)
+        manifest = caching.copies(folder, args.images, args.count)
+        arms = training.Arms(training.fresh(backbone.load(args.weights), manifest, folder))
+        found = training.measure(arms, args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"
-    print(bench_training.describe(found))
+    print(training.describe(found))
     samples = found["samples"]
-    pairs = {"whole": (bench_training.PLAIN, found["fastest"]), "float32": (bench_training.DECODED, "cached, float32")}
+    pairs = {"whole": (training.PLAIN, found["fastest"]), "float32": (training.DECODED, "cached, float32")}
     ratios = {}
     for name, (slow, fast) in pairs.items():
         each = [a / b for a, b in zip(samples[slow], samples[fast], strict=True)]
@@ -58,7 +61,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{slow} / {fast}: {ratios[name]['median']:.2f} times, target {TARGETS[name]:g}")
     kept = ("images", "threads", "weights", "fastest", "seconds_per_sample", "noise")
     kept += ("largest_token_difference", "largest_loss_difference", "largest_pixel_difference")
-    return {name: found[name] for name in kept} | {"ratios": ratios, "epochs_a_round": bench_training.EPOCHS}
+    return {name: found[name] for name in kept} | {"ratios": ratios, "epochs_a_round": training.EPOCHS}
 
 
 def heads(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def heads(args: argparse.Namespace) -> dict[str, Any]:
 
     data: Any = Data(file=None, header=Header, rows=np.arange(n), labels=Header.labels, assignment=assignment)  # type: ignore[arg-type]
     seconds = []
-    with timing.other_cpu_share() as noise:
+    with hardware.other_cpu_share() as noise:
         for _ in range(args.search_rounds):
             search = Search(tower, Activations(array, CPU), data, spec, unfreeze_blocks=0)
             with tempfile.TemporaryDirectory() as scratch, Journal(Path(scratch) / "run", {}) as journal:
@@ -139,7 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-child", metavar="WEIGHTS", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cpu.prepare()
+    device.prepare()
     if args.memory_child:
         memory_child(args.memory_child)
         return

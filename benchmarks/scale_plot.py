@@ -6,7 +6,7 @@ import io
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from cxr_fast import plots
+from cxr_fast.report import charts
 
 if TYPE_CHECKING:
     from scale_model import Line
@@ -27,9 +27,9 @@ TICKS = {60.0: "1 min", 600.0: "10 min", 3600.0: "1 h", 36000.0: "10 h", 360000.
 
 def draw(found: list[Line]) -> bytes:
     """PNG."""
-    made, axes = plots.figure(6.8, 4.4)
+    made, axes = charts.figure(6.8, 4.4)
     groups = {name: list(some) for name, some in itertools.groupby(found, key=lambda line: line.data)}
-    for (name, some), colour in zip(groups.items(), plots.COLOURS, strict=False):
+    for (name, some), colour in zip(groups.items(), charts.COLOURS, strict=False):
         gpus, seconds = [line.gpus for line in some], [line.seconds for line in some]
         axes.plot(gpus, seconds, color=colour, lw=1.4, zorder=2)
         for line in some:
@@ -47,7 +47,7 @@ def draw(found: list[Line]) -> bytes:
         )
     _scales(axes, found)
     _legend(made, axes, {line.bottleneck for line in found})
-    return fewer_colours(plots.png(made))
+    return fewer_colours(charts.png(made))
 
 
 def _scales(axes: Any, found: list[Line]) -> None:
@@ -59,7 +59,7 @@ def _scales(axes: Any, found: list[Line]) -> None:
     shown = {at: text for at, text in TICKS.items() if least / 3 < at < most * 3}
     axes.set_yticks(list(shown), list(shown.values()))
     axes.minorticks_off()
-    axes.grid(True, axis="y", color=plots.FAINT, lw=0.5)
+    axes.grid(True, axis="y", color=charts.FAINT, lw=0.5)
     axes.set(xlabel="GPUs", ylabel="time of cache and sweep", xlim=(0.9, 150))
     axes.set_title("MODELLED; nothing here was measured on a GPU", fontsize=10, loc="left")
 
@@ -67,7 +67,7 @@ def _scales(axes: Any, found: list[Line]) -> None:
 def _legend(made: Any, axes: Any, used: set[str]) -> None:
     for name, marker in MARKERS.items():
         if name in used:
-            axes.plot([], [], marker, color=plots.GREY, ms=6.5, label=name)
+            axes.plot([], [], marker, color=charts.GREY, ms=6.5, label=name)
     made.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower center",

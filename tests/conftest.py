@@ -30,7 +30,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 studies of 64 x 64 phantoms in the Indiana layout; read it, do not write into it."""
-    from cxr_fast.phantom import write_dataset
+    from cxr_fast.data.phantom.dataset import write_dataset
 
     out = tmp_path_factory.mktemp("phantoms") / "data"
     write_dataset(out, studies=40, size=64, seed=1)
@@ -61,7 +61,7 @@ def _lively(out: Path, source: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from cxr_fast import backbone
+    from cxr_fast.models import backbone
 
     tower, draw = backbone.load(source), torch.Generator().manual_seed(5)
     tensors = {}
@@ -97,16 +97,18 @@ def _cache(data: Path, out: Path, weights: str) -> Path:
     import numpy as np
     import torch
 
-    from cxr_fast import backbone, datasets, encode
+    from cxr_fast.activations import encoder
     from cxr_fast.config import CacheSpec
+    from cxr_fast.data import manifest as datasets
+    from cxr_fast.models import backbone
 
     # Two threads that wait for each other by spinning are thirty times slower on a busy machine.
     torch.set_num_threads(1)
     manifest, tower = datasets.read(data), backbone.load(weights)
     labels = manifest.labels.copy()
     labels[np.random.default_rng(0).random(labels.shape) < 1 / 8] = -1
-    spec = encode.with_size(CacheSpec(weights=weights), tower)
-    encode.run(tower, replace(manifest, labels=labels), spec, out, device="cpu", workers=1)
+    spec = encoder.with_size(CacheSpec(weights=weights), tower)
+    encoder.run(tower, replace(manifest, labels=labels), spec, out, device="cpu", workers=1)
     return out
 
 
@@ -124,7 +126,7 @@ def toy_run_average(toy_cache_average: Path, tmp_path_factory: pytest.TempPathFa
 
 def _run(cache: Path, out: Path) -> Path:
     from cxr_fast.config import SweepSpec, TrainSpec
-    from cxr_fast.sweep import Sweep
+    from cxr_fast.training.sweep import Sweep
 
     spec = SweepSpec(epochs=(4, 5, 6), folds=3, train=TrainSpec(lr=1e-3, batch_size=4))
     Sweep(cache, out, spec, device="cpu").run()
@@ -134,6 +136,6 @@ def _run(cache: Path, out: Path) -> Path:
 @pytest.fixture(scope="session")
 def toy_model(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`toy_run` as an ONNX file; do not write into it."""
-    from cxr_fast.export import export
+    from cxr_fast.export.variants import export
 
     return export(toy_run, out=tmp_path_factory.mktemp("toy") / "toy.onnx")[0].path

@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxr_fast.cli import main
-from cxr_fast.predict import Predictor
+from cxr_fast.cli.main import main
+from cxr_fast.inference.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cxr_fast"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def blocks(language: str) -> list[str]:
@@ -103,7 +103,7 @@ def test_the_commands_of_the_makefile_parse() -> None:
         parse(plain)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_commands_that_messages_tell_to_type_parse(module: Path) -> None:
     """`cxrfast cache SOURCE --out {file} --repair` in an error must not send a user to a second error."""
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
@@ -135,15 +135,16 @@ def test_every_command_and_every_flag_says_what_it_is_for(path: str, command: cl
     assert not [option.name for option in options if not option.help]
 
 
-def test_the_tree_names_every_module() -> None:
+def test_the_tree_names_every_room() -> None:
     tree = next(text for text in blocks("") if text.startswith("cxr_fast/"))
-    named = re.findall(r"^  (\w+\.py) +\S", tree, re.MULTILINE)
-    assert sorted(named) == sorted(path.name for path in MODULES if path.name != "__init__.py")
+    named = re.findall(r"^  (\w+(?:\.py|/)) +\S", tree, re.MULTILINE)
+    rooms = [f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()]
+    assert sorted(named) == sorted(set(rooms) - {"__init__.py", "__pycache__/"})
     for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir()
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_everything_public_has_a_docstring(module: Path) -> None:
     tree = ast.parse(module.read_text(encoding="utf-8"))
     bare = [] if ast.get_docstring(tree) else ["the module"]
@@ -273,7 +274,7 @@ def test_the_readmes_batch_script_runs(desk: Path, capsys: pytest.CaptureFixture
 def test_the_readmes_shell_line_runs(desk: Path) -> None:
     (line,) = batch_scripts("sh")
     (desk / "bin").mkdir()
-    (desk / "bin" / "cxrfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cxr_fast.cli "$@"\n')
+    (desk / "bin" / "cxrfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cxr_fast "$@"\n')
     (desk / "bin" / "cxrfast").chmod(0o755)
     path = f"{desk / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_fast import errors
-from cxr_fast.shell import Group
+from cxr_fast.cli.options import Group
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CxrFastError)]
 

@@ -1,0 +1,146 @@
+"""Prove a cache: done bits, checksums, finite values, and random images encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import CacheSpec, from_dict
+from ..data.images import load as load_image
+from ..data.images import self_check
+from ..errors import ImageError, InputError
+from ..models.backbone import load, prefix_sha256
+from . import cache as index
+from . import reuse
+from .cache import Cache
+from .encoder import Decoded, Encoder, pick_device
+
+# Of a row's largest absolute value. Rounding to float16 alone is 2**-11 = 4.9e-4 of it; the rest is room for another
+# device's order of summation.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was checked and what is wrong: (image, reason) of every bad row; `largest` is relative to a row's peak.
+
+    `asked` rows were to be encoded again, `reencoded` were. `unproven` (image, reason) could not be, which says nothing
+    against them; `absent` counts the images of all rows that are not below `root`, 0 unless one was missed;
+    `shards` is 0 for one file.
+    """
+
+    rows: int
+    failed: int
+    asked: int
+    reencoded: int
+    largest: float
+    bad: tuple[tuple[str, str], ...]
+    unproven: tuple[tuple[str, str], ...]
+    absent: int
+    root: Path
+    shards: int = 0
+
+
+def cache(
+    path: Path,
+    *,
+    reencode: int = 0,
+    images: Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Check every encoded row's checksum and values, and `reencode` random images against what is stored.
+
+    Images are looked for in the dataset's folder, or in `images`; of those that are there `reencode` are drawn. Raises
+    InputError where the file cannot be judged: incomplete, another schema, other weights, a broken fingerprint, a
+    Pillow that gives other pixels.
+    """
+    file = index.open_cache(path)
+    root = images or Path(file.meta["dataset"]["root"])
+    bad: dict[int, str] = {}
+    rows = np.flatnonzero(file.ok).tolist()
+    for count, row in enumerate(rows, 1):
+        if reason := file.damage(row):
+            bad[row] = reason
+        if on_progress is not None:
+            on_progress(count, len(rows))
+    sound = np.random.default_rng(seed).permutation([row for row in rows if row not in bad]).tolist()
+    asked = min(reencode, len(sound))
+    chosen = [row for row, _ in zip(_there(file, sound, root), range(asked), strict=False)]
+    largest, unproven = 0.0, dict[int, str]()
+    if chosen:
+        largest, wrong, unproven = _reencode(file, chosen, root, weights, device)
+        bad |= wrong
+    absent = len(sound) - len(list(_there(file, sound, root))) if len(chosen) < asked else 0
+
+    def named(found: dict[int, str]) -> tuple[tuple[str, str], ...]:
+        return tuple((file.header.images[row], reason) for row, reason in sorted(found.items()))
+
+    return Verdict(
+        rows=len(rows),
+        failed=int((~file.ok).sum()),
+        asked=asked,
+        reencoded=len(chosen) - len(unproven),
+        largest=largest,
+        bad=named(bad),
+        unproven=named(unproven),
+        absent=absent,
+        root=root,
+        shards=len(file.files) if isinstance(file, index.ShardedFile) else 0,
+    )
+
+
+def _there(file: Cache, rows: list[int], root: Path) -> Iterator[int]:
+    return (row for row in rows if (root / file.header.images[row]).is_file())
+
+
+def _reencode(
+    file: Cache, rows: list[int], root: Path, weights: str | None, device: str
+) -> tuple[float, dict[int, str], dict[int, str]]:
+    """Largest difference, and which rows are wrong or could not be encoded again, each with the reason."""
+    parts = file.meta["fingerprint_parts"]
+    if parts.get(reuse.PIXEL_CHECK, self_check()) != self_check():
+        raise InputError(
+            f"the Pillow here gives other pixels than {file.meta.get('pillow')}, with which {file.path} was made: "
+            "encoding again proves nothing. Install that one, or pass --reencode 0."
+        )
+    backbone = load(weights or file.meta["weights"])
+    spec = from_dict(CacheSpec, file.meta["spec"])
+    if prefix_sha256(backbone.visual, spec.unfreeze_blocks) != parts["prefix_sha256"]:
+        raise InputError(f"--weights {backbone.source}: not the weights {file.path} was made with.")
+    encoder = Encoder(backbone, spec, pick_device(device), block=int(file.meta["block"]))
+    largest, bad, unproven = 0.0, dict[int, str](), dict[int, str]()
+    for row in rows:
+        path = root / file.header.images[row]
+        try:
+            pixels, sha256 = load_image(path, spec.preprocess)
+        except ImageError as error:
+            pixels, sha256 = np.zeros(0), reuse.file_hash(path)
+            if sha256 in ("", file.sha256[row]):
+                unproven[row] = f"{error.reason}: {error}"
+                continue
+        if sha256 != file.sha256[row]:
+            bad[row] = "the image has changed since; run `cxrfast cache` again"
+            continue
+        difference, reason = _compare(file, row, encoder, pixels)
+        largest = max(largest, difference)
+        if reason:
+            bad[row] = reason
+    return largest, bad, unproven
+
+
+def _compare(file: Cache, row: int, encoder: Encoder, pixels: np.ndarray) -> tuple[float, str]:
+    """Largest difference of one row to a fresh encoding, relative to the row's peak, and what is wrong with it."""
+    values, errors = encoder.encode([Decoded(pixels=pixels)], [row % encoder.block])
+    if errors[0]:
+        return 0.0, errors[0]
+    stored = file.activations[row].astype(np.float32)
+    peak = float(np.abs(stored).max()) or 1.0
+    difference = float(np.abs(values[0].astype(np.float32) - stored).max()) / peak
+    too_far = f"differs from a fresh encoding by {difference:.1e} of its peak (tolerance {TOLERANCE:g})"
+    return difference, too_far if difference > TOLERANCE else ""

@@ -1,0 +1,345 @@
+"""The commands of the group bench: parse, call one function, print, end with the verdict."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import CacheSpec, PreprocessSpec
+from ..errors import InputError
+from ..models import device as cpu
+from .options import (
+    PATH,
+    Progress,
+    device_option,
+    images_option,
+    setting,
+    skip_option,
+    source_argument,
+    threads_option,
+    unindexed_option,
+)
+
+json_option = click.option("--json", "json_out", type=PATH, help="Write the result here.")
+plot_option = click.option("--plot", type=PATH, help="Write a picture of it here, NAME.png.")
+budget_option = click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100.0,
+    show_default=True,
+    help="Milliseconds from file to probabilities.",
+)
+timed_images_option = click.option(
+    "--images", type=PATH, help="Folder of images to time.  [default: phantoms at acquisition size]"
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure, on this machine."""
+
+
+@bench.command()
+@click.argument("model", type=PATH)
+@timed_images_option
+@click.option("--repeats", type=click.IntRange(1), default=100, show_default=True, help="Timed images.")
+@click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Untimed images first.")
+@budget_option
+@click.option(
+    "--percentile",
+    type=click.Choice(["50", "90", "95", "99"]),
+    default="90",
+    show_default=True,
+    help="The percentile that must keep it.",
+)
+@device_option
+@threads_option
+@json_option
+@plot_option
+def latency(
+    model: Path,
+    images: Path | None,
+    repeats: int,
+    warmup: int,
+    budget_ms: float,
+    percentile: str,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+    plot: Path | None,
+) -> None:
+    """One image at a time: file to probabilities and model only, with a verdict against a budget.
+
+    Exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
+    """
+    from ..bench import latency as benches
+
+    _writable(json_out, plot)
+    result = benches.latency(
+        model,
+        images=images,
+        repeats=repeats,
+        warmup=warmup,
+        budget_ms=budget_ms,
+        percentile=int(percentile),
+        device=device,
+        threads=threads,
+    )
+    finish(result, benches.describe_latency(result), json_out, plot)
+
+
+@bench.command()
+@click.argument("model", type=PATH)
+@timed_images_option
+@click.option(
+    "--scenario",
+    type=click.Choice(["offline", "single-stream", "server"]),
+    default="offline",
+    show_default=True,
+    help="All at once by batch size, one after the other, or random arrivals.",
+)
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Largest batch size.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long to measure; offline never less than three calls a batch size.",
+)
+@budget_option
+@click.option(
+    "--percentile",
+    type=click.Choice(["50", "90", "95", "99"]),
+    help="The percentile that must keep it.  [default: 90 single-stream, 99 server]",
+)
+@device_option
+@threads_option
+@click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads of offline.  [default: usable cores]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrivals.")
+@json_option
+@plot_option
+def throughput(
+    model: Path,
+    images: Path | None,
+    scenario: str,
+    max_batch: int,
+    seconds: float,
+    budget_ms: float,
+    percentile: str | None,
+    device: str,
+    threads: int | None,
+    workers: int | None,
+    seed: int,
+    json_out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Images a second: model only and from files by batch size, or what keeps a budget as images arrive.
+
+    --scenario single-stream and server end with a verdict: exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE.
+    """
+    from ..bench import throughput as measuring
+
+    _writable(json_out, plot)
+    bar = Progress()
+    result = measuring.throughput(
+        model,
+        images=images,
+        scenario=scenario,
+        max_batch=max_batch,
+        seconds=seconds,
+        budget_ms=budget_ms,
+        percentile=int(percentile) if percentile else None,
+        device=device,
+        threads=threads,
+        workers=workers,
+        seed=seed,
+        say=bar.show,
+    )
+    bar.done()
+    finish(result, measuring.describe(result), json_out, plot)
+
+
+def _writable(json_out: Path | None, plot: Path | None) -> None:
+    """Said before minutes are measured."""
+    from ..bench import results
+
+    results.writable(json_out, "--json")
+    results.writable(plot, "--plot", ".png")
+
+
+def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path | None = None) -> None:
+    """Print the result, write it and its picture, and end with its verdict."""
+    from ..bench import results
+
+    click.echo(text)
+    if json_out is not None:
+        results.write(result, json_out)
+        click.echo(f"wrote {json_out}")
+    if plot is not None:
+        from ..bench import charts
+
+        results.write_bytes(charts.draw(result), plot)
+        click.echo(f"wrote {plot}")
+    sys.exit(results.EXIT[result["verdict"]["result"]] if "verdict" in result else 0)
+
+
+@bench.command()
+@click.argument("model_a", type=PATH)
+@click.argument("model_b", type=PATH, required=False)
+@click.option("--against", type=click.Choice(["torch"]), help="torch: the run's own model instead of MODEL_B.")
+@click.option("--run", type=PATH, help="With --against torch, the run folder.  [default: the folder of MODEL_A]")
+@click.option("--images", type=PATH, help="Images both answer.  [default: phantoms at acquisition size]")
+@click.option("--manifest", type=PATH, help="Images and their labels (manifest or dataset folder), for AUCs too.")
+@click.option(
+    "--count", type=click.IntRange(1), default=256, show_default=True, help="Images both answer, evenly spread."
+)
+@click.option("--rounds", type=click.IntRange(1), default=30, show_default=True, help="Timed turns of each.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images a timed call.")
+@device_option
+@threads_option
+@json_option
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    model_a: Path,
+    model_b: Path | None,
+    against: str | None,
+    run: Path | None,
+    images: Path | None,
+    manifest: Path | None,
+    count: int,
+    rounds: int,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+) -> None:
+    """Two models in turn, each in a process of its own: their times, and how far B's answers are from A's.
+
+    Two float32 models of the same weights must agree before they are timed.
+    """
+    from ..bench import comparison
+
+    if (model_b is None) == (against is None):
+        raise InputError("give two models, or one and --against torch.")
+    if images is not None and manifest is not None:
+        raise InputError("--images and --manifest both name the images; give one of them.")
+    if model_b is None:
+        if device not in ("auto", "cpu"):
+            raise InputError(f"--against torch runs on the CPU; --device {device} would compare two devices.")
+        arms = comparison.against_torch(model_a, run, threads=threads)
+    elif run is not None:
+        raise InputError("--run is for --against torch.")
+    else:
+        arms = tuple(comparison.Arm(path=path, device=device, threads=threads) for path in (model_a, model_b))  # type: ignore[assignment]
+    bar = Progress()
+    result = comparison.compare(
+        *arms,
+        images=images,
+        manifest=manifest,
+        count=count,
+        rounds=rounds,
+        batch_size=batch_size,
+        on_progress=lambda text, done, total: bar.show(done, total, text),
+    )
+    bar.done()
+    finish(result, comparison.describe(result), json_out)
+
+
+@bench.command()
+@source_argument
+@setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
+@setting(CacheSpec, "unfreeze_blocks", "Blocks left to train.", type=int)
+@setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
+@setting(PreprocessSpec, "resize", "How a film becomes a square; the plain pipeline always squashes.")
+@setting(CacheSpec, "dtype", "Stored precision.")
+@click.option("--count", type=click.IntRange(1), default=48, show_default=True, help="Images, evenly spread.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Turns of each part.")
+@device_option
+@threads_option
+@images_option
+@skip_option
+@unindexed_option
+@json_option
+def cache(
+    source: Path,
+    weights: str,
+    unfreeze_blocks: int,
+    views: str,
+    resize: Any,
+    dtype: Any,
+    count: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    images: Path | None,
+    skip_missing: bool,
+    unindexed: Any,
+    json_out: Path | None,
+) -> None:
+    """`cxrfast cache` on some of SOURCE's images beside what its parts cost and the plain pipeline's pass over them."""
+    from ..data import manifest as datasets
+
+    manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed)
+    from ..activations import encoder
+    from ..bench import caching
+    from ..models import backbone
+
+    encoder.pick_device(device)
+    cpu.prepare(threads)
+    tower = backbone.load(weights)
+    names = tuple(view.strip() for view in views.split(","))
+    preprocess = PreprocessSpec(resize=resize)
+    spec = CacheSpec(weights=weights, unfreeze_blocks=unfreeze_blocks, views=names, dtype=dtype, preprocess=preprocess)
+    spec = encoder.with_size(spec, tower)
+    some, left_out = caching.few(manifest, count, spec.preprocess)
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = caching.Parts(tower, spec, some, Path(scratch), device)
+        result = caching.measure(parts, rounds, on_round=_rounds(rounds)) | {"left_out": left_out}
+    finish(result, caching.describe(result), json_out)
+
+
+@bench.command()
+@click.argument("cache", type=PATH)
+@click.option("--images", type=PATH, help="Folder of the images, where they are not where the cache found them.")
+@click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
+@click.option("--count", type=click.IntRange(4), default=96, show_default=True, help="Images, evenly spread.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Turns of each way.")
+@device_option
+@threads_option
+@json_option
+def train(
+    cache: Path,
+    images: Path | None,
+    weights: str | None,
+    count: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+) -> None:
+    """An epoch from CACHE beside the plain pipeline, which takes every image through the whole model every epoch."""
+    from ..activations import encoder
+    from ..bench import training
+
+    encoder.pick_device(device)
+    cpu.prepare(threads)
+    material = training.from_cache(cache, count=count, images=images, weights=weights)
+    arms = training.Arms(material, device)
+    result = training.measure(arms, rounds, on_round=_rounds(rounds))
+    finish(result, training.describe(result), json_out)
+
+
+def _rounds(total: int) -> Any:
+    bar = Progress()
+
+    def show(done: int) -> None:
+        bar.show(done, total, f"round {done} of {total}")
+        if done == total:
+            bar.done()
+
+    return show

@@ -1,0 +1,412 @@
+"""Commands on datasets, caches and files: parse, call one function, print."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import CacheSpec, PreprocessSpec
+from ..errors import InputError
+from ..models import device as cpu
+from ..system.text import duration, file_name, gigabytes, table
+from .options import (
+    PATH,
+    Progress,
+    by_recipe,
+    cluster_option,
+    device_option,
+    echo_notes,
+    images_option,
+    recipe_option,
+    setting,
+    skip_option,
+    source_argument,
+    threads_option,
+    unindexed_option,
+)
+
+
+@click.command()
+@source_argument
+@click.option("--out", type=PATH, help="Write a manifest here (.csv or .parquet).")
+@click.option("--labels-only", is_flag=True, help="Do not look for the images.")
+@images_option
+@skip_option
+@unindexed_option
+def prepare(
+    source: Path, out: Path | None, labels_only: bool, images: Path | None, skip_missing: bool, unindexed: Any
+) -> None:
+    """Read a dataset folder or manifest and print its class table.
+
+    SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, or a manifest.
+    """
+    from ..data import manifest as datasets
+
+    manifest = datasets.read(
+        source, labels_only=labels_only, images=images, skip_missing=skip_missing, unindexed=unindexed
+    )
+    click.echo(describe_manifest(manifest))
+    if out is not None:
+        datasets.write_manifest(manifest, out)
+        click.echo(f"\nwrote {out}")
+
+
+def describe_manifest(manifest: Any) -> str:
+    """The class table and the counts above it."""
+    from ..data import manifest as datasets
+
+    total = datasets.summary(manifest)
+    views = ", ".join(f"{name or 'unknown'} {n:,}" for name, n in total["views"].items())
+    lines = [
+        f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
+        f"{total['studies']:,} studies, {total['groups']:,} groups",
+        f"views: {views}",
+        f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels an image",
+    ]
+    if total["skipped_missing"]:
+        lines.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
+    rows = [
+        [r.name, f"{r.positives:,}", f"{r.percent:.2f}", f"{r.unknown:,}", f"{r.groups:,}"]
+        for r in datasets.class_table(manifest)
+    ]
+    lines += ["", table(["class", "positives", "% of images", "unknown", "groups"], rows)]
+    if manifest.info.get("kind") in ("indiana", "openi"):
+        from ..data.labels import TRAPS
+
+        known = set(manifest.classes)
+        notes = [f"  {name}: {text}" for name, text in TRAPS if name in known or not name]
+        lines += ["", "Know before you trust a class of this label set:", *notes]
+    return "\n".join(lines)
+
+
+@click.command()
+@source_argument
+@click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
+@recipe_option
+@setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
+@setting(CacheSpec, "unfreeze_blocks", "Blocks left to train; 0 caches embeddings and trains the head alone.", type=int)
+@setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
+@setting(PreprocessSpec, "resize", "How a film becomes a square.")
+@setting(PreprocessSpec, "dicom_policy", "How DICOM intensities become grey levels.")
+@setting(CacheSpec, "normalize", "Channel statistics: the model's own, or ImageNet's.")
+@setting(CacheSpec, "dtype", "Stored precision.")
+@device_option
+@click.option(
+    "--batch-size", type=click.IntRange(1, 4096), help="Images a model call.  [default: 8 on CPU, 64 on CUDA]"
+)
+@click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
+@threads_option
+@click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
+@click.option(
+    "--shards",
+    type=click.IntRange(1, 9999),
+    help="Write K activation files and an index (NAME.shards.json), read like one.  [default: one file]",
+)
+@cluster_option
+@click.option("--gather", is_flag=True, help="With --cluster: bring the shards here, where nodes share no disk.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["continue", "stop"]),
+    default="continue",
+    show_default=True,
+    help="What an image that cannot be read does; it is never trained on.",
+)
+@click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
+@images_option
+@skip_option
+@unindexed_option
+@click.pass_context
+def cache(
+    ctx: click.Context,
+    source: Path,
+    out: Path | None,
+    recipe: str,
+    weights: str,
+    unfreeze_blocks: int,
+    views: str,
+    resize: Any,
+    dicom_policy: Any,
+    normalize: Any,  # read by by_recipe
+    dtype: Any,
+    device: str,
+    batch_size: int | None,
+    workers: int | None,
+    threads: int | None,
+    limit: int | None,
+    shards: int | None,
+    cluster: str | None,
+    gather: bool,
+    on_error: str,
+    repair: bool,
+    images: Path | None,
+    skip_missing: bool,
+    unindexed: Any,
+) -> None:
+    """Run every image once through the frozen layers and keep the activations in one HDF5 file, or in --shards K."""
+    spec = CacheSpec(
+        weights=weights,
+        unfreeze_blocks=unfreeze_blocks,
+        views=tuple(view.strip() for view in views.split(",")),
+        normalize=by_recipe(ctx, recipe, CacheSpec, "normalize"),
+        dtype=dtype,
+        preprocess=PreprocessSpec(resize=resize, dicom_policy=dicom_policy),
+    )
+    from ..data import manifest as datasets
+
+    manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed, limit=limit)
+    from ..activations import build, encoder
+    from ..models import backbone
+
+    if gather and not cluster:
+        raise InputError("--gather is for --cluster: without it every shard is made here.")
+    if not cluster:
+        encoder.pick_device(device)
+    cpu.prepare(threads)
+    tower = backbone.load(weights)
+    spec = encoder.with_size(spec, tower)
+    first, ending = f"-first{limit}" if limit else "", build.SUFFIX if shards or cluster else ".h5"
+    path = out or Path("cache") / f"{file_name(manifest.name)}{first}{ending}"
+    if not path.name.endswith(ending) or path.is_dir():  # else no other command would find it
+        raise InputError(
+            f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
+            + ("." if ending != ".h5" else f"; one that ends in {build.SUFFIX} wants --shards K.")
+        )
+    how: dict[str, Any] = {"workers": workers}
+    with contextlib.ExitStack() as stack:
+        if cluster:
+            from ..cluster import activations
+
+            over = activations.over(
+                cluster,
+                manifest,
+                path,
+                device=device,
+                threads=threads,
+                batch_size=batch_size,
+                count=shards,
+                gather=gather,
+                image_bytes=encoder.row_bytes(tower, spec),
+            )
+            spread = stack.enter_context(over)
+            click.echo(str(spread))
+            plan, run, shards = spread.plan(manifest, tower, spec, path), spread.run, spread.shards
+        else:
+            how |= {"device": device, "batch_size": batch_size} | ({"shards": shards} if shards else {})
+            plan = (build if shards else encoder).plan(manifest, tower, spec, path, **how)
+            run = (build if shards else encoder).run
+        if limit and plan.rows_dropped:
+            raise InputError(
+                f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
+            )
+        echo_cache_plan(plan, manifest, path, shards)
+        if tower.random:
+            click.echo("weights: RANDOM, not BiomedCLIP")
+        line = CacheProgress(many=cluster is not None)
+        how |= {} if cluster else {"on_looked": lambda more: line.looked(more, plan.rows_done)}
+        how |= {"repair": repair, "stop_on_error": on_error == "stop", "on_progress": line.show}
+        outcome = run(tower, manifest, spec, path, **how)
+        line.bar.done()
+    echo_outcome(outcome, path)
+
+
+class CacheProgress:
+    """The line of a cache run: images compared with rows that are there, then images encoded; `many`: by many machines,
+    whose seconds do not add up to those that passed."""
+
+    def __init__(self, *, many: bool) -> None:
+        self.bar, self.many, self.compared = Progress(), many, 0
+
+    def looked(self, more: int, rows: int) -> None:
+        """`more` images were read, to see whether they are still those of the `rows` that are there."""
+        self.compared += more
+        total = max(rows, self.compared)
+        self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
+
+    def show(self, p: Any) -> None:
+        """An `encode.Progress`."""
+        rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
+        text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
+        self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
+
+
+def echo_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
+    """What a cache run will do, before it starts."""
+    skipped = manifest.info["skipped_missing"]
+    click.echo(
+        f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
+        f"{gigabytes(plan.bytes_needed)} "
+        f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
+        + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
+        + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
+        + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
+        + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
+    )
+
+
+def echo_outcome(outcome: Any, path: Path) -> None:
+    """What a cache run did; exit 1 where images failed."""
+    from ..activations import encoder
+
+    rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
+    click.echo(
+        f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
+    )
+    echo_notes(outcome.notes)
+    listing = encoder.write_errors(path, outcome.failed)
+    if outcome.failed:
+        click.echo(
+            f"{len(outcome.failed):,} image(s) failed and will not be trained on, listed in {listing}:", err=True
+        )
+        for image, error in outcome.failed[:5]:
+            click.echo(f"  {image}: {error}", err=True)
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option("--reencode", type=click.IntRange(0), default=8, show_default=True, help="Random images to encode again.")
+@click.option("--images", type=PATH, help="Folder of the images, where they are not where the cache found them.")
+@click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images.")
+@device_option
+@threads_option
+@click.option("--json", "json_out", type=PATH, help="Write what was found of a model here.")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    file: Path,
+    reencode: int,
+    images: Path | None,
+    weights: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    json_out: Path | None,
+) -> None:
+    """Prove a cache, or that a model file answers on this machine as it did where it was exported.
+
+    FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, or a
+    folder whose model.*.onnx are each checked (bytes, label order, pixels, golden answer; exit 1 says what differs).
+    --reencode, --images, --weights and --seed are for a cache, --json is for a model.
+    """
+    model = _is_model(file)
+    foreign = ("json_out",) if not model else ("reencode", "images", "weights", "seed")
+    for name in foreign:
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            kind, other = ("a model", "a cache") if model else ("a cache", "a model")
+            raise InputError(f"--{name.removesuffix('_out')} is for {other}; {file} is {kind}.")
+    if model:
+        sys.exit(_verify_models(file, device, threads, json_out))
+    sys.exit(_verify_cache(file, reencode, images, weights, seed, device, threads))
+
+
+def _is_model(file: Path) -> bool:
+    """By content: a cache begins with HDF5's signature, a model with its IR version; the name decides for the rest."""
+    if file.is_dir():
+        return True
+    head = b""
+    with contextlib.suppress(OSError):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                head = opened.read(8)
+    if head == b"\x89HDF\r\n\x1a\n" or head[:1] == b"{":
+        return False
+    return head[:1] == b"\x08" or not {".h5", ".json"}.intersection(file.suffixes)
+
+
+def _verify_models(file: Path, device: str, threads: int | None, json_out: Path | None) -> int:
+    from ..inference import verify as model_check
+
+    paths = model_check.models(file)
+    if json_out is not None and json_out.exists() and any(json_out.samefile(path) for path in paths if path.exists()):
+        raise InputError(f"--json: {json_out} is the model itself; give the name of a JSON file.")
+    found = model_check.verify_all(paths, device=device, threads=threads)
+    if len(found) == 1 and isinstance(found[0], model_check.Unjudged):
+        raise found[0].error
+    for item in found:
+        click.echo(model_check.describe(item))
+    if json_out is not None:
+        from ..bench.latency import write_json
+
+        write_json({"models": [model_check.to_json(item) for item in found]}, json_out)
+        click.echo(f"wrote {json_out}")
+    return model_check.exit_code(found)
+
+
+def _verify_cache(
+    file: Path,
+    reencode: int,
+    images: Path | None,
+    weights: str | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+) -> int:
+    from ..activations import verify as verifying
+
+    cpu.prepare(threads)
+    bar = Progress()
+
+    def show(done: int, total: int) -> None:
+        bar.show(done, total, f"{done:,} of {total:,} rows checked")
+
+    found = verifying.cache(
+        file, reencode=reencode, images=images, weights=weights, device=device, seed=seed, on_progress=show
+    )
+    bar.done()
+    text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
+    if found.reencoded:
+        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {verifying.TOLERANCE:g})"
+    click.echo(text)
+    return echo_verdict(found, file)
+
+
+def echo_verdict(found: Any, file: Path) -> int:
+    """What `verify` found, and its exit code: 1 for rows shown to be wrong, 2 where nothing asked for could be done."""
+    if found.bad:
+        many = f" --shards {found.shards}" if found.shards else ""
+        click.echo(
+            f"BAD: {len(found.bad):,} row(s); `cxrfast cache SOURCE --out {file}{many} --repair` mends checksums",
+            err=True,
+        )
+        for image, reason in found.bad[:20]:
+            click.echo(f"  {image}: {reason}", err=True)
+    why = [f"{found.absent:,} images are not below {found.root}; give their folder with --images"] * bool(found.absent)
+    why += [f"{image} {reason}" for image, reason in found.unproven[:3]]
+    if found.asked and not found.reencoded and not found.bad:
+        raise InputError(
+            f"the rows are sound, but none of {found.asked:,} could be encoded again: {'; '.join(why)}, "
+            "or pass --reencode 0."
+        )
+    if why:
+        click.echo(f"NOT PROVEN: {found.asked - found.reencoded:,} of {found.asked:,} asked for: {'; '.join(why)}")
+    if not found.bad:
+        click.echo("PASS")
+    return 1 if found.bad else 0
+
+
+@click.command()
+@click.argument("file", type=PATH)
+def info(file: Path) -> None:
+    """Describe a cache, a run folder, an ONNX file, or what a bench command wrote with --json."""
+    from . import info as describing
+
+    click.echo(describing.describe(file))
+
+
+@click.command()
+@click.argument("out", type=PATH)
+@click.option("--studies", type=click.IntRange(1), default=300, show_default=True, help="Studies to draw.")
+@click.option("--size", type=click.IntRange(32, 4096), default=256, show_default=True, help="Pixels a side.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other images.")
+def phantom(out: Path, studies: int, size: int, seed: int) -> None:
+    """Draw synthetic radiographs with planted findings into a folder of the Indiana layout."""
+    from ..data.phantom import dataset
+
+    count = dataset.write_dataset(out, studies=studies, size=size, seed=seed)
+    click.echo(f"drew {count:,} phantom images of {studies:,} studies in {out}")

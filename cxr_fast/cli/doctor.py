@@ -1,0 +1,402 @@
+"""What this machine and this installation can do, line by line, and what to type where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import InputError
+from ..system import hardware
+
+SCHEMA = 1
+OK, ABSENT, WRONG = "ok", "--", "!!"
+# Distribution, least version (pyproject's), and what it is there for.
+PREDICTING = (("numpy", "2.0"), ("pillow", "10.3"), ("click", "8.1"))
+TRAINING = (
+    ("torch", "2.11"),
+    ("open-clip-torch", "2.30"),
+    ("timm", "1.0.15"),
+    ("h5py", "3.11"),
+    ("onnx", "1.17"),
+    ("pandas", "2.2"),
+    ("scipy", "1.11"),
+    ("scikit-learn", "1.5"),
+    ("iterative-stratification", "0.1.9"),
+    ("safetensors", "0.4.5"),
+    ("huggingface_hub", "0.27"),
+    ("matplotlib", "3.9"),
+)
+OPTIONAL = (
+    ("pydicom", "3.0", "DICOM files", "dicom"),
+    ("pylibjpeg", "2.0", "compressed DICOM files", "dicom"),
+    ("pyarrow", "15", "Parquet manifests", "parquet"),
+)
+RUNTIMES, RUNTIME_LEAST = ("onnxruntime-gpu", "onnxruntime"), "1.20"
+# An Indiana cache takes 4.5 GB (NIH-14 68 GB); a sweep of it holds 1.2 GB.
+ROOM = {"cache": 5e9, "exports": 1e9}
+LITTLE = 2e8
+LEAST_MEMORY = 4e9
+HUB, HUB_SECONDS = "https://huggingface.co", 3.0
+# An ONNX file of one node, y = Relu(x) on one float, to try a provider with.
+RELU = bytes.fromhex(
+    "080a3a330a0c0a0178120179220452656c75120167"  # graph g, node Relu x -> y
+    "5a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a020801"
+    "42040a001014"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line: `ok`, `--` (absent and optional) or `!!` (needed and wrong), and what to do about it."""
+
+    name: str
+    state: str
+    text: str
+    mend: str = ""
+
+
+def examine(*, deep: bool = False, root: Path = Path("/"), folder: Path = Path(".")) -> list[Finding]:
+    """Every finding, within seconds; `deep` also imports torch and runs a session on each provider."""
+    machine = hardware.machine(root)
+    return [
+        *_packages(),
+        *_runtime(machine),
+        *_cpu(machine, root),
+        *_room(folder, root),
+        _hub(),
+        *(_deep() if deep else ()),
+    ]
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    """Whether nothing that is needed is wrong."""
+    return all(finding.state != WRONG for finding in findings)
+
+
+def describe(findings: Sequence[Finding]) -> str:
+    """The findings as aligned lines."""
+    width = max(len(finding.name) for finding in findings)
+    return "\n".join(
+        f"{finding.state}  {finding.name.ljust(width)}  {finding.text}{': ' if finding.mend else ''}{finding.mend}"
+        for finding in findings
+    )
+
+
+def write_json(findings: Sequence[Finding], out: Path) -> None:
+    """The findings as JSON; InputError where it cannot be written."""
+    values = {
+        "kind": "cxr-fast doctor",
+        "schema": SCHEMA,
+        "written_by": f"cxr-fast {__version__}",
+        "healthy": healthy(findings),
+        "findings": [asdict(finding) for finding in findings],
+    }
+    try:
+        out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json: cannot write {out}: {error.strerror or error}.") from error
+
+
+# What is installed.
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None where it is absent."""
+    try:
+        # A half-removed distribution has no version: it is not there.
+        return metadata.version(distribution) or None
+    except (metadata.PackageNotFoundError, KeyError):
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    now = sys.version.split()[0]
+    old = sys.version_info < (3, 11)
+    yield Finding(name="Python", state=WRONG if old else OK, text=now, mend="install 3.11 or newer" if old else "")
+    for name, least in PREDICTING:
+        yield _package(name, least, WRONG)
+    core = [name for name, _ in TRAINING[:4] if version(name)]
+    if not core:
+        # Installed to predict only: nothing is broken.
+        text = "absent (with the rest of what cache, sweep and export need)"
+        yield Finding(name="torch", state=ABSENT, text=text, mend="pip install cxr-fast")
+    for name, least in TRAINING if core else ():
+        yield _package(name, least, WRONG)
+    for name, least, brings, extra in OPTIONAL:
+        found = _package(name, least, ABSENT)
+        if found.state == OK:
+            yield found
+        else:
+            text = f"{found.text}; it would bring {brings}"
+            yield Finding(name=name, state=ABSENT, text=text, mend=f"pip install 'cxr-fast[{extra}]'")
+
+
+def _package(name: str, least: str, otherwise: str) -> Finding:
+    found = version(name)
+    if found is None:
+        return Finding(name=name, state=otherwise, text="absent", mend=f"pip install '{name}>={least}'")
+    if _numbers(found) < _numbers(least):
+        text = f"{found}, older than {least}"
+        return Finding(name=name, state=otherwise, text=text, mend=f"pip install '{name}>={least}'")
+    return Finding(name=name, state=OK, text=f"{found}{' (built without CUDA)' if '+cpu' in found else ''}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`2.15.0rc1+cu130` as (2, 15, 0), without zeros at the end."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    parts = [int(part) for part in found[0].split(".")] if found else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
+
+
+# ONNX Runtime and the GPU.
+
+
+def _devices() -> Any:
+    """The module that knows ONNX Runtime, or what its import says."""
+    try:
+        from ..inference import runtime as devices
+    except Exception as error:  # absent, or one of its libraries is: whatever it raises is the finding
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    return devices
+
+
+def _runtime(machine: dict[str, Any]) -> Iterator[Finding]:
+    there = [(name, version(name)) for name in RUNTIMES if version(name)]
+    text = ", ".join(f"{name} {found}" for name, found in there)
+    both = "pip uninstall onnxruntime onnxruntime-gpu; pip install 'cxr-fast[gpu]'"
+    devices = _devices()
+    if len(there) > 1:
+        text += "; they overwrite each other's files"
+        yield Finding(name="ONNX Runtime", state=WRONG, text=text, mend=both)
+    elif isinstance(devices, str):
+        yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({devices})", mend=both)
+    elif not there:
+        yield Finding(name="ONNX Runtime", state=OK, text="of a build of its own")
+    else:
+        yield _package(there[0][0], RUNTIME_LEAST, WRONG)
+    if not isinstance(devices, str):
+        yield from _gpu(devices, machine["gpus"])
+
+
+def _gpu(devices: Any, gpus: list[str]) -> Iterator[Finding]:
+    present = devices.gpu_present()
+    if gpus:
+        yield Finding(name="GPU", state=OK, text="; ".join(gpus))
+    elif present:
+        text = "one is here, but nvidia-smi shows none"
+        mend = "install NVIDIA's driver, or start the container with GPUs"
+        yield Finding(name="GPU", state=WRONG, text=text, mend=mend)
+    else:
+        yield Finding(name="GPU", state=ABSENT, text="no NVIDIA GPU visible; everything runs on the CPU")
+    devices.preload()
+    serious = WRONG if present else ABSENT
+    libraries = [(name, serious, devices.PIP_CUDA) for name in devices.cuda_libraries()]
+    libraries += [(name, ABSENT, devices.PIP_CUDA) for name in devices.optional_libraries()]
+    libraries += [(name, ABSENT, devices.pip_tensorrt()) for name in devices.tensorrt_libraries()]
+    for name, state, mend in libraries:
+        if devices.loads(name):
+            yield Finding(name=name, state=OK, text="loads")
+        else:
+            yield Finding(name=name, state=state, text=f"does not load; a GPU {_needs(state, name)}", mend=mend)
+    reason = devices.obstacle("cuda")
+    yield Finding(name="--device cuda", state=serious if reason else OK, text=reason or "can be had")
+    reason = devices.obstacle("tensorrt")
+    yield Finding(name="--device tensorrt", state=ABSENT if reason else OK, text=reason or "can be had")
+
+
+def _needs(state: str, name: str) -> str:
+    if state == WRONG:
+        return "cannot be used without it"
+    return "would need it for TensorRT" if name.startswith("libnv") else "would need it"
+
+
+# The machine.
+
+
+def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
+    yield Finding(name="CPU", state=OK, text=f"{machine['cpu'] or 'unknown'}, {machine['os']}")
+    devices = _devices()
+    flags = set() if isinstance(devices, str) else devices.cpu_flags(root)
+    int8 = [] if isinstance(devices, str) else devices.int8_flags(root)
+    if int8:
+        yield Finding(name="int8", state=OK, text=f"{', '.join(int8)}: int8 files run fast here")
+    else:
+        text = "no VNNI or AMX seen: int8 gains 10-20 % and may saturate; a folder gives its float32 file"
+        yield Finding(name="int8", state=ABSENT, text=text)
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    if bf16:
+        yield Finding(name="bfloat16", state=OK, text=f"{', '.join(bf16)}: training in bfloat16 is fast on this CPU")
+    else:
+        text = "no instructions for it seen: on this CPU train with --precision float32"
+        yield Finding(name="bfloat16", state=ABSENT, text=text)
+    quota = machine["cores_quota"]
+    text = f"{machine['cores']} of the machine's {machine['cores_host']}"
+    text += f"; affinity {machine['cores_affinity'] or 'not told'}, container quota {quota or 'none'}"
+    yield Finding(name="cores to use", state=OK, text=text)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes this process may have: the machine's, or the tightest limit of its control groups; None where untold."""
+    limits = [_number(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemTotal:")]
+    base = root / "sys/fs/cgroup"
+    paths = [Path()]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, names, own = [*line.split(":", 2), "", "", ""][:3]
+        if names == "" or "memory" in names.split(","):
+            inside = Path(own.strip().lstrip("/"))
+            paths += [inside, *inside.parents]
+    for path in paths:
+        for file in (base / path / "memory.max", base / "memory" / path / "memory.limit_in_bytes"):
+            limits += [_number(line) for line in _lines(file)[:1]]
+    # Version 1 writes "no limit" as a number near 2^63.
+    return min((limit for limit in limits if 0 < limit < 2**60), default=None)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(text: str) -> int:
+    return int(text) if text.strip().isdigit() else 0
+
+
+def _room(folder: Path, root: Path) -> Iterator[Finding]:
+    limit = memory_limit(root)
+    if limit is None:
+        yield Finding(name="memory", state=OK, text="not told by this system")
+    elif limit < LEAST_MEMORY:
+        text = f"{limit / 1e9:.1f} GB; training wants {LEAST_MEMORY / 1e9:.0f} GB and --residency stream"
+        yield Finding(name="memory", state=ABSENT, text=text)
+    else:
+        yield Finding(name="memory", state=OK, text=f"{limit / 1e9:.1f} GB")
+    for name, wanted in ROOM.items():
+        yield _disk(folder / name, name, wanted)
+
+
+def _disk(path: Path, name: str, wanted: float) -> Finding:
+    """Free space where `cache` or `exports` lie or would be made."""
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    mend = "another place with --out"
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        return Finding(name=f"{name}/", state=WRONG, text=f"cannot be looked at ({error.strerror})", mend=mend)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding(name=f"{name}/", state=WRONG, text=f"{there} cannot be written", mend=mend)
+    text = f"{free / 1e9:.1f} GB free"
+    if free < wanted:
+        text += f"; an Indiana-sized study takes about {wanted / 1e9:.0f} GB"
+        return Finding(name=f"{name}/", state=WRONG if free < LITTLE else ABSENT, text=text, mend=mend)
+    return Finding(name=f"{name}/", state=OK, text=text)
+
+
+def _hub() -> Finding:
+    folder = "pass the weights' folder with --weights"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        text = "HF_HUB_OFFLINE is set: only weights already fetched, or a folder"
+        return Finding(name="Hugging Face hub", state=ABSENT, text=text, mend=f"unset it, or {folder}")
+    address = os.environ.get("HF_ENDPOINT") or HUB
+    if trouble := reach(address):
+        return Finding(name="Hugging Face hub", state=ABSENT, text=f"{address}: {trouble}", mend=folder)
+    return Finding(name="Hugging Face hub", state=OK, text=f"{address} answers")
+
+
+def reach(address: str, seconds: float = HUB_SECONDS) -> str:
+    """Why an address gives no answer within `seconds`, or nothing; a thread, for looking up a name obeys no timeout."""
+    found = [f"no answer within {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds):
+                found[0] = ""
+        except urllib.error.HTTPError:
+            found[0] = ""  # it answered, if only to say no
+        except Exception as error:  # an address can be wrong in more ways than OSError and ValueError
+            found[0] = f"cannot be reached ({str(error)[:120] or type(error).__name__})"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0]
+
+
+# What only trying shows.
+
+
+def _deep() -> Iterator[Finding]:
+    devices = _devices()
+    present = not isinstance(devices, str) and devices.gpu_present()
+    if version("torch"):
+        yield _try("torch imports", WRONG, _torch)
+        yield _try("torch on CUDA", WRONG if present else ABSENT, _torch_cuda)
+    if isinstance(devices, str):
+        return
+    for name in ("cpu", "cuda", "tensorrt"):
+        state = WRONG if name == "cpu" or (name == "cuda" and present) else ABSENT
+        yield _try(f"session on {devices.SAID[name]}", state, partial(_session, devices, name))
+
+
+def _try(name: str, otherwise: str, work: Callable[[], str]) -> Finding:
+    """Whatever goes wrong is the finding: the point of --deep."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Finding(name=name, state=OK, text=work())
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return Finding(name=name, state=otherwise, text=text)
+
+
+def _torch() -> str:
+    import torch
+
+    assert float(torch.ones(3).sum()) == 3
+    return f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"
+
+
+def _torch_cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("no CUDA device for torch")
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+    return f"a tensor lives on {torch.cuda.get_device_name(0)}"
+
+
+def _session(devices: Any, name: str) -> str:
+    if name != "cpu" and (reason := devices.obstacle(name)):
+        raise InputError(reason)
+    import numpy as np
+
+    options = devices.onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    order = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[name]
+    providers = [devices.PROVIDERS[provider] for provider in order]
+    session = devices.onnxruntime.InferenceSession(RELU, options, providers=providers, enable_fallback=0)
+    if session.get_providers()[0] != providers[0]:
+        said = devices.loader_message(name) or "no reason given"
+        raise InputError(f"fell back to {session.get_providers()[0]}: {said}")
+    found = session.run(None, {"x": np.array([3.0], np.float32)})[0]
+    if found.tolist() != [3.0]:
+        raise InputError(f"gave {found.tolist()} for Relu(3)")
+    return "runs"

@@ -1,0 +1,145 @@
+"""What a file of ours is: a cache, a run folder, an ONNX model or a benchmark's JSON, in a few lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..activations import cache
+from ..activations import file as store
+from ..errors import InputError
+
+
+def describe(path: Path) -> str:
+    """A description of the file or folder. Raises InputError when it is none of ours."""
+    if path.is_dir():
+        return _run(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file.")
+    if path.suffix == ".onnx":
+        return _model(path)
+    if path.name.endswith(cache.SUFFIX):
+        return _sharded(path)
+    if path.name == "run.json":
+        return _run(path.parent)
+    if path.suffix == ".json":
+        from ..bench import info as bench_info
+
+        return lines(bench_info.facts(path))
+    if path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
+        return _cache(path)
+    raise InputError(
+        f"{path}: not a cache (.h5 or {cache.SUFFIX}), a run folder, a model (.onnx) or a benchmark (.json)."
+    )
+
+
+def _cache(path: Path) -> str:
+    header = store.read_header(path)
+    with store.open_file(path) as file:
+        state, absmax, by = np.array(file["done"]), np.array(file["absmax"]), str(file.attrs["written_by"])
+    said = {"activation file": f"{path}, schema {store.SCHEMA}, {by}"}
+    return _activations(said, header, state, absmax, path.stat().st_size)
+
+
+def _sharded(path: Path) -> str:
+    file = cache.ShardedFile(path)
+    size = sum(shard.path.stat().st_size for shard in file.files)
+    names = f"{file.files[0].path.name} to {file.files[-1].path.name}"
+    said = {
+        "index": f"{path}, schema {cache.SCHEMA}, {file.written_by}",
+        "shards": f"{len(file.files)}: {names}, {min(map(_images, file.files)):,} to "
+        f"{max(map(_images, file.files)):,} images each",
+    }
+    return _activations(said, file.header, file.state, file.absmax, size)
+
+
+def _images(file: store.ActivationFile) -> int:
+    return len(file.state)
+
+
+def _activations(said: dict[str, str], header: store.Header, state: np.ndarray, absmax: np.ndarray, size: int) -> str:
+    meta, parts = header.meta, header.meta["fingerprint_parts"]
+    done, failed = int((state == store.DONE).sum()), int((state == store.FAILED).sum())
+    peak = f"{absmax.max():.4g}" if done else "-"
+    return lines(
+        said
+        | {
+            "state": f"{done:,} of {len(state):,} images encoded, {failed:,} failed",
+            "data": f"{meta['dataset']['name']}, {len(set(header.groups)):,} groups, {len(header.classes)} classes",
+            "array": f"{header.shape} {header.dtype}, {size / 1e6:,.0f} MB, largest value {peak}",
+            "weights": meta["weights"] + (" (RANDOM, not BiomedCLIP)" if meta["random_weights"] else ""),
+            "cut": f"{parts['cut']} ({meta['spec']['unfreeze_blocks']} block(s) left to train), views "
+            + ", ".join(parts["views"]),
+            "pixels": ", ".join(f"{k} {v}" for k, v in meta["spec"]["preprocess"].items()),
+            "normalisation": f"mean {_short(parts['mean'])}, std {_short(parts['std'])}",
+            "fingerprint": meta["fingerprint"],
+        }
+    )
+
+
+def _run(path: Path) -> str:
+    from ..training.run_folder import read_info
+
+    run = read_info(path)
+    held = run["metrics"]["holdout"]
+    figures = "no hold-out"
+    if held:
+        figures = (
+            f"macro AUC {_number(held['macro_auc'])} over {held['classes_defined']} of {held['classes_total']} classes"
+            f", macro F1 {_number(held['macro_f1'])}, mAP {_number(held['map'])} on {held['n']:,} images"
+        )
+    models = sorted(p.name for p in path.glob("*.onnx"))
+    return lines(
+        {
+            "run": f"{path}, schema {run['schema']}, {run['written_by']}, {run['created']}",
+            "note": run["provenance"].upper(),
+            "data": f"{run['cache']['dataset']['name']}, {run['images']['used']:,} images, "
+            f"{run['images']['groups']:,} groups, {len(run['classes'])} classes",
+            "cache": f"{run['cache']['path']} ({run['cache']['fingerprint'][:16]})",
+            "trained": f"{run['trainable']['total']:,} parameters: blocks {run['trainable']['blocks']:,}, "
+            f"head {run['trainable']['head']:,}",
+            "chosen": f"{run['chosen']['epochs']} epochs, fold {run['chosen']['fold'] + 1}",
+            "final model": f"{run['final']['kind']}: {run['final']['rule']}",
+            "hold-out": figures,
+            "models": ", ".join(models) or "none yet; `cxrfast export` makes one",
+        }
+    )
+
+
+def _model(path: Path) -> str:
+    from ..inference import model_file
+
+    info = model_file.read(path)
+    parity: dict[str, Any] = info.get("parity", {})
+    return lines(
+        {
+            "model": f"{path}, schema {info['schema']}, {info['written_by']}, {path.stat().st_size / 1e6:,.0f} MB",
+            "note": str(info.get("provenance", "")).upper(),
+            "variant": info["variant"],
+            "labels": f"{len(info['labels'])}: {', '.join(info['labels'])}",
+            "weights": info["weights"],
+            "data": info["data"]["name"],
+            "pixels": json.dumps(info["preprocess"]),
+            "parity": f"{parity.get('max_probability_difference', float('nan')):.1e} to {parity.get('against')} on "
+            f"{parity.get('images')} images (limit {parity.get('limit')})",
+            "nodes": ", ".join(f"{n} {op}" for op, n in sorted(info["nodes"].items(), key=lambda kv: -kv[1])),
+            "intended use": info["intended_use"],
+        }
+    )
+
+
+def lines(facts: dict[str, str]) -> str:
+    """Aligned `name  value` lines; empty values are left out."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items() if value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(values: list[float]) -> str:
+    return "/".join(f"{v:.4g}" for v in values)

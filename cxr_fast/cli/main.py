@@ -1,0 +1,35 @@
+"""The command line: every command under one name. Heavy imports stay inside command bodies."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .bench import bench
+from .data import cache, info, phantom, prepare, verify
+from .models import doctor, explain, export, predict
+from .options import Group
+from .training import compare, report, sweep
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cxrfast")
+def main() -> None:
+    """Fine-tune BiomedCLIP on chest radiographs from cached activations, export one ONNX file, predict without torch.
+
+    \b
+    The main job:   cxrfast cache DATASET    encode every image once through the frozen layers
+                    cxrfast sweep            train the tail: folds, epoch search, hold-out
+                    cxrfast export RUN       one verified ONNX file
+                    cxrfast predict MODEL FILES --out preds.csv
+
+    Research use only: not a medical device, not for diagnosis.
+    """
+
+
+for command in (prepare, cache, verify, sweep, export, predict, explain, bench, report, info, compare, phantom, doctor):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Commands on trained models: parse, call one function, print."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from ..cluster import connection
+from ..config import NOTICE
+from ..system.text import gigabytes, number, table
+from .options import (
+    PATH,
+    Progress,
+    cluster_option,
+    device_option,
+    images_option,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, help="A folder, or a file for one variant.  [default: RUN/model.VARIANT.onnx]")
+@click.option(
+    "--variants",
+    default="fp32,fp16,int8",
+    show_default=True,
+    help="fp32 for any machine, fp16 for CUDA, int8 for CPUs with VNNI or AMX.",
+)
+@click.option(
+    "--final",
+    type=click.Choice(["best-fold", "refit", "ensemble"]),
+    help="Another final model of the run.  [default: the one the sweep chose]",
+)
+@click.option("--embedding", is_flag=True, help="Also put out the L2-normalised embedding.")
+@click.option("--allow-drift", is_flag=True, help="Keep fp16 and int8 files over their limits.")
+@click.option(
+    "--check",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Cached images that each variant is checked on, hold-out first.",
+)
+@images_option
+def export(
+    run: Path,
+    out: Path | None,
+    variants: str,
+    final: str | None,
+    embedding: bool,
+    allow_drift: bool,
+    check: int,
+    images: Path | None,
+) -> None:
+    """Write self-describing ONNX files, each kept only when it agrees with torch on real cached images.
+
+    Exit 1 where a variant was over its limit and not kept.
+    """
+    from ..export import variants as exports
+
+    bars: dict[str, Progress] = {}  # one a stage, so that each stage's time left is its own
+
+    def show(text: str, done: int, total: int) -> None:
+        bars.setdefault(text, Progress()).show(done, total, text)
+
+    found = exports.export(
+        run,
+        out=out,
+        variants=[name.strip() for name in variants.split(",")],
+        final=final,
+        images=images,
+        embedding=embedding,
+        allow_drift=allow_drift,
+        count=check,
+        on_progress=show,
+    )
+    Progress().done()
+    click.echo(describe_export(found))
+    sys.exit(0 if all(one.kept for one in found) else 1)
+
+
+def describe_export(found: list[Any]) -> str:
+    """What was kept and why not, one line a variant, and the classes that lose most."""
+    info, first, far = found[0].info, found[0].parity, found[0].drift
+    head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
+    rows = [
+        [
+            one.variant,
+            f"{one.drift.largest:.1e}",
+            f"{one.drift.p99:.1e}",
+            f"{one.drift.flips:.1f}",
+            number(finite(one.drift.macro_auc - one.drift.macro_drop)),
+            signed(finite(-one.drift.macro_drop)),
+            gigabytes(one.size),
+            "-" if one.variant == "fp16" else f"{1000 * one.seconds:.1f}",
+        ]
+        for one in found
+    ]
+    lines = [
+        f"{info['final']['kind']} model, {len(info['labels'])} classes; against torch float32 on {far.images} images "
+        f"({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
+        table(head, rows),
+    ]
+    if any(one.variant == "fp16" for one in found):
+        lines.append("fp16 was computed on this CPU, as float32 between float16 values; `cxrfast verify` it on the GPU")
+    if first.cached is not None:
+        lines.append(f"largest difference to the sweep's own predictions from stored activations: {first.cached:.1e}")
+    lines += [worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
+    for one in found:
+        left = one.info["float_matrices"]
+        text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
+        lines.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
+    if info["provenance"]:
+        lines.append(f"note: {info['provenance'].upper()}")
+    return "\n".join(lines)
+
+
+def worst_classes(one: Any, labels: list[str], most: int = 3) -> str:
+    """The classes whose AUC a variant lowers most."""
+    pairs = zip(one.drift.auc_drop, labels, strict=True)
+    drops = [(drop, name) for drop, name in pairs if drop is not None and drop >= 0.00005]
+    worst = ", ".join(f"{name} {signed(-drop)}" for drop, name in sorted(drops, reverse=True)[:most])
+    return f"{one.variant}: largest AUC losses {worst}" if worst else f"{one.variant}: no class loses AUC"
+
+
+def finite(value: float) -> float | None:
+    """None for NaN."""
+    return value if math.isfinite(value) else None
+
+
+def signed(value: float | None) -> str:
+    """A change with its sign, `-` where it is undefined."""
+    return "-" if value is None else f"{round(value, 4) + 0.0:+.4f}"  # no -0.0000
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--out", type=PATH, required=True, help="NAME.csv, .parquet or .jsonl: path, status, reason, a probability a class."
+)
+@click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
+@click.option(
+    "--study-pool",
+    type=click.Choice(["mean", "max"]),
+    help="Also NAME.studies.csv: the images of a manifest's study (else group) as one.",
+)
+@click.option("--overwrite", is_flag=True, help="Drop what --out holds instead of going on from it.")
+@device_option
+@threads_option
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
+@cluster_option
+def predict(
+    model: Path,
+    inputs: tuple[str, ...],
+    out: Path,
+    decide: bool,
+    study_pool: Literal["mean", "max"] | None,
+    overwrite: bool,
+    device: str,
+    threads: int | None,
+    batch_size: int,
+    workers: int | None,
+    cluster: str | None,
+) -> None:
+    """Probabilities for images, from the ONNX file alone; needs no torch.
+
+    INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
+    a line, or - for such a list on standard input. The same command again does only what is missing or has changed.
+    """
+    from ..cluster import predict as cluster_predict
+    from ..data.paths import read
+    from ..inference import batch
+    from ..inference import predictor as predicting
+
+    def show(state: batch.State) -> None:
+        fresh = state.done - state.reused
+        text = f"{state.done:,} of {state.total:,} images, {fresh / max(bar.seconds, 1e-9):.1f} images/s, "
+        text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")
+        bar.show(state.done, state.total, text, before=state.reused)
+
+    with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
+        predictor: predicting.Predictor | cluster_predict.Remote
+        if joined is None:
+            predictor, wanted = predicting.Predictor(model, device=device, threads=threads), read(inputs)
+        else:
+            wanted = read(inputs)
+            predictor = cluster_predict.Remote(
+                joined, model, wanted.paths, device=device, threads=threads, workers=workers
+            )
+            click.echo(f"cluster: {joined}", err=True)
+        bar = Progress()
+        summary = batch.write(
+            predictor,
+            wanted,
+            out,
+            batch_size=batch_size,
+            workers=workers,
+            decide=decide,
+            pool=study_pool,
+            overwrite=overwrite,
+            on_batch=show,
+        )
+    bar.done()
+    _say_predicted(summary, predictor.where, out)
+    click.echo(f"device: {predictor.why}", err=True)
+    if lost := summary.get("cluster", {}).get("lost"):
+        click.echo(f"note: lost on the way: node {', '.join(lost)}; others did its images", err=True)
+    if predictor.warning:
+        click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
+    if summary["failed"]:
+        click.echo(f"{summary['failed']:,} image(s) failed; their rows say why", err=True)
+        sys.exit(1)
+
+
+def _say_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
+    from ..inference.batch import studies_path
+
+    images, reused = summary["images"], summary["reused"]
+    rate = (images - reused) / max(summary["seconds"], 1e-9)
+    before = f", {reused:,} of them by an earlier run," if reused else ""
+    click.echo(
+        f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
+        f"({rate:.1f}/s) on {where}: {out}"
+    )
+    if len(summary["answered_by"]) > 1:
+        each = "; ".join(f"{count:,} by {who}" for who, count in summary["answered_by"].items())
+        click.echo(f"note: not all on one device or version: {each}", err=True)
+    if pooled := summary["study_pool"]:
+        said = f"{pooled['studies']:,} studies by the column {pooled['column']}, {pooled['how']} of their images"
+        click.echo(f"{said}: {studies_path(out)}")
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.argument("image", type=PATH)
+@click.option("--class", "classes", multiple=True, help="A class to show; may be given again.  [default: see --top]")
+@click.option("--top", type=click.IntRange(1), help="Show those highest above their thresholds.  [default: 3]")
+@click.option("--out", type=PATH, required=True, help="PNG of the film beside its heat maps.")
+@click.option("--npy", type=PATH, help="Also the maps on the patch grid, (classes, rows, columns), as a .npy file.")
+def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, npy: Path | None) -> None:
+    """Heat maps: where the class token looked, weighted by the gradient of a class's logit; no proof of a finding."""
+    if classes and top is not None:
+        raise click.UsageError("--top chooses classes where no --class does; give one of the two")
+    from ..export import heatmaps
+
+    found = heatmaps.write(run, image, out, npy=npy, classes=classes, top=top or heatmaps.TOP)
+    rows = [
+        [each.name, number(each.probability), number(each.threshold), f"{each.shares.max():.1%}"] for each in found.maps
+    ]
+    click.echo(table(["class", "probability", "threshold", "highest patch"], rows))
+    click.echo(f"wrote {out}" + (f" and {npy}" if npy else ""))
+    if found.warning:
+        click.echo(f"note: {found.warning.upper()}: this picture says nothing about a patient", err=True)
+    click.echo(NOTICE)
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also import torch, make a CUDA tensor, and run a session on each provider.")
+@click.option("--json", "json_out", type=PATH, help="Write the findings here.")
+def doctor(deep: bool, json_out: Path | None) -> None:
+    """What this machine and installation can do: ok, -- absent and optional, !! needed and wrong (exit 1)."""
+    from . import doctor as doctors
+
+    findings = doctors.examine(deep=deep)
+    click.echo(doctors.describe(findings))
+    if json_out is not None:
+        doctors.write_json(findings, json_out)
+        click.echo(f"wrote {json_out}")
+    sys.exit(0 if doctors.healthy(findings) else 1)

@@ -1,0 +1,1 @@
+"""Caching, training and predicting on a Ray cluster: the only package that names ray."""

@@ -1,0 +1,402 @@
+"""One image file to pixels: the only place where pixels change, for the cache, the predictor and the benchmarks."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from ..config import PreprocessSpec, choices
+from ..errors import ImageError
+from . import dicom
+
+# 80 megapixels is twice the largest detector. It is below the size at which Pillow itself would warn, so that
+# warning never appears; with the file limit it holds the worst case (progressive CMYK JPEG) under 2 GB.
+MAX_PIXELS = 80_000_000
+MAX_SIDE = 65_535
+MAX_BYTES = 256 << 20
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
+
+REASONS: dict[str, str] = {
+    "missing": "no file of that name; check the path, or the folder the manifest lies in",
+    "unreadable": "the file exists and cannot be read; check its permissions, and that it is a plain file",
+    "empty": "the file has no bytes; copy it again",
+    "too_large": f"over {MAX_BYTES >> 20} MiB, {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE} a side; save it smaller",
+    "not_an_image": "the content is not PNG, JPEG, TIFF, BMP or DICOM, whatever the name says; save it as one",
+    "truncated": "the file ends before its image does; copy it again",
+    "corrupt": "the content is damaged or breaks its own format; copy or export it again",
+    "multi_frame": "several frames or pages; save the one to use as its own file",
+    "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
+    "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
+    "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
+    "needs_pydicom": f"DICOM files need the optional extra: {dicom.INSTALL}",
+    "needs_plugin": f"this DICOM compression needs pylibjpeg and its plugins: {dicom.INSTALL}",
+    "no_pixels": "a DICOM file without an image (report, directory, header); leave it out",
+    "bad_array": "an array that is not uint8 (H, W) or (H, W, 3), nor uint16 (H, W)",
+}
+
+# Built by hand, not through Image.open: that would try every plugin installed, and warns by a global setting.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "TIFF": TiffImageFile,
+    "BMP": BmpImageFile,
+}
+_MAGIC = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+)
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # "BM" alone also begins ordinary text
+_END = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # TIFF tags
+
+_SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+
+# Grey, 29 x 40, quality 40: what an encoder here would make of the picture may be another file.
+_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVtVkVGZIhlbXd7gYKBTmCNl4"
+    "x9lnN+gXz/wAALCAAoAB0BAREA/8QAFgABAQEAAAAAAAAAAAAAAAAABQYE/8QALRABAAEDBAAEBAYDAAAAAAAAAQIDBBEAEiExBSJBUQYyYXET"
+    "FIGRobHB8PH/2gAIAQEAAD8AE8Ptd+ONUNlawcEYsn6daTqNO2t18sZTzCCJndtUx3l46Bfo6kbjxW/rVZtO8rEd7iVOpIE6OAD09h5c63WFDN"
+    "KMTuX9adtqZCDJFjEXbEXIeuDl+2hPiG+rO2lCX4TPJMp4HaZNsk+blevKO48yKG29vuj1nHHvqgsaPkiLg2/9/jW3xCuWNhKbGoshWNNYyQ5w"
+    "OPbv1xuT5dRoFa5lUizc4DcAuDHRwHHR110Z0pRpMYGMfrh1QWcNlHdI8sY5cRVx9jvt1O/EF9+ZuJUADn0RzHuKIciIjnIymdOs9nRxjAftzp"
+    "q3o5hn/f71o8XvI2VnSoRqzt7it5qNUxtJRw4ll4Hg9ueeNSlEakhkYiZCAu2Aq4M+nOmrSj04c+nGmqFNjDymc/f/ABr/2Q=="
+)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file. Raises ImageError (`missing`, `unreadable`, `empty`, `too_large`)."""
+    name = os.fspath(path)
+    try:
+        status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise ImageError("unreadable", f"{name}: not a plain file")
+        if status.st_size > MAX_BYTES:
+            raise ImageError("too_large", f"{name}: {status.st_size >> 20} MiB, more than {MAX_BYTES >> 20}")
+        with open(name, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError("missing", f"{name}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise ImageError("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    if not data:
+        raise ImageError("empty", f"{name}: the file has no bytes")
+    return data
+
+
+def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndarray:
+    """The bytes of one image file to grey pixels, uint8 (H, W), at full size.
+
+    The format is told from the content, never from a name: PNG, JPEG, TIFF, BMP, or DICOM (`dicom.decode`).
+
+    - Colour becomes ITU-R 601 luma (Pillow's `L`); CMYK goes through RGB. ICC profiles and gamma are ignored.
+    - 16 bits are divided by 257 and rounded, the full range: never stretched to what is found, so 12-bit values
+      in a 16-bit PNG come out dark. Of 16-bit colour Pillow keeps the high byte. Floating-point TIFF must lie
+      in 0..1. TIFF WhiteIsZero is inverted.
+    - Transparency is composited over black (a 16-bit file's transparent value is ignored).
+    - PNG proves its checksums, and JPEG must have its end marker. No other damage shows in a file that still
+      decodes: JPEG, TIFF, BMP and DICOM hold no checksum of their pixels.
+    - EXIF orientation is applied. Of a phone's multi-picture JPEG the first picture is taken; animated PNG and
+      multi-page TIFF are refused.
+
+    Raises ImageError with a code of `REASONS` and a message beginning with `name`; nothing else, on any bytes.
+    """
+    return np.array(_decode(data, spec, name))
+
+
+def resize(grey: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """uint8 (H, W) to uint8 (size, size), bicubic with antialiasing, as open_clip's own PIL transform does it.
+
+    `squash` ignores the aspect; `crop` brings the shortest side to `size` and cuts the centre; `pad` brings the
+    longest side to `size` and centres it on black. Raises ImageError (`bad_array`, `too_large`, `elongated`).
+    """
+    if not isinstance(grey, np.ndarray) or grey.dtype != np.uint8 or grey.ndim != 2 or grey.size == 0:
+        raise ImageError("bad_array", f"{_describe(grey)}: resize takes uint8 (H, W)")
+    _check_size(grey.shape[1], grey.shape[0])
+    return np.array(_square(Image.fromarray(np.ascontiguousarray(grey)), spec))
+
+
+def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> tuple[np.ndarray, str]:
+    """Pixels of one image file, uint8 (size, size), and the sha256 (hex) of its bytes.
+
+    Equal to `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
+    worth it: reading, hashing, decoding and resizing all release the GIL. Raises ImageError.
+    """
+    data = read_bytes(path)
+    name = os.fspath(path)
+    grey = _decode(data, spec, name)
+    with _naming(name):
+        return np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest()
+
+
+def array_pixels(array: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """An image already in memory to pixels, uint8 (size, size), by the rules of `decode_grey`.
+
+    `array` is uint8 (H, W), uint8 (H, W, 3) RGB, or uint16 (H, W) over its full range. Raises ImageError.
+    """
+    kind = (array.dtype.name, array.ndim) if isinstance(array, np.ndarray) and array.size else None
+    if kind == ("uint16", 2):
+        _check_size(array.shape[1], array.shape[0])
+        return resize(_SIXTEEN_TO_EIGHT[array], spec)
+    if kind == ("uint8", 3) and array.shape[2] == 3:
+        _check_size(array.shape[1], array.shape[0])
+        return np.array(_square(Image.fromarray(np.ascontiguousarray(array)).convert("L"), spec))
+    if kind == ("uint8", 2):
+        return resize(array, spec)
+    message = f"{_describe(array)}: give uint8 (H, W), uint8 (H, W, 3) or uint16 (H, W)"
+    raise ImageError("bad_array", message)
+
+
+def flip(pixels: np.ndarray) -> np.ndarray:
+    """Mirror left and right, (..., H, W), contiguous."""
+    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def self_check() -> str:
+    """sha256 (hex) of two built-in pictures through decoding and each resize: another value, another Pillow.
+
+    PNG and JPEG stand for what Pillow does, decoding and resampling: Pillow 13.0 resizes tall pictures otherwise than
+    12.0 (300 x 500 of noise to a square: a quarter of the pixels, up to 8 grey levels). DICOM is left out: its
+    intensities are integer tables of ours, its compressions need an extra that a machine may lack, and its pixels
+    pass the same resize.
+    """
+    y, x = np.mgrid[:301, :97]  # larger than the target one way, smaller the other
+    picture = Image.fromarray(((x * 7 + y * 13 + x * y % 251) % 256).astype(np.uint8))
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    total = hashlib.sha256()
+    for mode in choices(PreprocessSpec, "resize"):
+        spec = PreprocessSpec(resize=mode)  # type: ignore[arg-type]
+        for data in (png.getvalue(), _JPEG):
+            total.update(resize(decode_grey(data, spec=spec), spec).tobytes())
+    return total.hexdigest()
+
+
+def _describe(array: object) -> str:
+    return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+
+
+def _decode(data: bytes, spec: PreprocessSpec, name: str) -> Image.Image:
+    """Any file to a mode L image; the one boundary where a decoder's exceptions become ImageError."""
+    with _naming(name), _quiet():
+        if not data:
+            raise ImageError("empty", "no bytes")
+        if len(data) > MAX_BYTES:
+            raise ImageError("too_large", f"{len(data) >> 20} MiB, more than {MAX_BYTES >> 20}")
+        kind = _kind(data)
+        try:
+            if kind == "DICOM":
+                return Image.fromarray(dicom.decode(data, spec.dicom_policy, _check_size, MAX_BYTES))
+            return _grey(_open(data, kind))
+        except ImageError:
+            raise
+        except Exception as error:  # decoders raise anything at all on broken files
+            reason = _reason(error, data, kind)
+            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ImageError(reason, f"{kind} file is {reason.replace('_', ' ')} ({detail})") from error
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the file's name before the message of an ImageError."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(error.reason, f"{name}: {error}" if name else str(error)) from error.__cause__
+
+
+def _kind(data: bytes) -> str:
+    """The format by content. DICOM first: its 128-byte preamble may hold a TIFF header."""
+    if data[128:132] == b"DICM":
+        return "DICOM"
+    for magic, kind in _MAGIC:
+        if data.startswith(magic):
+            return kind
+    if data[:2] == b"BM" and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADERS:
+        return "BMP"
+    if dicom.looks_like_dicom(data):
+        return "DICOM"
+    raise ImageError("not_an_image", "not a PNG, JPEG, TIFF, BMP or DICOM file, whatever its name says")
+
+
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    """Read the header, and refuse by it: nothing is decoded yet."""
+    image = _READERS[kind](io.BytesIO(data))
+    _check_size(*image.size)
+    if kind == "PNG":
+        _check_png(data)
+    # Looked for after the headers, as thumbnails have their own. Without it zeros in place of the rest are pixels.
+    if kind == "JPEG" and image.fp is not None and data.rfind(_END[kind], image.fp.tell()) < 0:
+        raise ImageError("truncated", "JPEG file ends before its end marker; copy it again")
+    if getattr(image, "is_animated", False):
+        raise ImageError("multi_frame", f"{kind} with several frames; save the one to use as its own file")
+    if isinstance(image, TiffImageFile):  # libtiff allocates a whole tile, whatever the image's size
+        _check_size(image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
+    return image
+
+
+def _check_png(data: bytes) -> None:
+    """Prove the checksums of the pixels, which Pillow does not: a flipped bit, or zeros for the rest, would be a film.
+
+    What is cut short, and all other chunks, is left to Pillow.
+    """
+    at, whole = 8, memoryview(data)
+    while at + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if name == b"IEND" or end + 4 > len(data):
+            return
+        if name == b"IDAT" and zlib.crc32(whole[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ImageError("corrupt", "PNG file is corrupt (its pixels do not have their checksum); copy it again")
+        at = end + 4
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError("corrupt", f"the header says {width} x {height} pixels")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        limit = f"{MAX_PIXELS // 10**6} megapixels or {MAX_SIDE} a side"
+        raise ImageError("too_large", f"{width} x {height} pixels, more than {limit}")
+
+
+def _grey(image: ImageFile.ImageFile) -> Image.Image:
+    """A file of any mode to mode L, upright."""
+    image.load()
+    upright = _upright(image)
+    mode = upright.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
+        return Image.fromarray(_SIXTEEN_TO_EIGHT[_white_is_zero(image, np.asarray(upright), 65535)])
+    if mode == "F":
+        return _grey_float(_white_is_zero(image, np.asarray(upright), 1))
+    if mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        raise ImageError("unsupported", f"{image.format} with pixels of kind {mode}; save it as 8 or 16 bit grey")
+    if mode in ("P", "PA") or (mode in ("1", "L", "RGB") and "transparency" in upright.info):
+        upright = upright.convert("RGBA")
+    elif mode in ("CMYK", "YCbCr"):
+        upright = upright.convert("RGB")
+    grey = upright if upright.mode == "L" else upright.convert("L")
+    if upright.mode in ("LA", "RGBA"):
+        return Image.composite(grey, Image.new("L", grey.size), upright.getchannel("A"))
+    return grey
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; Pillow has done so already for TIFF."""
+    if isinstance(image, TiffImageFile):
+        return image
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken metadata around sound pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _white_is_zero(image: Image.Image, values: np.ndarray, top: int) -> np.ndarray:
+    """Invert a TIFF that counts from white; Pillow does that for 8 bits and fewer, not for 16 or floats."""
+    white = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+    return top - values if white else values
+
+
+def _grey_float(values: np.ndarray) -> Image.Image:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise ImageError("bad_range", f"floating-point pixels from {low:g} to {high:g}; 0 to 1 is read")
+    return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
+
+
+def placed(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int, int, int]:
+    """How a picture comes into the model's square: resized to (wide, high), then moved by (left, top) up and left.
+
+    `left` and `top` are negative where the square is larger (`pad`). Column x of the picture, counted in pixel edges,
+    lies at x * wide / width - left of the square. Raises ImageError (`elongated`).
+    """
+    size = spec.size
+    if spec.resize == "squash":
+        return size, size, 0, 0
+    if spec.resize == "pad":
+        # timm's ResizeKeepRatio, longest=1, then open_clip's CenterCropOrPad
+        ratio = max(height / size, width / size)
+        wide, high = max(1, round(width / ratio)), max(1, round(height / ratio))
+        return wide, high, -((size - wide) // 2), -((size - high) // 2)
+    # torchvision's Resize(int), which truncates the longer side, then CenterCrop, which rounds half to even
+    longer = int(size * max(width, height) / min(width, height))
+    if longer * size > MAX_PIXELS:
+        raise ImageError("elongated", f"{width} x {height} pixels leave no square to crop; use --resize squash or pad")
+    wide, high = (size, longer) if width <= height else (longer, size)
+    return wide, high, round((wide - size) / 2), round((high - size) / 2)
+
+
+def _square(grey: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """Mode L of any size to (size, size). No reducing_gap and no JPEG draft: neither is exact."""
+    wide, high, left, top = placed(*grey.size, spec)
+    small, size = grey.resize((wide, high), Image.Resampling.BICUBIC), spec.size
+    if spec.resize == "pad":
+        canvas = Image.new("L", (size, size))
+        canvas.paste(small, (-left, -top))
+        return canvas
+    return small if spec.resize == "squash" else small.crop((left, top, left + size, top + size))
+
+
+def _reason(error: Exception, data: bytes, kind: str) -> str:
+    """`too_large`, `truncated` or `corrupt`, from what a decoder said and whether the end marker is there."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "too large" in text:
+        return "too_large"
+    if kind in _END and _END[kind] not in data[-4096:]:
+        return "truncated"
+    short = ("truncated", "unpack", "not enough", "end of file", "less than expected", "incomplete")
+    return "truncated" if isinstance(error, EOFError) or any(word in text for word in short) else "corrupt"
+
+
+# Decoders warn about what they meet in a file; here it becomes a reason or does not matter. catch_warnings is not
+# safe among threads (it restores a copy of the filters), so one filter is kept in place while anyone decodes.
+_NOISE = re.compile(r"(PIL|pydicom|pylibjpeg|libjpeg|openjpeg|rle)\b")
+_decoding = 0
+_decoding_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    global _decoding
+    with _decoding_lock:
+        _decoding += 1
+        warnings.filterwarnings("ignore", module=_NOISE.pattern)
+    try:
+        yield
+    finally:
+        with _decoding_lock:
+            _decoding -= 1
+            if not _decoding:
+                with contextlib.suppress(ValueError):  # the caller's own catch_warnings took it away
+                    warnings.filters.remove(("ignore", None, Warning, _NOISE, 0))  # type: ignore[attr-defined]

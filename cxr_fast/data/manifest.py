@@ -1,0 +1,338 @@
+"""A dataset folder or manifest file to a `Manifest`: image, group, view, labels; and back to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+from ..system.tables import (
+    KNOWN_OR_NOT,
+    coded,
+    filled,
+    need,
+    read_csv,
+    read_parquet,
+    write_table,
+)
+from . import layouts
+from .layouts import Rows, Unindexed
+
+ABOUT = "dataset.json"
+META = "meta:"
+RESERVED = ("image", "group", "view", "study")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """What is known of every image of a dataset (N images, C classes), in the order of its file.
+
+    `images` are POSIX paths relative to `root` (absolute ones stay so); `labels` is (N, C) int8 with 1, 0
+    and -1 for unknown; `views` keeps the dataset's own word, "" where unknown; `studies` equals `groups`
+    where the dataset has none; `subgroups` are further columns (N values each) to break figures down by.
+    `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
+    """
+
+    name: str
+    root: Path
+    images: tuple[str, ...]
+    groups: tuple[str, ...]
+    views: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    studies: tuple[str, ...]
+    subgroups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = [self.groups, self.views, self.studies, *self.subgroups.values()]
+        assert all(len(column) == len(self.images) for column in columns)
+        assert self.labels.shape == (len(self.images), len(self.classes))
+        assert self.labels.dtype == np.int8
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, row: int) -> Path:
+        """Where the image of one row lies."""
+        return self.root / self.images[row]
+
+
+# ---------------------------------------------------------------------------------------------- layout
+
+
+def _read_own(file: Path, _: Unindexed) -> Rows:
+    """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
+    cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
+    need(cells, ["image", "group"], file)
+    if "" in cells:
+        raise InputError(f"{file}: column {[*cells].index('') + 1} has no name (pandas: write with index=False).")
+    classes = tuple(name for name in cells if name not in RESERVED and not name.startswith(META))
+    if not classes:
+        raise InputError(f"{file} has no class column: after image and group, one column a class with 1, 0 or blank.")
+    try:
+        values = coded(cells, classes, KNOWN_OR_NOT, file)
+    except InputError as error:
+        raise InputError(f"{error} A column that is no class is named '{META}...'.") from None
+    return Rows(
+        kind="manifest",
+        file=file,
+        images=[posixpath.normpath(image) for image in filled(cells, "image", file)],
+        groups=filled(cells, "group", file),
+        views=cells.get("view"),
+        studies=filled(cells, "study", file) if "study" in cells else None,
+        classes=classes,
+        labels=values,
+        subgroups={name.removeprefix(META): cells[name] for name in cells if name.startswith(META)},
+    )
+
+
+READERS: dict[str, Callable[[Path, Unindexed], Rows]] = {
+    "manifest": _read_own,
+    "indiana": layouts.indiana,
+    "openi": layouts.openi,
+    "nih": lambda file, _: layouts.nih(file),
+    "chexpert": lambda file, _: layouts.chexpert(file),
+    "mimic": lambda file, _: layouts.mimic(file),
+}
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """POSIX paths of the files below `root`, links followed once, hidden folders left out."""
+    seen = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        prefix = Path(folder).relative_to(root).as_posix()
+        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
+
+
+def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
+    """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
+    if rows.key is None:
+        return [image if os.path.isfile(root / image) else None for image in wanted]
+    keys = [rows.key(image) for image in wanted]
+    below: dict[str, list[str]] = {key: [] for key in keys}
+    for path in _walk(root):
+        if (key := rows.key(path)) in below:
+            below[key].append(path)
+    out: list[str | None] = []
+    for image, key in zip(wanted, keys, strict=True):
+        fits = [image] if image in below[key] else sorted(below[key])
+        if len(fits) > 1 and not twice:
+            raise InputError(
+                f"{root}: {image} is both {fits[0]} and {fits[1]}. Give the folder that counts with --images."
+            )
+        out.append(fits[0] if len(fits) == 1 else None)
+    return out
+
+
+def _refuse_twice(rows: Rows) -> None:
+    first: dict[str, int] = {}
+    for row, image in enumerate(rows.images):
+        before = first.setdefault(rows.key(image) if rows.key else image, row)
+        if before != row:
+            raise InputError(f"{rows.file} lists {image} twice, in data rows {before + 1} and {row + 1}.")
+
+
+def _refuse_missing(rows: Rows, missing: Sequence[str], of: int, root: Path) -> None:
+    named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    mend = "Give their folder with --images" + (
+        ", or leave them out with --skip-missing." if len(missing) < of else "."
+    )
+    raise InputError(
+        f"{len(missing):,} of the {of:,} images that {rows.file.name} lists are not below {root}: {named}\n{mend}"
+    )
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """`dataset.json` beside the data: {"name": ..., "synthetic": true}; both optional, so is the file."""
+    file = folder / ABOUT
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise InputError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(about, dict) or not isinstance(about.get("synthetic", False), bool):
+        raise InputError(f'{file} must look like {{"name": "my set", "synthetic": false}}.')
+    return about
+
+
+def read(
+    source: Path,
+    *,
+    labels_only: bool = False,
+    images: Path | None = None,
+    skip_missing: bool = False,
+    keep_missing: bool = False,
+    unindexed: Unindexed = "normal",
+    limit: int | None = None,
+) -> Manifest:
+    """A dataset folder, a table of one, a manifest file or OpenI's archive, recognised by what it holds.
+
+    Images are looked for below `images`, else below the folder of the source; with `labels_only` nowhere,
+    and `Manifest.images` are then the names as listed, as with `keep_missing` those of images that are not
+    there, or twice. `unindexed="unknown"` masks what the Indiana
+    headings do not tell: every label of a study nobody indexed, and Normal where only devices and the
+    like are named. `limit` keeps the first images. Raises InputError, one or two lines, for a source that
+    is not recognised, not whole, lists an image twice or one that is missing.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: {limit} must be at least 1.")
+    kind, file = layouts.recognise(source)
+    rows = READERS[kind](file, unindexed)
+    _refuse_twice(rows)
+    folder = source if source.is_dir() else source.parent
+    root = images or folder
+    if not root.is_dir():
+        raise InputError(f"--images: {root} is not a folder.")
+    # With --skip-missing the first images that exist are meant, so all must be looked for.
+    keep = list(range(len(rows.images)))[: None if skip_missing else limit]
+    wanted = [rows.images[row] for row in keep]
+    found: list[str | None] = [*wanted] if labels_only else _find(rows, wanted, root, twice=keep_missing)
+    if keep_missing:
+        found = [path or image for path, image in zip(found, wanted, strict=True)]
+    missing = [image for image, path in zip(wanted, found, strict=True) if path is None]
+    if missing and (not skip_missing or len(missing) == len(wanted)):
+        _refuse_missing(rows, missing, len(wanted), root)
+    placed = [(row, path) for row, path in zip(keep, found, strict=True) if path is not None][:limit]
+    about = _about(folder)
+    stem = file.name.partition(".")[0]
+    plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
+    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(missing), **rows.info}
+    return _manifest(rows, placed, str(about.get("name", plain)), root, info)
+
+
+def _manifest(rows: Rows, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]) -> Manifest:
+    keep = [row for row, _ in placed]
+
+    def kept(column: Sequence[str]) -> tuple[str, ...]:
+        return tuple(column[row] for row in keep)
+
+    values = rows.labels[keep]
+    values.setflags(write=False)
+    return Manifest(
+        name=name,
+        root=root,
+        images=tuple(path for _, path in placed),
+        groups=kept(rows.groups),
+        views=kept(rows.views) if rows.views else ("",) * len(keep),
+        classes=rows.classes,
+        labels=values,
+        studies=kept(rows.studies or rows.groups),
+        subgroups={title: kept(column) for title, column in rows.subgroups.items()},
+        info=info,
+    )
+
+
+# ------------------------------------------------------------------------------------- write, describe
+
+
+def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
+    """Carry the mark to where the manifest goes: a drawn data set must not pass for a real one there."""
+    about = folder / ABOUT
+    if about.is_file() and not _about(folder).get("synthetic"):
+        raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
+    if not about.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps({"name": manifest.name, "synthetic": True}) + "\n", encoding="utf-8")
+
+
+def write_manifest(manifest: Manifest, out: Path) -> None:
+    """The manifest as CSV or Parquet (by suffix), whole or not at all; `read(out)` gives it back.
+
+    Image paths become relative to the new file; absolute ones stay. Columns `view` and `study` are left
+    out where they say nothing. Raises InputError for another suffix or a class named like a column of ours.
+    """
+    if clash := [name for name in manifest.classes if name in RESERVED or name.startswith(META)]:
+        raise InputError(f"{out}: a class cannot be named {clash[0]!r} in a manifest.")
+    start, end = os.path.realpath(manifest.root), os.path.realpath(out.parent)
+    # Lexical, one call a distinct folder: relpath on each of 200,000 images would take seconds.
+    moved = {
+        folder: os.path.relpath(os.path.join(start, folder), end) for folder in map(posixpath.dirname, manifest.images)
+    }
+    columns: dict[str, Sequence[Any]] = {
+        "image": [
+            image if os.path.isabs(image) else _join(moved[posixpath.dirname(image)], posixpath.basename(image))
+            for image in manifest.images
+        ],
+        "group": manifest.groups,
+    }
+    if any(manifest.views):
+        columns["view"] = manifest.views
+    if manifest.studies != manifest.groups:
+        columns["study"] = manifest.studies
+    columns |= {META + name: values for name, values in manifest.subgroups.items()}
+    code = {1: 1, 0: 0, -1: None}
+    for name, values in zip(manifest.classes, manifest.labels.T, strict=True):
+        columns[name] = [code[int(value)] for value in values]
+    write_table(columns, out)
+    if manifest.info.get("synthetic"):
+        _mark_synthetic(manifest, out.parent)
+
+
+def _join(folder: str, name: str) -> str:
+    return posixpath.normpath(posixpath.join(Path(folder).as_posix(), name))
+
+
+class ClassRow(NamedTuple):
+    """One class: images with 1, their percentage of all images, images with -1, groups with a 1."""
+
+    name: str
+    positives: int
+    percent: float
+    unknown: int
+    groups: int
+
+
+def class_table(manifest: Manifest) -> list[ClassRow]:
+    """A `ClassRow` for each class, in the order of `manifest.classes`."""
+    group = np.unique(np.array(manifest.groups), return_inverse=True)[1]
+    positive, n = manifest.labels == 1, max(len(manifest), 1)
+    return [
+        ClassRow(
+            name,
+            int(positive[:, c].sum()),
+            100 * float(positive[:, c].sum()) / n,
+            int((manifest.labels[:, c] == -1).sum()),
+            len(np.unique(group[positive[:, c]])),
+        )
+        for c, name in enumerate(manifest.classes)
+    ]
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """The data set in figures, JSON-ready; `labels_an_image` counts every positive, Normal included."""
+    images_a_study = Counter(manifest.studies).values()
+    positives = int((manifest.labels == 1).sum())
+    return {
+        "name": manifest.name,
+        "kind": manifest.info.get("kind", "manifest"),
+        "synthetic": manifest.info.get("synthetic", False),
+        "images": len(manifest),
+        "groups": len(set(manifest.groups)),
+        "studies": len(set(manifest.studies)),
+        "classes": len(manifest.classes),
+        "views": dict(Counter(manifest.views).most_common()),
+        "positives": positives,
+        "labels_an_image": positives / max(len(manifest), 1),
+        "unknown": int((manifest.labels == -1).sum()),
+        "images_a_study": {"min": min(images_a_study, default=0), "max": max(images_a_study, default=0)},
+        "skipped_missing": manifest.info.get("skipped_missing", 0),
+    }

@@ -1,0 +1,152 @@
+"""What a command line names to the image files meant: files, folders, globs, lists and manifests."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import InputError
+from ..system.tables import Cells, filled, read_csv, read_parquet
+from .images import IMAGE_SUFFIXES
+
+MANIFESTS = (".csv", ".csv.gz", ".parquet")
+BY = ("study", "group")  # the columns that say which images are pooled, the first there is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The images to predict (N), each once, in order.
+
+    `studies` has one a path, "" where unknown, or is empty where no manifest said any; `by` is the column they are
+    of. `sources` are the manifests and lists that were read, `manifests` how many of them are manifests.
+    """
+
+    paths: Sequence[str]
+    studies: Sequence[str] = ()
+    by: str = ""
+    sources: tuple[Path, ...] = ()
+    manifests: int = 0
+
+
+def expand(items: Iterable[str]) -> list[str]:
+    """Files, folders (recursive, image suffixes only) and globs to a list of paths, in order, each once.
+
+    A named file is taken whatever its suffix, and need not exist: it then becomes a row that says so.
+    """
+    return list(dict.fromkeys(path for item in items for path in _named(item)))
+
+
+def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
+    """As `expand`; also `-` and `@FILE`, a path a line, and a manifest with a column `image`.
+
+    Lists are taken word by word, no globs and no folders, and are split at NUL instead of line ends where there is
+    one (`find -print0`). A manifest's images are relative to it. Raises InputError, also where two rows put one image
+    in two studies.
+    """
+    found: dict[str, str] = {}
+    sources: list[Path] = []
+    columns: list[str] = []
+    for item in items:
+        if item == "-":
+            studies = dict.fromkeys(_listed(item, (stdin or sys.stdin.buffer).read()), "")
+        elif item.startswith("@") and not os.path.exists(item):
+            sources.append(Path(item[1:]))
+            studies = dict.fromkeys(_listed(item, _bytes(sources[-1])), "")
+        elif item.lower().endswith(MANIFESTS):
+            sources.append(Path(item))
+            by, studies = _manifest(sources[-1])
+            columns.append(by)
+        else:
+            studies = dict.fromkeys(_named(item), "")
+        for path, study in studies.items():
+            if not found.get(path):
+                found[path] = study
+    return Inputs(
+        paths=list(found),
+        studies=list(found.values()) if any(columns) else (),
+        by=next(filter(None, columns), ""),
+        sources=tuple(sources),
+        manifests=len(columns),
+    )
+
+
+def _named(item: str) -> list[str]:
+    if not item:
+        raise InputError("one of the inputs is empty: a shell variable without a value?")
+    if os.path.isdir(item):
+        if not (inside := _folder(str(Path(item)))):
+            raise InputError(f"{item}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        return inside
+    if not os.path.lexists(item) and glob.has_magic(item):
+        if not (matched := sorted(p for p in glob.glob(item, recursive=True) if not os.path.isdir(p))):
+            raise InputError(f"{item}: matches no file.")
+        return matched
+    return [item]
+
+
+def _folder(root: str) -> list[str]:
+    """Everything with an image's suffix, links to folders followed once; a folder that cannot be read is an error.
+
+    What turns out to be a pipe or a link to nothing is taken too, so that its row says what is wrong.
+    """
+    found: list[str] = []
+    seen = {_identity(root)}
+    for folder, inside, names in os.walk(root, followlinks=True, onerror=_refuse):
+        found += (os.path.join(folder, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
+        fresh = []
+        for name in sorted(inside):
+            if (identity := _identity(os.path.join(folder, name))) not in seen:
+                seen.add(identity)
+                fresh.append(name)
+        inside[:] = fresh
+    if root == os.curdir:
+        found = [path.removeprefix(f"{os.curdir}{os.sep}") for path in found]
+    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # a folder's files stay together
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: {error.strerror}; its images would be missing from the answers.") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"@{path}: {error.strerror or error}.") from None
+
+
+def _listed(item: str, data: bytes) -> list[str]:
+    """The paths of a list; bytes that are not UTF-8 stay what they are."""
+    lines = data.split(b"\0") if b"\0" in data else [line.removesuffix(b"\r") for line in data.split(b"\n")]
+    if not (paths := [os.fsdecode(line) for line in lines if line]):
+        raise InputError(f"{'standard input' if item == '-' else item}: a list without a path; a path a line is read.")
+    return paths
+
+
+def _manifest(path: Path) -> tuple[str, dict[str, str]]:
+    """The column that says the study, "" where there is none, and path to study."""
+    cells: Cells = read_parquet(path) if path.suffix.lower() == ".parquet" else read_csv(path)
+    if "image" not in cells:
+        raise InputError(
+            f"{path} lacks the column(s) image; a dataset's table becomes a manifest by "
+            f"`cxrfast prepare {path} --out manifest.csv`."
+        )
+    images = filled(cells, "image", path)
+    by = next((name for name in BY if name in cells), "")
+    studies = cells[by] if by else [""] * len(images)
+    found: dict[str, str] = {}
+    for image, study in zip(images, studies, strict=True):
+        name = os.path.join(os.path.dirname(path), image)
+        if found.setdefault(name, study) != study:
+            raise InputError(f"{path}: {image} is in {by} {found[name]!r} and in {study!r}.")
+    return by, found

@@ -1,0 +1,1 @@
+"""Synthetic radiographs with findings, drawn from a seed, in the layout of the Indiana data set."""

@@ -1,0 +1,1 @@
+"""A run to verified ONNX files, and heat maps. It trains nothing."""

@@ -1,0 +1,431 @@
+"""A run as one ONNX graph, written node by node, in float32, float16 or int8.
+
+Normalisation and channel replication fold into the patch embedding, batch norm into the head's matrices, and the last
+block answers for the class token alone. Written and not traced: no exporter version decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from .. import __version__
+from ..metrics.calibration import EDGE
+from ..training.run_folder import Member, Run
+
+OPSET = 20
+IR_VERSION = 10
+RAW = "raw_probabilities"
+VARIANTS = ("fp32", "fp16", "int8")
+
+
+class Graph:
+    """Nodes and weights under construction; each method adds one operation and returns its output's name.
+
+    `variant` decides how the blocks compute: float32; float16 (layer norm and softmax keep float32 statistics inside
+    ONNX Runtime's CUDA kernels); or int8 products of float32 values. `exclude` names block matrices left in float32,
+    such as `10.fc2`.
+    """
+
+    def __init__(self, variant: str = "fp32", exclude: frozenset[str] = frozenset()) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.variant, self.exclude = variant, exclude
+        self.in_blocks = False
+        self.quantised: set[str] = set()
+
+    @contextmanager
+    def blocks(self, inside: bool = True) -> Iterator[None]:
+        """What is added meanwhile belongs to the transformer blocks and follows the variant, or does not."""
+        self.in_blocks, before = inside, self.in_blocks
+        yield
+        self.in_blocks = before
+
+    def weight(self, name: str, value: Any) -> str:
+        """Store an initializer; floats become float32, or float16 in the blocks of that variant."""
+        array = np.asarray(value)
+        if array.dtype.kind == "f":
+            array = array.astype(np.float16 if self.in_blocks and self.variant == "fp16" else np.float32)
+        return self._store(name, array)
+
+    def _store(self, name: str, array: np.ndarray) -> str:
+        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def add(self, op: str, *inputs: str, name: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node whose only output is called `name`."""
+        node = helper.make_node(op, list(inputs), [name], name=name, domain=domain, **attributes)
+        self.nodes.append(node)
+        return name
+
+    def cast(self, x: str, to: int, name: str) -> str:
+        """x in another type; only float16 graphs need it."""
+        return self.add("Cast", x, name=name, to=to) if self.variant == "fp16" else x
+
+    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str, group: str = "") -> str:
+        """x @ weight.T + bias for x (..., I) and weight (O, I); in int8 where `group`, a matrix of a block, allows."""
+        if self.variant == "int8" and group and group not in self.exclude:
+            return self._linear_int8(x, weight, bias, name)
+        y = self.add("MatMul", x, self.weight(f"{name}.weight", weight.T), name=f"{name}.product")
+        return y if bias is None else self.add("Add", y, self.weight(f"{name}.bias", bias), name=name)
+
+    def _linear_int8(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str) -> str:
+        """The product in integers: x to uint8 by its own range as it comes, weight to int8 by a scale for each output.
+
+        ONNX Runtime's x86 kernels want unsigned times signed: 2.4 times as fast as unsigned times unsigned (LOG).
+        """
+        parts = [f"{x}.{part}" for part in ("uint8", "scale", "zero")]
+        if x not in self.quantised:
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], parts, name=f"{x}.quantised"))
+            self.quantised.add(x)
+        scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
+        whole = np.round(weight / scale[:, None]).astype(np.int8)
+        inputs = [
+            parts[0],
+            self._store(f"{name}.weight", whole.T),
+            parts[1],
+            self.weight(f"{name}.scale", scale),
+            parts[2],
+        ]
+        inputs += [] if bias is None else ["", self.weight(f"{name}.bias", bias)]
+        return self.add("MatMulIntegerToFloat", *inputs, name=name, domain="com.microsoft")
+
+    def layer_norm(self, x: str, norm: nn.Module, name: str) -> str:
+        """Layer norm over the last axis; an Identity adds nothing."""
+        if isinstance(norm, nn.Identity):
+            return x
+        assert isinstance(norm, nn.LayerNorm)
+        scale = self.weight(f"{name}.weight", _array(norm.weight))
+        bias = self.weight(f"{name}.bias", _array(norm.bias))
+        return self.add("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=norm.eps)
+
+
+def build(
+    run: Run, variant: str = "fp32", *, embedding: bool = False, exclude: frozenset[str] = frozenset()
+) -> onnx.ModelProto:
+    """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E).
+
+    An ensemble passes the frozen part once and each tail from there; its probabilities are the mean, its logits those
+    of the mean. Where the run is calibrated `probabilities` are, `logits` are not, and `raw_probabilities` is a third
+    output. An int8 graph takes its images one by one inside (Scan): quantisation follows the range of what it sees, and
+    an image's answer must not hang on its neighbours in the batch.
+    """
+    graph = Graph(variant, exclude)
+    _image(graph, run)
+    size, classes = run.info["preprocess"]["size"], len(run.info["classes"])
+    outputs = [("logits", classes), ("probabilities", classes)]
+    outputs += [(RAW, classes)] if run.info["calibration"] is not None else []
+    outputs += [("embedding", run.head[0].in_features)] if embedding else []
+    each = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n]) for name, n in outputs]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", size, size])
+    if variant == "int8":
+        proto = _one_by_one(graph, pixels, each)
+    else:
+        proto = helper.make_graph(graph.nodes, "cxr-fast", [pixels], each, graph.weights)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="cxr-fast")
+    model.producer_version = __version__
+    return model
+
+
+def _one_by_one(graph: Graph, pixels: Any, outputs: list[Any]) -> onnx.GraphProto:
+    """The nodes as the body of a Scan over images, each a batch of one.
+
+    A body may not make a name of the graph around it again, so inside those of inputs and outputs are lengthened.
+    """
+    dims = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in outputs}
+    for node in graph.nodes:
+        for names in (node.input, node.output):
+            names[:] = [f"batch.{name}" if name in dims or name == "pixels" else name for name in names]
+    axis = graph.weight("image.axis", np.array([0]))
+    first = helper.make_node("Unsqueeze", ["image.pixels", axis], ["batch.pixels"], name="image.pixels")
+    last = [helper.make_node("Squeeze", [f"batch.{k}", axis], [f"image.{k}"], name=f"image.{k}") for k in dims]
+    size = pixels.type.tensor_type.shape.dim[1].dim_value
+    body = helper.make_graph(
+        [first, *graph.nodes, *last],
+        "image",
+        [helper.make_tensor_value_info("image.pixels", TensorProto.UINT8, [size, size])],
+        [helper.make_tensor_value_info(f"image.{name}", TensorProto.FLOAT, [n]) for name, n in dims.items()],
+        graph.weights,
+    )
+    scan = helper.make_node("Scan", ["pixels"], list(dims), name="images", body=body, num_scan_inputs=1)
+    return helper.make_graph([scan], "cxr-fast", [pixels], outputs)
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs inside its nodes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from all_nodes(attribute.g)
+
+
+def matrices(run: Run) -> list[str]:
+    """The block matrices that int8 may leave out, such as `10.fc2`, as `build` takes them in `exclude`."""
+    return [f"{i}.{name}" for i in range(len(run.visual.trunk.blocks)) for name in ("qkv", "proj", "fc1", "fc2")]
+
+
+def _image(graph: Graph, run: Run) -> None:
+    """From `pixels` to the outputs."""
+    trunk = run.visual.trunk
+    x = _patches(graph, run)
+    x = graph.layer_norm(x, trunk.norm_pre, "norm_pre")
+    cut = len(trunk.blocks) - run.info["unfreeze_blocks"]
+    x = graph.cast(x, TensorProto.FLOAT16, "tokens.half")
+    with graph.blocks():
+        for i, block in enumerate(trunk.blocks[:cut]):
+            x = _block(graph, x, block, i, "", first_only=_first_only(trunk, i))
+    several = len(run.members) > 1
+    each = [_tail(graph, x, member, cut, f"member{k}." if several else "") for k, member in enumerate(run.members)]
+    raw = "probabilities" if run.info["calibration"] is None else RAW
+    _mean(graph, each, raw) if several else graph.add("Sigmoid", each[0], name=raw)
+    _calibrate(graph, raw, run.info["calibration"])
+
+
+def _first_only(trunk: Any, i: int) -> bool:
+    """Whether block i has to answer for the class token alone."""
+    return i == len(trunk.blocks) - 1 and trunk.global_pool == "token"
+
+
+def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
+    """Blocks from the cut on, norm, pooling, projection, L2 norm and head of one member; its logits."""
+    trunk = member.visual.trunk
+    with graph.blocks():
+        for i, block in enumerate(trunk.blocks[cut:], cut):
+            x = _block(graph, x, block, i, name, first_only=_first_only(trunk, i))
+    x = graph.cast(x, TensorProto.FLOAT, f"{name}tokens.float")
+    x = graph.layer_norm(x, trunk.norm, f"{name}norm")
+    x = _pool(graph, x, trunk, name)
+    x = graph.layer_norm(x, trunk.fc_norm, f"{name}fc_norm")
+    if "proj" in member.visual.head._modules:
+        projection = member.visual.head.proj
+        x = graph.linear(x, _array(projection.weight), _optional(projection.bias), f"{name}projection")
+    return _head(graph, _l2(graph, x, name), member.head, name)
+
+
+def _mean(graph: Graph, logits: list[str], name: str) -> None:
+    """Mean of the members' probabilities; adds `logits`, those of the mean, kept EDGE away from the ends.
+
+    As a sum: ONNX Runtime has no Mean on CUDA, and would take it to the CPU and back.
+    """
+    each = [graph.add("Sigmoid", x, name=f"{x}.probabilities") for x in logits]
+    total = graph.add("Sum", *each, name=f"{name}.sum")
+    count = graph.weight(f"{name}.members", np.array(float(len(each))))
+    _logit(graph, graph.add("Div", total, count, name=name), "logits")
+
+
+def _logit(graph: Graph, p: str, name: str) -> str:
+    edges = [graph.weight(f"{name}.{k}", np.array(v)) for k, v in (("low", EDGE), ("high", 1 - EDGE), ("one", 1.0))]
+    p = graph.add("Clip", p, *edges[:2], name=f"{name}.clipped")
+    rest = graph.add("Sub", edges[2], p, name=f"{name}.rest")
+    return graph.add("Log", graph.add("Div", p, rest, name=f"{name}.odds"), name=name)
+
+
+def _calibrate(graph: Graph, raw: str, calibration: dict[str, Any] | None) -> None:
+    """Add `probabilities`, the raw ones through the calibration, where there is one."""
+    if calibration is None:
+        return
+    if calibration["kind"] == "platt":
+        a, b = (graph.weight(f"platt.{k}", np.array(calibration[k], np.float64)) for k in "ab")
+        x = graph.add("Mul", _logit(graph, raw, "platt.logit"), a, name="platt.scaled")
+        graph.add("Sigmoid", graph.add("Add", x, b, name="platt"), name="probabilities")
+    else:
+        _piecewise(graph, raw, calibration["x"], calibration["y"])
+
+
+def _piecewise(graph: Graph, raw: str, xs: list[list[float]], ys: list[list[float]]) -> None:
+    """y_0 + sum over pieces of slope (clip(p, start, end) - start): linear between knots, constant beyond them.
+
+    Classes have different numbers of pieces; the rest are empty (start = end, slope 0).
+    """
+    pieces = max(max(map(len, xs)) - 1, 1)
+    start, end, slope = (np.zeros((len(xs), pieces)) for _ in range(3))
+    for c, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        n = len(x) - 1
+        start[c, :n], end[c, :n] = x[:-1], x[1:]
+        slope[c, :n] = np.diff(y) / np.diff(x)
+    low, high, rise = (graph.weight(f"isotonic.{k}", v) for k, v in (("start", start), ("end", end), ("slope", slope)))
+    axis = graph.weight("isotonic.axis", np.array([-1]))
+    p = graph.add("Unsqueeze", raw, axis, name="isotonic.p")
+    p = graph.add("Min", graph.add("Max", p, low, name="isotonic.max"), high, name="isotonic.min")
+    p = graph.add("Mul", graph.add("Sub", p, low, name="isotonic.into"), rise, name="isotonic.rise")
+    p = graph.add("ReduceSum", p, axis, name="isotonic.sum", keepdims=0)
+    first = graph.weight("isotonic.first", np.array([y[0] for y in ys], np.float64))
+    graph.add("Add", p, first, name="probabilities")
+
+
+def _patches(graph: Graph, run: Run) -> str:
+    """uint8 grey pixels to tokens (N, T, D), class token and positions included.
+
+    Grey g becomes channels (g/255 - mean_c) / std_c. The patch embedding has no padding, so the affine map folds
+    into its kernel and bias exactly: one input channel instead of three.
+    """
+    trunk = run.visual.trunk
+    conv = trunk.patch_embed.proj
+    kernel = _array(conv.weight).astype(np.float64)
+    mean, std = (np.array(run.info[k], np.float64).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    bias = -(kernel * mean / std).sum(axis=(1, 2, 3))
+    if conv.bias is not None:
+        bias = bias + _array(conv.bias)
+    kernel = (kernel / std / 255).sum(axis=1, keepdims=True)
+    x = graph.add("Cast", "pixels", name="grey", to=TensorProto.FLOAT)
+    x = graph.add("Unsqueeze", x, graph.weight("axis1", np.array([1])), name="channel")
+    weights = (graph.weight("patch.weight", kernel), graph.weight("patch.bias", bias))
+    stride = list(conv.stride)
+    x = graph.add("Conv", x, *weights, name="patch", strides=stride, kernel_shape=list(conv.kernel_size))
+    x = graph.add("Reshape", x, graph.weight("patch.shape", np.array([0, trunk.embed_dim, -1])), name="patch.flat")
+    x = graph.add("Transpose", x, name="patch.tokens", perm=[0, 2, 1])
+    x = graph.layer_norm(x, trunk.patch_embed.norm, "patch.norm")
+    extra = trunk.num_prefix_tokens
+    table = _positions(trunk)
+    if extra:
+        pads = graph.weight("prefix.pads", np.array([0, extra, 0, 0, 0, 0]))
+        x = graph.add("Pad", x, pads, name="prefix")
+    return graph.add("Add", x, graph.weight("positions", table), name="tokens")
+
+
+def _positions(trunk: Any) -> np.ndarray:
+    """(1, T, D) added to the padded patch tokens: class and register tokens with their positions, then positions."""
+    prefix = [_array(t)[0] for t in (trunk.cls_token, trunk.reg_token) if t is not None]
+    table = np.zeros((trunk.num_prefix_tokens + trunk.patch_embed.num_patches, trunk.embed_dim), np.float32)
+    if prefix:
+        table[: trunk.num_prefix_tokens] = np.concatenate(prefix)
+    if trunk.pos_embed is not None:
+        positions = _array(trunk.pos_embed)[0]
+        table[len(table) - len(positions) :] += positions
+    return table[None]
+
+
+def _block(graph: Graph, x: str, block: Any, number: int, prefix: str, *, first_only: bool) -> str:
+    """One transformer block; with `first_only` everything but the keys and values is for the first token alone."""
+    name = f"{prefix}blocks.{number}"
+    y = graph.layer_norm(x, block.norm1, f"{name}.norm1")
+    if first_only:
+        x = _first_token(graph, x, f"{name}.kept")
+        y = graph.cast(y, TensorProto.FLOAT, f"{name}.norm1.float")
+        with graph.blocks(False):
+            y = _one_query(graph, y, block.attn, name)
+        y = graph.cast(y, TensorProto.FLOAT16, f"{name}.attention.half")
+    else:
+        y = _attention(graph, y, block.attn, number, name)
+    y = graph.linear(y, *_scaled(block.attn.proj, block.ls1), f"{name}.proj", f"{number}.proj")
+    x = graph.add("Add", x, y, name=f"{name}.residual1")
+    y = graph.layer_norm(x, block.norm2, f"{name}.norm2")
+    fc1 = _array(block.mlp.fc1.weight), _optional(block.mlp.fc1.bias)
+    y = graph.linear(y, *fc1, f"{name}.fc1", f"{number}.fc1")
+    y = graph.add("Gelu", y, name=f"{name}.gelu", approximate=block.mlp.act.approximate)
+    y = graph.linear(y, *_scaled(block.mlp.fc2, block.ls2), f"{name}.fc2", f"{number}.fc2")
+    return graph.add("Add", x, y, name=f"{name}.residual2")
+
+
+def _attention(graph: Graph, y: str, attn: Any, number: int, name: str) -> str:
+    """Attention of all tokens (N, T, D) before its projection, in ONNX Runtime's fused form."""
+    weight, bias = _array(attn.qkv.weight), _optional(attn.qkv.bias)
+    rows = np.split(weight, 3)
+    parts = [graph.linear(y, part, None, f"{name}.{p}", f"{number}.qkv") for p, part in zip("qkv", rows, strict=True)]
+    if bias is not None:
+        parts.append(graph.weight(f"{name}.qkv.bias", bias))
+    heads = {"num_heads": attn.num_heads, "scale": float(attn.scale)}
+    return graph.add("MultiHeadAttention", *parts, name=f"{name}.attention", domain="com.microsoft", **heads)
+
+
+def _one_query(graph: Graph, y: str, attn: Any, name: str) -> str:
+    """Attention of the first token alone, (N, T, D) to (N, 1, D), without any token's key or value.
+
+    q . (K y) = (K' q) . y and the mean of V y is V times the mean of y: a hundredth of the work. A bias of the keys
+    moves every score alike, and softmax does not see it.
+    """
+    heads, width = attn.num_heads, attn.head_dim
+    to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(_array(attn.qkv.weight), 3))
+    bias = _optional(attn.qkv.bias)
+    q_bias, _, v_bias = (None,) * 3 if bias is None else np.split(bias, 3)
+    scale = float(attn.scale)
+    one = _first_token(graph, y, f"{name}.query")
+    q = graph.linear(
+        one, to_q.reshape(heads * width, -1) * scale, None if q_bias is None else q_bias * scale, f"{name}.q"
+    )
+    shapes = {"heads": [0, heads, 1, width], "scores": [0, heads, -1], "joined": [0, 1, heads * width]}
+    shape = {k: graph.weight(f"{name}.{k}.shape", np.array(v)) for k, v in shapes.items()}
+    q = graph.add("Reshape", q, shape["heads"], name=f"{name}.q.heads")
+    keys = graph.add("MatMul", q, graph.weight(f"{name}.k.weight", to_k), name=f"{name}.keys")  # (N, heads, 1, D)
+    keys = graph.add("Reshape", keys, shape["scores"], name=f"{name}.keys.flat")
+    other = graph.add("Transpose", y, name=f"{name}.tokens", perm=[0, 2, 1])
+    scores = graph.add("MatMul", keys, other, name=f"{name}.scores")  # (N, heads, T)
+    mean = graph.add("MatMul", graph.add("Softmax", scores, name=f"{name}.softmax", axis=-1), y, name=f"{name}.mean")
+    axis = graph.weight(f"{name}.mean.axis", np.array([2]))
+    mean = graph.add("Unsqueeze", mean, axis, name=f"{name}.mean.one")  # (N, heads, 1, D)
+    z = graph.add("MatMul", mean, graph.weight(f"{name}.v.weight", to_v.swapaxes(1, 2)), name=f"{name}.values")
+    z = graph.add("Reshape", z, shape["joined"], name=f"{name}.joined")
+    return (
+        z if v_bias is None else graph.add("Add", z, graph.weight(f"{name}.v.bias", v_bias), name=f"{name}.attention")
+    )
+
+
+def _first_token(graph: Graph, x: str, name: str) -> str:
+    """(N, T, D) to (N, 1, D)."""
+    ends = [graph.weight(f"{name}.{k}", np.array([v])) for k, v in (("start", 0), ("end", 1), ("axis", 1))]
+    return graph.add("Slice", x, *ends, name=name)
+
+
+def _pool(graph: Graph, x: str, trunk: Any, name: str) -> str:
+    """(N, T, D) to (N, D): the class token (already alone), or the mean of the patch tokens."""
+    axis = graph.weight(f"{name}pool.axis", np.array([1]))
+    if trunk.global_pool == "token":
+        return graph.add("Squeeze", x, axis, name=f"{name}pool")
+    bounds = (trunk.num_prefix_tokens, np.iinfo(np.int64).max)
+    ends = [graph.weight(f"{name}pool.{k}", np.array([v])) for k, v in zip(("start", "end"), bounds, strict=True)]
+    x = graph.add("Slice", x, *ends, axis, name=f"{name}pool.patches")
+    return graph.add("ReduceMean", x, axis, name=f"{name}pool", keepdims=0)
+
+
+def _l2(graph: Graph, x: str, name: str) -> str:
+    """x / max(|x|, 1e-12), as torch's normalize does."""
+    axis = graph.weight(f"{name}l2.axis", np.array([-1]))
+    length = graph.add("ReduceL2", x, axis, name=f"{name}l2.length", keepdims=1)
+    length = graph.add("Max", length, graph.weight(f"{name}l2.least", np.array(1e-12)), name=f"{name}l2.safe")
+    return graph.add("Div", x, length, name=f"{name}embedding")
+
+
+def _head(graph: Graph, x: str, head: nn.Sequential, prefix: str) -> str:
+    """The MLP head; each batch norm is folded into the matrix before it (exact in evaluation mode)."""
+    layers = [layer for layer in head if isinstance(layer, (nn.Linear, nn.BatchNorm1d, nn.ReLU))]
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.Linear):
+            weight, bias = (_array(t).astype(np.float64) for t in (layer.weight, layer.bias))
+            norm = layers[i + 1] if i + 1 < len(layers) else None
+            if isinstance(norm, nn.BatchNorm1d):
+                assert norm.running_var is not None
+                assert norm.running_mean is not None
+                factor = _array(norm.weight) / np.sqrt(_array(norm.running_var).astype(np.float64) + norm.eps)
+                weight, bias = weight * factor[:, None], (bias - _array(norm.running_mean)) * factor
+                bias = bias + _array(norm.bias)
+            name = f"{prefix}logits" if norm is None else f"{prefix}head.{i}"
+            x = graph.linear(x, weight, bias, name)
+        elif isinstance(layer, nn.ReLU):
+            x = graph.add("Relu", x, name=f"{prefix}head.{i}.relu")
+    return x
+
+
+def _scaled(linear: Any, scale: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weight and bias of a linear layer with the layer scale behind it folded in."""
+    weight, bias = _array(linear.weight), _optional(linear.bias)
+    gamma = getattr(scale, "gamma", None)
+    if gamma is None:
+        return weight, bias
+    factor = _array(gamma)
+    return weight * factor[:, None], None if bias is None else bias * factor
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().float().numpy()
+
+
+def _optional(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else _array(tensor)

@@ -1,0 +1,136 @@
+"""Heat maps: which patches the class token looked at, weighted by the gradient of one class's logit."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..activations.encoder import normalise
+from ..config import PreprocessSpec, from_dict
+from ..data.images import decode_grey, read_bytes, resize
+from ..errors import InputError
+from ..metrics import calibration
+from ..models.backbone import embed
+from ..system.files import put
+from ..training.run_folder import Member, Run, read_run
+from .overlay import Explained, Map, picture
+
+TOP = 3
+
+
+def write(
+    folder: Path, image: Path, out: Path, *, npy: Path | None = None, classes: Sequence[str] = (), top: int = TOP
+) -> Explained:
+    """Explain one image by a run's final model into a PNG, and the maps into an array (C, rows, columns) float32.
+
+    Raises InputError or ImageError before anything is written.
+    """
+    _check_outputs(image, out, npy)
+    found = explain(read_run(folder), image, classes=classes, top=top)
+    put(out, picture(found), "--out", folders=True)
+    if npy is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([each.shares for each in found.maps]))
+        put(npy, buffer.getvalue(), "--npy", folders=True)
+    return found
+
+
+def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TOP) -> Explained:
+    """Maps of the named classes, or of the `top` ones by probability minus threshold, highest first.
+
+    An ensemble's map is the mean of its members' maps, each as shares of its own sum, since their logits have scales of
+    their own. Raises InputError for an unknown class or a backbone without a class token, ImageError for the image.
+    """
+    if run.visual.trunk.global_pool != "token":
+        raise InputError(
+            "heat maps need a backbone that pools its class token; this run's averages its patches, which reach the "
+            "score past all attention too."
+        )
+    info = run.info
+    asked = [_index(name, info["classes"]) for name in dict.fromkeys(classes)]
+    spec = from_dict(PreprocessSpec, info["preprocess"])
+    grey = decode_grey(read_bytes(image), spec=spec, name=str(image))
+    mean, std = (torch.tensor(info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    x = normalise(torch.from_numpy(resize(grey, spec)[None]), mean, std)
+    probs = calibration.apply(info["calibration"], run.raw_probabilities(x))[0].astype(np.float64)
+    limits = np.array(info["thresholds"], np.float64)
+    chosen = asked or [int(c) for c in np.argsort(limits - probs, kind="stable")[:top]]
+    each = np.mean([shares(relevance(member, x, chosen)) for member in run.members], axis=0)
+    maps = tuple(
+        Map(name=info["classes"][c], probability=float(probs[c]), threshold=float(limits[c]), shares=one)
+        for c, one in zip(chosen, each, strict=True)
+    )
+    members, warning = len(run.members), str(info["provenance"])
+    return Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+
+
+def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Relevance of each patch to each class for one normalised image (1, 3, S, S); (C, rows, columns) float32, >= 0.
+
+    Mean over heads of max(0, A * d logit / d A), A the class token's attention in the last block: equation 5 of Chefer,
+    Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), in logits. Their product over blocks is left
+    out: it supposes how blocks compose, and a map must not change its meaning with the number of blocks trained.
+    """
+    visual, trunk = member.visual, member.visual.trunk
+    with torch.no_grad():
+        tokens = embed(visual, x)
+        for block in trunk.blocks[:-1]:
+            tokens = block(tokens)
+        a, v = attention(trunk.blocks[-1], tokens)
+    with torch.enable_grad():
+        a.requires_grad_(True)
+        tokens = from_attention(trunk.blocks[-1], tokens, a, v)
+        embedding = visual.head(trunk.forward_head(trunk.norm(tokens)))
+        logits = member.head(torch.nn.functional.normalize(embedding, dim=-1))[0]
+        slopes = [torch.autograd.grad(logits[c], a, retain_graph=True)[0] for c in classes]
+    maps = [(a.detach() * slope).clamp(min=0)[0, :, 0, trunk.num_prefix_tokens :].mean(dim=0) for slope in slopes]
+    return np.asarray(torch.stack(maps).reshape(len(classes), *trunk.patch_embed.grid_size).numpy())
+
+
+def attention(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (B, heads, T, T) and values (B, heads, T, D / heads) of a timm `Block` at tokens (B, T, D).
+
+    timm's own attention is fused: its probabilities exist nowhere.
+    """
+    attn = block.attn
+    b, t, _ = x.shape
+    qkv = attn.qkv(block.norm1(x)).reshape(b, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    return torch.softmax((q * attn.scale) @ k.mT, dim=-1), v
+
+
+def from_attention(block: Any, x: torch.Tensor, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The block's output (B, T, D), from its input x and what `attention` gave."""
+    z = (a @ v).transpose(1, 2).reshape(*x.shape[:2], -1)
+    x = x + block.ls1(block.attn.proj(z))
+    out: torch.Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return out
+
+
+def shares(maps: np.ndarray) -> np.ndarray:
+    """Each map (C, rows, columns) over its own sum; one that is nowhere positive stays 0."""
+    total = maps.sum(axis=(1, 2), keepdims=True, dtype=np.float64)
+    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
+
+
+def _index(name: str, classes: Sequence[str]) -> int:
+    if name in classes:
+        return classes.index(name)
+    folded = {known.casefold(): known for known in classes}
+    near = [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
+    names = f"did you mean {', '.join(near)}?" if near else f"its classes: {', '.join(classes)}."
+    raise InputError(f"--class: this run has no {name!r}; {names}")
+
+
+def _check_outputs(image: Path, out: Path, npy: Path | None) -> None:
+    for flag, path, suffix in (("--out", out, ".png"), ("--npy", npy, ".npy")):
+        if path is not None and (path.suffix.lower() != suffix or path.is_dir()):
+            raise InputError(f"{flag}: {path} must be the name of a {suffix} file.")
+        if path is not None and path.exists() and image.exists() and path.samefile(image):
+            raise InputError(f"{flag}: {path} is the image itself; give another name.")

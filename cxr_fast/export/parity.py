@@ -1,0 +1,191 @@
+"""Real images that a model file must answer for as torch does, and a file opened for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..activations.encoder import normalise
+from ..config import PreprocessSpec, from_dict
+from ..data.images import load
+from ..errors import ImageError, InputError
+from ..inference.predictor import golden_pixels
+from ..inference.session import open_model
+from ..metrics import calibration as calibrate
+from ..training.run_folder import Run
+from .graph import RAW
+
+BATCHES = (1, 2, 7, 64)
+IMAGES = 256
+RUNS = 9  # behind a latency
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far ONNX Runtime and torch are apart on real images, before calibration: the largest probability difference
+    on all of them, and by batch size on the first 64.
+
+    `cached` is the largest difference to what the sweep computed from stored activations (their rounding).
+    """
+
+    images: int
+    largest: float
+    by_batch: dict[int, float]
+    cached: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """The images a variant must answer for: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
+    the sweep where it kept them, and which part of the run they are from; torch's for the golden image, (1, C)."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    raw: np.ndarray
+    cached: np.ndarray | None
+    part: str
+    golden: np.ndarray
+
+
+def checks_of(run: Run, images: Path | None, count: int, say: Progress) -> Checks:
+    """Up to `count` images of a run with torch's answers."""
+    pixels, rows, saved = check_images(run, images, most=count)
+    raw = torch_probabilities(run, pixels, on_done=lambda done: say("torch float32", done, len(pixels)))
+    held = saved["fold"][rows] < 0
+    part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
+    # The sweep kept the answers to all images of the final model it chose, of no other.
+    cached = saved["final"][rows] if run.info["final"]["kind"] == run.chosen else None
+    golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
+    return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part, golden=golden)
+
+
+class OpenFile:
+    """A file of any variant on a CPU, for its checks alone: anybody else is refused float16 there."""
+
+    def __init__(self, path: Path) -> None:
+        opened = open_model(path, "cpu", strict=False, check=False)
+        self.variant, self.provider, self.session = opened.variant, opened.provider, opened.session
+
+    def run(self, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
+        """uint8 (N, S, S) to one of the graph's outputs, (N, C) float32."""
+        out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
+        return out
+
+    def many(self, pixels: np.ndarray, output: str, say: Progress, batch: int = 8) -> np.ndarray:
+        """`run` on many images."""
+        out = []
+        for start in range(0, len(pixels), batch):
+            out.append(self.run(pixels[start : start + batch], output))
+            say(f"{self.variant} {output}", start + len(out[-1]), len(pixels))
+        return np.concatenate(out)
+
+    def seconds(self, pixels: np.ndarray) -> float:
+        """Median seconds of one image, of `RUNS`."""
+        times = []
+        for _ in range(RUNS):
+            began = time.perf_counter()
+            self.run(pixels)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+
+def raw_name(run: Run) -> str:
+    """The output that holds probabilities before calibration."""
+    return "probabilities" if run.info["calibration"] is None else RAW
+
+
+def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Pixels (n, S, S) of cached images, their rows in predictions.npz, and that file.
+
+    The hold-out first, evenly spread over it where it is larger than `most`; then the others.
+    """
+    try:
+        with np.load(run.folder / "predictions.npz") as file:
+            saved = {name: file[name] for name in ("image", "sha256", "fold", "labels", "final")}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{run.folder / 'predictions.npz'}: cannot be read; run the sweep again.") from error
+    root = images or Path(run.info["cache"]["dataset"]["root"])
+    spec = from_dict(PreprocessSpec, run.info["preprocess"])
+    pixels: list[np.ndarray] = []
+    kept: list[int] = []
+    changed = 0
+    for i in _order(saved["fold"], most):
+        if len(kept) == most:
+            break
+        try:
+            image, sha256 = load(root / str(saved["image"][i]), spec)
+        except ImageError:
+            continue
+        if sha256 != saved["sha256"][i]:
+            changed += 1
+            continue
+        pixels.append(image)
+        kept.append(i)
+    if not kept:
+        raise InputError(
+            f"export checks itself on the cached images, and none of the {len(saved['fold']):,} is readable under "
+            f"{root} ({changed} changed since); give their folder with --images DIR."
+        )
+    return np.stack(pixels), np.array(kept), saved
+
+
+def _order(fold: np.ndarray, most: int) -> np.ndarray:
+    """Rows to try, in turn: of each part, hold-out (fold -1) first, `most` evenly spread ones before the rest."""
+    out = []
+    for rows in (np.flatnonzero(fold < 0), np.flatnonzero(fold >= 0)):
+        first = (
+            np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)) if len(rows) else rows
+        )
+        out += [rows[first], np.delete(rows, first)]
+    return np.concatenate(out)
+
+
+def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> tuple[Parity, np.ndarray]:
+    """Compare the file with torch on all images, and on the first at batch sizes 1, 2, 7 and 64 (they repeat where
+    there are fewer); also its (calibrated) probabilities of all images (n, C).
+
+    Of a calibrated model the raw probabilities are compared with torch's, and the calibration in the graph with
+    `calibrate.apply` on them: a steep calibration would make any difference large.
+    """
+    calibration, name = run.info["calibration"], raw_name(run)
+    by_batch = {}
+    for batch in BATCHES:
+        take = np.arange(batch) % min(len(checks.pixels), max(BATCHES))
+        found = file.run(checks.pixels[take], name)
+        calibrated = found if calibration is None else file.run(checks.pixels[take])
+        by_batch[batch] = _apart(calibration, checks.raw[take], found, calibrated)
+        say(f"{file.variant} at batch {batch}", BATCHES.index(batch) + 1, len(BATCHES))
+    names = dict.fromkeys((name, "probabilities"))
+    each = [file.many(checks.pixels, out, say) for out in names]
+    found, calibrated = each[0], each[-1]
+    cached = None if checks.cached is None else float(np.abs(checks.raw - checks.cached).max())
+    # numpy's largest, which does not lose a NaN
+    largest = float(np.max([_apart(calibration, checks.raw, found, calibrated), *by_batch.values()]))
+    return Parity(images=len(checks.pixels), largest=largest, by_batch=by_batch, cached=cached), calibrated
+
+
+def _apart(calibration: Any, want: np.ndarray, found: np.ndarray, calibrated: np.ndarray) -> float:
+    """The larger of two differences: raw probabilities to torch's, calibrated ones to the calibration of the raw."""
+    return float(np.max([np.abs(found - want).max(), np.abs(calibrated - calibrate.apply(calibration, found)).max()]))
+
+
+def torch_probabilities(
+    run: Run, pixels: np.ndarray, *, batch: int = 8, on_done: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """The trusted path: float32 probabilities (n, C), not calibrated, of uint8 pixels (n, S, S), by open_clip."""
+    mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    out = []
+    for start in range(0, len(pixels), batch):
+        x = normalise(torch.from_numpy(pixels[start : start + batch]), mean, std)
+        out.append(run.raw_probabilities(x))
+        if on_done is not None:
+            on_done(start + len(x))
+    return np.concatenate(out)

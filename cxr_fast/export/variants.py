@@ -1,0 +1,286 @@
+"""A run to ONNX variants, each checked against torch on real images before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import PIL
+
+from .. import __version__
+from ..config import NOTICE
+from ..data.images import self_check
+from ..errors import InputError, ParityError
+from ..inference.model_file import PREFIX, SCHEMA, labels_sha256, write
+from ..inference.predictor import golden_pixels
+from ..inference.verify import LOOSEST
+from ..metrics import calibration, drift
+from ..metrics.drift import Drift
+from ..system.hardware import machine
+from ..training.run_folder import Run, clean, read_run
+from .graph import VARIANTS, all_nodes, build, matrices
+from .parity import (
+    IMAGES,
+    Checks,
+    OpenFile,
+    Parity,
+    Progress,
+    check,
+    checks_of,
+    raw_name,
+)
+
+LIMIT = 1e-5
+# Images on which a single matrix in int8 shows what it does.
+FEW = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What became of one variant; `reason` says why it was not kept. `seconds` is the median of single images."""
+
+    variant: str
+    path: Path
+    size: int
+    parity: Parity
+    drift: Drift
+    seconds: float
+    info: dict[str, Any]
+    reason: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the file is there."""
+        return not self.reason
+
+
+def export(
+    run_folder: Path,
+    *,
+    out: Path | None = None,
+    variants: Sequence[str] = ("fp32",),
+    final: str | None = None,
+    images: Path | None = None,
+    embedding: bool = False,
+    allow_drift: bool = False,
+    count: int = IMAGES,
+    on_progress: Progress | None = None,
+) -> list[Exported]:
+    """Write RUN/model.VARIANT.onnx for each variant, kept only where it agrees with torch float32 on `count` images.
+
+    `out` is a folder, or a file for a single variant; `final` another final model than the run's own. The images are
+    the cached ones (hold-out first), read again under the dataset's folder or `images`. Limits: fp32 1e-5 in
+    probability before calibration, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept
+    unless `allow_drift`. A float16 or int8 file not kept takes an earlier one of its name away.
+    """
+    if unknown := [v for v in variants if v not in VARIANTS]:
+        raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
+    run = read_run(run_folder, final)
+    if embedding and len(run.members) > 1:
+        raise InputError("--embedding: an ensemble has as many embeddings as members; use --final best-fold or refit.")
+    paths = _paths(run_folder, out, variants)
+    say = on_progress or (lambda text, done, total: None)
+    checks = checks_of(run, images, count, say)
+    found = []
+    for variant, path in paths.items():
+        one = _int8 if variant == "int8" else _variant
+        found.append(one(run, variant, path, checks, embedding=embedding, allow_drift=allow_drift, say=say))
+        if not found[-1].kept:
+            _remove(path)
+    return found
+
+
+def _remove(path: Path) -> None:
+    """Take away an earlier file under a name that was not kept: `predict RUN` would go on using it."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot remove {path}: {error.strerror or error}; it was not kept.") from error
+
+
+def _paths(run_folder: Path, out: Path | None, variants: Sequence[str]) -> dict[str, Path]:
+    """Where each variant goes."""
+    if out is not None and out.suffix == ".onnx" and not out.is_dir():
+        if len(variants) > 1:
+            raise InputError(f"--out: {out} is one file for {len(variants)} variants; give a folder.")
+        return {variants[0]: out}
+    return {variant: (out or run_folder) / f"model.{variant}.onnx" for variant in dict.fromkeys(variants)}
+
+
+def _variant(
+    run: Run,
+    variant: str,
+    path: Path,
+    checks: Checks,
+    *,
+    embedding: bool,
+    allow_drift: bool,
+    say: Progress,
+    exclude: frozenset[str] = frozenset(),
+) -> Exported:
+    """Build, check and keep one file. One over its limit leaves nothing behind."""
+    model = build(run, variant, embedding=embedding, exclude=exclude)
+    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
+    info = metadata(run, model) | {"variant": variant, "float_matrices": sorted(exclude)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(model, info, scratch)
+        file = OpenFile(scratch)
+        parity, probabilities = check(run, file, checks, say)
+        far = drift.measure(
+            calibration.apply(run.info["calibration"], checks.raw), probabilities, checks.labels, run.info["thresholds"]
+        )
+        seconds = file.seconds(checks.pixels[:1])
+        reason = _refused(path, variant, parity, far, allow_drift)
+        info |= {
+            "parity": _parity_json(checks, parity, far, file) | {"latency_ms": 1000 * seconds},
+            "golden": _golden(run, file, checks, 1e-4 if variant == "fp32" else min(max(1e-4, far.largest), LOOSEST)),
+        }
+        size = _save(model, info, scratch)
+        if not reason:
+            os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+    return Exported(
+        variant=variant, path=path, size=size, parity=parity, drift=far, seconds=seconds, info=info, reason=reason
+    )
+
+
+def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: bool) -> str:
+    """Why a variant is not kept; empty where it is. fp32 over its limit is an error of ours, and raised."""
+    if variant == "fp32":
+        if not parity.largest <= LIMIT:
+            raise ParityError(
+                f"{path.name} was not kept: ONNX Runtime and torch differ by {parity.largest:.2e} in probability "
+                f"(limit {LIMIT:g}) on {parity.images} images; please report this with the run folder."
+            )
+        return ""
+    over = far.over()
+    return "" if not over or (allow_drift and np.isfinite(far.largest)) else "; ".join(over)
+
+
+def _int8(
+    run: Run, variant: str, path: Path, checks: Checks, *, embedding: bool, allow_drift: bool, say: Progress
+) -> Exported:
+    """int8 everywhere in the blocks; where that is over the limits, the matrices that move most stay in float, as few
+    as needed by doubling, up to half of them."""
+    named: dict[str, Any] = {"embedding": embedding, "allow_drift": allow_drift, "say": say}
+    found = _variant(run, variant, path, checks, **named)
+    if found.kept:
+        return found
+    order = _most_moved(run, checks, say)
+    number = 1
+    while not found.kept and number <= len(order) // 2:
+        found = _variant(run, variant, path, checks, exclude=frozenset(order[:number]), **named)
+        number *= 2
+    if found.kept:
+        return found
+    text = f"{found.reason}, with {len(found.info['float_matrices'])} of {len(order)} matrices left in float"
+    return replace(found, reason=text)
+
+
+def _most_moved(run: Run, checks: Checks, say: Progress) -> list[str]:
+    """Block matrices by how far each alone in int8 moves the probabilities, the farthest first."""
+    names, pixels = matrices(run), checks.pixels[:FEW]
+    moved = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for k, name in enumerate(names):
+            model = build(run, "int8", exclude=frozenset(names) - {name})
+            _save(model, metadata(run, model) | {"variant": "int8"}, path := Path(scratch) / "model.onnx")
+            found = OpenFile(path).run(pixels, raw_name(run))
+            moved[name] = float(np.abs(found - checks.raw[:FEW]).mean())
+            say("which matrices int8 hurts", k + 1, len(names))
+    return sorted(names, key=lambda name: -moved[name])
+
+
+def _golden(run: Run, file: OpenFile, checks: Checks, tolerance: float) -> dict[str, Any]:
+    """Recipe of an input, torch's float32 answer, and this file's own answer here: what another machine must repeat.
+
+    `tolerance` of a float16 or int8 file is how far it was from torch: another machine's rounding must move it less.
+    """
+    return {
+        "recipe": "pixels[0, i, j] = (7*i + 13*j + i*j//16) % 256",
+        "probabilities": [float(p) for p in calibration.apply(run.info["calibration"], checks.golden)[0]],
+        "expected": [float(p) for p in file.run(golden_pixels(run.info["preprocess"]["size"]))[0]],
+        "tolerance": tolerance,
+        "provider": file.provider,
+        "cpu": machine()["cpu"],
+    }
+
+
+def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
+    """What the file says of itself; every value is JSON under `cxr.`."""
+    info = run.info
+    counts: dict[str, int] = {}
+    for node in all_nodes(model.graph):
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {
+        "schema": SCHEMA,
+        "written_by": f"cxr-fast {__version__}",
+        "labels": info["classes"],
+        "labels_sha256": labels_sha256(info["classes"]),
+        "thresholds": info["thresholds"],
+        "threshold_source": info["threshold_source"],
+        "calibration": info["calibration"],
+        "final": info["final"],
+        "preprocess": info["preprocess"],
+        "pixel_check": self_check(),
+        "dicom_policy": info["preprocess"]["dicom_policy"],
+        "mean": info["mean"],
+        "std": info["std"],
+        "weights": "random" if info["random_weights"] else Path(info["cache"]["weights"]).name,
+        "provenance": info["provenance"],
+        "backbone": info["backbone"],
+        "tower_sha256": info["cache"]["tower_sha256"],
+        "model_sha256": info["model_sha256"],
+        "trainable": info["trainable"],
+        "cache_fingerprint": info["cache"]["fingerprint"],
+        "data": {"name": info["cache"]["dataset"]["name"], "images": info["images"], "metrics": info["metrics"]},
+        "nodes": counts,
+        "toolchain": info["toolchain"]
+        | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "pillow": PIL.__version__},
+        "intended_use": NOTICE,
+    }
+
+
+def _parity_json(checks: Checks, parity: Parity, far: Drift, file: OpenFile) -> dict[str, Any]:
+    exact = file.variant == "fp32"
+    drifting = {"limit_macro_auc_drop": drift.AUC_DROP, "limit_flips_per_10000": drift.FLIPS}
+    found = clean(asdict(far))
+    return {
+        "against": "torch float32, open_clip tower",
+        "images": far.images,
+        "part": checks.part,
+        "provider": file.provider,
+        "max_probability_difference": parity.largest if exact else found["largest"],
+        "p99_probability_difference": found["p99"],
+        "flips_per_10000": far.flips,
+        "macro_auc_torch": found["macro_auc"],
+        "macro_auc_drop": found["macro_drop"],
+        "classes_with_auc": far.classes,
+        "auc_drop_by_class": list(far.auc_drop),
+        "by_batch": {str(k): v for k, v in parity.by_batch.items()},
+        "to_cached_activations": parity.cached,
+        **({"limit": LIMIT} if exact else drifting),
+    }
+
+
+def _save(model: onnx.ModelProto, info: dict[str, Any], path: Path) -> int:
+    """Write the file; its size in bytes."""
+    del model.metadata_props[:]
+    for key, value in info.items():
+        model.metadata_props.add(key=PREFIX + key, value=json.dumps(value))
+    write(path, model.SerializeToString())
+    return path.stat().st_size

@@ -1,0 +1,112 @@
+"""A table of probabilities as CSV, Parquet or JSON lines, written row by row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..system.tables import pyarrow
+
+Row = tuple[list[Any], np.ndarray | None]  # the values of `Columns.keys`, and (C,) float32 where there are any
+ROW_GROUP = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What a table says of each row: `keys`, one probability a class (C), and the findings where `decide`."""
+
+    keys: tuple[str, ...]
+    labels: tuple[str, ...]
+    thresholds: np.ndarray
+    decide: bool
+
+    @property
+    def head(self) -> list[str]:
+        """The names, in order."""
+        return [*self.keys, *self.labels, *(["findings"] if self.decide else [])]
+
+    def findings(self, probabilities: np.ndarray) -> list[str]:
+        """The classes whose probability (C,) reaches its threshold, compared in double precision."""
+        over = probabilities.astype(np.float64) >= self.thresholds
+        return [label for label, positive in zip(self.labels, over, strict=True) if positive]
+
+
+def shown(name: str) -> str:
+    r"""A name that any UTF-8 file can hold: of bytes that are no UTF-8 each is written as `\udc` and its two digits."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def texts(probabilities: np.ndarray, thresholds: np.ndarray) -> list[str]:
+    """The shortest decimal that reads back as the same float32, (C,) each.
+
+    And longer where that, read in double precision, would fall on the other side of the threshold: whoever
+    thresholds the file finds what the findings say.
+    """
+    found = [str(p) for p in probabilities.astype(np.float32)]
+    for c, (text, p, limit) in enumerate(zip(found, map(float, probabilities), thresholds, strict=True)):
+        if (float(text) >= limit) != (p >= limit):
+            found[c] = repr(p)
+    return found
+
+
+def _csv_cell(text: str) -> str:
+    # csv.writer leaves a carriage return bare where lines end in a mere newline; most readers then see two rows.
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
+
+
+def _csv(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
+    file.write((",".join(map(_csv_cell, columns.head)) + "\n").encode())
+    for keys, probabilities in rows:
+        if probabilities is None:
+            cells = [""] * (len(columns.labels) + columns.decide)
+        else:
+            cells = texts(probabilities, columns.thresholds)
+            cells += [";".join(columns.findings(probabilities))] if columns.decide else []
+        file.write((",".join(map(_csv_cell, [*map(str, keys), *cells])) + "\n").encode())
+
+
+def _jsonl(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
+    for keys, probabilities in rows:
+        line: dict[str, Any] = dict(zip(columns.keys, keys, strict=True)) | {"probabilities": None}
+        if columns.decide:
+            line["findings"] = None
+        if probabilities is not None:
+            numbers = map(float, texts(probabilities, columns.thresholds))
+            line["probabilities"] = dict(zip(columns.labels, numbers, strict=True))
+            if columns.decide:
+                line["findings"] = columns.findings(probabilities)
+        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def _parquet(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
+    """Text, whole numbers, float32 and null; 4,096 rows a group, so memory stays flat."""
+    arrow, parquet = pyarrow("pyarrow", Path("--out")), pyarrow("pyarrow.parquet", Path("--out"))
+    kinds = {key: arrow.int64() if key == "images" else arrow.string() for key in columns.keys}
+    kinds |= dict.fromkeys(columns.labels, arrow.float32()) | ({"findings": arrow.string()} if columns.decide else {})
+    schema = arrow.schema(list(kinds.items()))
+    iterator = iter(rows)
+    with parquet.ParquetWriter(file, schema) as writer:
+        while group := list(itertools.islice(iterator, ROW_GROUP)):
+            cells = [_parquet_cells(row, columns) for row in group]
+            arrays = [arrow.array(c, kind) for c, kind in zip(zip(*cells, strict=True), kinds.values(), strict=True)]
+            writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
+
+
+def _parquet_cells(row: Row, columns: Columns) -> list[Any]:
+    keys, probabilities = row
+    if probabilities is None:
+        return [*keys, *[None] * (len(columns.labels) + columns.decide)]
+    return [*keys, *probabilities.tolist(), *([";".join(columns.findings(probabilities))] if columns.decide else [])]
+
+
+WRITERS: dict[str, Callable[[IO[bytes], Columns, Iterable[Row]], None]] = {
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+}

@@ -1,0 +1,226 @@
+"""Files in, probabilities out, from the ONNX file alone: no torch, no pandas, no h5py in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import PreprocessSpec, from_dict
+from ..data.images import array_pixels, load
+from ..errors import ImageError, InputError, Interrupted
+from ..system import hardware
+from .session import open_model
+
+BATCH = 8
+ROUNDING = 1e-6  # of float32 sums in a calibration
+# A file changed within one tick of its clock keeps its time: 10 ms on ext4, 1 s on NFS servers, 2 s on FAT.
+TICK_NS = 2 * 10**9
+
+Decoded = tuple[np.ndarray | None, "Result"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One image's answer: probabilities (C,) float32, or a reason code and message; and which file it is of.
+
+    `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
+    where it was too young to show a change that came next.
+    """
+
+    path: str
+    probabilities: np.ndarray | None = field(default=None, repr=False)
+    reason: str = ""
+    message: str = ""
+    sha256: str = ""
+    size: int = 0
+    mtime_ns: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are probabilities."""
+        return self.probabilities is not None
+
+
+class Predictor:
+    """A model file ready to run: `Predictor("model.onnx")(["a.png", array]) -> [{label: probability}, ...]`.
+
+    `path` may be a folder of variants (`exports/RUN`): the one this device runs best is taken. `device` is `auto`,
+    `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
+    it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
+    damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
+    the file. `check` is that of `session.open_model`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        check: bool = True,
+    ) -> None:
+        opened = open_model(path, device, threads, check=check)
+        self.path, self.session, self.threads = opened.path, opened.session, opened.threads
+        self.provider, self.where, self.why = opened.provider, opened.where, opened.why
+        self.info = opened.info
+        self.labels: tuple[str, ...] = tuple(self.info["labels"])
+        self.thresholds = np.array(self.info["thresholds"], np.float64)
+        self.spec = from_dict(PreprocessSpec, self.info["preprocess"])
+
+    @property
+    def warning(self) -> str:
+        """What must be said beside every figure of this model, such as `random backbone`; empty for a real one."""
+        return str(self.info.get("provenance", ""))
+
+    def pixels(self, image: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
+        """uint8 (S, S) as the model wants them, by the same code that made the training pixels."""
+        if isinstance(image, np.ndarray):
+            return array_pixels(image, self.spec)
+        return load(image, self.spec)[0]
+
+    def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
+        """uint8 (N, S, S) to probabilities, or another of the graph's outputs, (N, C) float32."""
+        try:
+            out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
+        except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
+            text = " ".join(str(error).split())[:160]
+            raise InputError(f"{self.path}: the model does not run on {len(pixels)} image(s) ({text}).") from error
+        return out
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """`run`, with InputError where the answer is not a row of probabilities an image."""
+        out = self._rows(pixels)
+        if not all(map(_probable, out)):
+            raise InputError(f"{self.path}: the model answers what is no probability (NaN, or outside 0..1).")
+        return out
+
+    def _rows(self, pixels: np.ndarray) -> np.ndarray:
+        out, count = self.run(pixels), len(pixels)
+        if out.shape != (count, len(self.labels)):
+            raise InputError(f"{self.path}: the model answers {out.shape} for {count} x {len(self.labels)} classes.")
+        return out
+
+    def __call__(self, images: Sequence[str | os.PathLike[str] | np.ndarray]) -> list[dict[str, float]]:
+        """One {label: probability} an image. Raises ImageError at the first that cannot be read."""
+        out: list[dict[str, float]] = []
+        for start in range(0, len(images), BATCH):
+            batch = np.stack([self.pixels(image) for image in images[start : start + BATCH]])
+            out += [dict(zip(self.labels, map(float, row), strict=True)) for row in self.probabilities(batch)]
+        return out
+
+    def stream(
+        self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int = BATCH, workers: int | None = None
+    ) -> Iterator[Result]:
+        """Results in input order; decoding runs ahead by a few batches only, so memory stays flat."""
+        upcoming = iter(paths)
+        batches = iter(lambda: list(itertools.islice(upcoming, batch_size)), [])
+        with contextlib.closing(self.stream_batches(batches, workers=workers)) as answers:
+            for results in answers:
+                yield from results
+
+    def stream_batches(
+        self,
+        batches: Iterable[Sequence[str | os.PathLike[str]]],
+        *,
+        workers: int | None = None,
+        seconds: dict[str, float] | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> Generator[list[Result], None, None]:
+        """The results of one batch after the other, in order, each batch one call of the model.
+
+        The model runs in the calling thread while `workers` threads decode what comes next; Pillow and hashing drop
+        the GIL. `seconds` collects what the caller's thread spent in each: `decode` waiting for pixels, `model`.
+        Raises Interrupted before the next batch once `stop` returns True.
+        """
+        # Where the model waits for pixels and all cores are busy, ONNX Runtime's idle threads, which spin, take time
+        # from the decoding ones: `threads`, and session.intra_op.allow_spinning, are what to tune then.
+        workers = workers or hardware.cpu_count()
+        spent = seconds if seconds is not None else {}
+        pending: deque[list[Future[Decoded]]] = deque()
+        upcoming = iter(batches)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                while True:
+                    while _short(pending, workers) and (batch := next(upcoming, None)) is not None:
+                        pending.append([pool.submit(self._decode, path) for path in batch])
+                    if not pending:
+                        return
+                    if stop():
+                        raise Interrupted("stopped.")
+                    began = time.perf_counter()
+                    decoded = [future.result() for future in pending.popleft()]
+                    ready = time.perf_counter()
+                    results = self._answer(decoded)
+                    spent["decode"] = spent.get("decode", 0.0) + ready - began
+                    spent["model"] = spent.get("model", 0.0) + time.perf_counter() - ready
+                    yield results
+            finally:
+                for future in itertools.chain.from_iterable(pending):
+                    future.cancel()
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing beyond the fields above; a cluster's answerer says here which nodes ran the model."""
+        return {}
+
+    def _decode(self, path: str | os.PathLike[str]) -> Decoded:
+        name, now = os.fspath(path), time.time_ns()
+        size = changed = 0
+        with contextlib.suppress(OSError, ValueError):  # reading it says what is wrong
+            status = os.stat(name)
+            size, changed = status.st_size, changed_ns(status)
+        try:
+            pixels, sha256 = load(name, self.spec)
+        except ImageError as error:
+            return None, Result(path=name, reason=error.reason, message=str(error))
+        old = changed if now - changed > TICK_NS else 0
+        return pixels, Result(path=name, sha256=sha256, size=size, mtime_ns=old)
+
+    def _answer(self, decoded: list[Decoded]) -> list[Result]:
+        good = [pixels for pixels, _ in decoded if pixels is not None]
+        rows = iter(self._rows(np.stack(good)) if good else ())
+        return [result if pixels is None else _checked(result, next(rows)) for pixels, result in decoded]
+
+
+def _short(pending: Sequence[Sequence[Any]], workers: int) -> bool:
+    """Whether to hand out more: three batches, or two images a thread beside the next batch."""
+    return len(pending) < 3 or sum(map(len, pending)) < len(pending[0]) + 2 * workers
+
+
+def _checked(result: Result, row: np.ndarray) -> Result:
+    """The result with its probabilities (C,), unless they are none: one row fails, the others stand."""
+    if _probable(row):
+        return replace(result, probabilities=row)
+    text = f"{result.path}: the model's answer is no probability"
+    return Result(path=result.path, reason="not_finite", message=text)
+
+
+def _probable(row: np.ndarray) -> bool:
+    return bool(np.isfinite(row).all() and row.min(initial=0) >= -ROUNDING and row.max(initial=0) <= 1 + ROUNDING)
+
+
+def golden_pixels(size: int) -> np.ndarray:
+    """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
+    i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
+
+
+def changed_ns(status: os.stat_result) -> int:
+    """When a file was last changed, whichever says later; `cp -p`, tar and zip set the first and cannot the second."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

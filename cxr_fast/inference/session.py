@@ -1,0 +1,206 @@
+"""A model file to an ONNX Runtime session on a device that is really had, with the reason for each choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DeviceError, InputError
+from ..system import hardware
+from . import model_file, runtime
+from .runtime import PROVIDERS, SAID, onnxruntime
+
+CPU = PROVIDERS["cpu"]
+VARIANTS = ("fp32", "fp16", "int8")
+# Which files a device may run, the fastest first. Dynamic int8 has no CUDA kernels, float16 no fast ones on a CPU.
+RUNS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32"), "tensorrt": ("fp16", "fp32")}
+# What the variants of one model have in common, all that decides an answer or its name.
+SAME = ("model_sha256", "labels", "thresholds", "calibration", "preprocess")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model ready to run: its file, session, what the file says of itself, and why this file on this device."""
+
+    path: Path
+    session: Any
+    provider: str
+    threads: int
+    variant: str
+    info: dict[str, Any]
+    where: str
+    why: str
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    threads: int | None = None,
+    *,
+    strict: bool = True,
+    check: bool = True,
+) -> Opened:
+    """Open a model file, or of a folder of variants the one this device runs best.
+
+    `strict=False` runs a variant where it is slow (float16 on a CPU), as an export that checks itself must. `check`
+    hashes the file before it is run: a flipped bit of a weight would answer without a word. Raises InputError for what
+    is no model or damaged, SchemaError for one of another schema, DeviceError where an explicit device cannot be had
+    or does not run it.
+    """
+    path, (name, number) = Path(path), runtime.parse(device)
+    target, reason = _target(name, number, device)
+    path, chosen = choose(path, target, explicit=name != "auto") if path.is_dir() else (path, "")
+    info = model_file.read(path, check=check)  # first: a damaged graph may crash ONNX Runtime
+    model_file.check_operations(path)
+    kind = _variant(info, path)
+    if chosen and f".{kind}." not in path.name:
+        raise InputError(
+            f"{path}: says of itself that it is {kind}; a renamed file? `cxrfast export RUN` makes it again."
+        )
+    if name == "auto" and kind == "int8" and target != "cpu":
+        target, reason = "cpu", "an int8 file, which has no CUDA kernels"
+    if strict and kind not in RUNS[target]:
+        raise DeviceError(_wrong_pair(path, kind, target, reason if name == "auto" else ""))
+    count = threads or hardware.cpu_count()
+    session, trouble = _start(path, target, number, _options(count))
+    if trouble and name == "auto":
+        fallen = open_model(path if not chosen else path.parent, "cpu", threads, strict=strict, check=False)
+        rest = fallen.why.partition("; ")[2]
+        why = f"CPU: a GPU is here, but {trouble}" + (f"; {rest}" if rest else "")
+        return dataclasses.replace(fallen, why=why)
+    if trouble:
+        raise DeviceError(f"--device {device}: {trouble}.\nUse --device cpu, or ask `cxrfast doctor` what is missing.")
+    model_file.check_graph(session, info, path)
+    place = SAID[target] + (f":{number}" if number else "")
+    return Opened(
+        path=path,
+        session=session,
+        provider=session.get_providers()[0],
+        threads=count,
+        variant=kind,
+        info=info,
+        where=f"{place}, {count} thread(s)" if target == "cpu" else place,
+        why=f"{place}: {reason}" + (f"; {chosen}" if chosen else ""),
+    )
+
+
+def _target(name: str, number: int, device: str) -> tuple[str, str]:
+    """The device to try and why. Raises DeviceError where the one asked for cannot be had."""
+    if name == "cpu":
+        return name, "as asked"
+    if name == "auto":
+        found = runtime.obstacle("cuda") if runtime.gpu_present() else "no NVIDIA GPU visible"
+        return ("cpu", found) if found else ("cuda", "a GPU is here and its libraries load")
+    if found := runtime.obstacle(name, number):
+        raise DeviceError(f"--device {device}: {found}; or use --device cpu.")
+    return name, "as asked"
+
+
+def choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
+    """The file of a folder that a device runs best, and why."""
+    there = [variant for variant in VARIANTS if _file(folder, variant).is_file()]
+    if not there:
+        names = ", ".join(_file(folder, variant).name for variant in VARIANTS)
+        raise InputError(f"{folder}: no such model in this folder ({names}); `cxrfast export RUN` makes one.")
+    _require_one_model(folder, there)
+    wanted, because = _preference(target)
+    usable = [variant for variant in wanted if variant in there]
+    if not usable and not explicit and "int8" in there:
+        return _file(folder, "int8"), "model.int8.onnx: the only one here"
+    if not usable:
+        # The refusal that names the right file is the one a single file gets.
+        return _file(folder, there[0]), f"model.{there[0]}.onnx: the only one here"
+    taken, first = usable[0], wanted[0]
+    lacks = "" if taken == first else f" (model.{first}.onnx, preferred, is not there)"
+    return _file(folder, taken), f"model.{taken}.onnx: {because}{lacks}"
+
+
+def _preference(target: str) -> tuple[Sequence[str], str]:
+    if target != "cpu":
+        return RUNS[target], "float16 is the fastest on a GPU"
+    if flags := runtime.int8_flags():
+        return RUNS["cpu"], f"this CPU has {flags[0]}, which int8 is fast with"
+    return ("fp32", "int8"), "this CPU has neither VNNI nor AMX, without which int8 gains little and may saturate"
+
+
+def _variant(info: dict[str, Any], path: Path) -> str:
+    """`fp32`, `fp16` or `int8`; a file that does not say is float32. Raises InputError for any other."""
+    said = info.get("variant", "fp32")
+    if said not in VARIANTS:
+        raise InputError(f"{path}: damaged metadata (variant {str(said)[:40]!r} is not {', '.join(VARIANTS)}).")
+    return str(said)
+
+
+def _require_one_model(folder: Path, there: Sequence[str]) -> None:
+    """The files of a folder must be one model: a variant left from an earlier run would answer for another.
+
+    `model_sha256` is of the weights alone; two runs may share them and differ in thresholds or calibration.
+    """
+    infos = [model_file.read(_file(folder, v), check=False) for v in there]
+    for variant, info in zip(there, infos, strict=True):
+        if apart := [name for name in SAME if info.get(name) != infos[0].get(name)]:
+            what = "is of another model than" if apart[0] == "model_sha256" else f"has another {apart[0]} entry than"
+            raise InputError(
+                f"{folder}: model.{variant}.onnx {what} model.{there[0]}.onnx; export the run again, or name one file."
+            )
+
+
+def _file(folder: Path, variant: str) -> Path:
+    return folder / f"model.{variant}.onnx"
+
+
+def _wrong_pair(path: Path, variant: str, target: str, reason: str) -> str:
+    """One line: what does not go together, and which file does."""
+    fault = "int8 has no CUDA kernels" if variant == "int8" else "float16 is slower than float32 on a CPU"
+    marked = f".{variant}." in path.name
+    beside = [path.with_name(path.name.replace(f".{variant}.", f".{v}.")) if marked else _file(path.parent, v)
+              for v in RUNS[target]]  # fmt: skip
+    there = [file for file in beside if file.is_file()]
+    # Float32 is the file that every export makes.
+    use = f"use {there[0]}" if there else f"use {beside[-1]}, which is to be exported first"
+    other = ", or --device cpu" if variant == "int8" else ""
+    return f"{path}: {fault}{f' ({reason})' if reason else ''}; {use}{other}."
+
+
+def _options(threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors come as exceptions; a second copy on stderr helps nobody
+    return options
+
+
+def _start(path: Path, target: str, number: int, options: Any) -> tuple[Any, str]:
+    """A session that runs on `target`, or what went wrong with the device. InputError where the file is at fault."""
+    if target == "cpu":
+        return _cpu(path, options), ""
+    # TF32 keeps 10 bits of a float32 product's 23: not the arithmetic that the file was checked in.
+    options_of = {"tensorrt": {"device_id": number}, "cuda": {"device_id": number, "use_tf32": 0}}
+    order = ["tensorrt", "cuda"] if target == "tensorrt" else ["cuda"]
+    providers = [*((PROVIDERS[name], options_of[name]) for name in order), CPU]
+    try:
+        # Without enable_fallback=0 a failing provider is replaced by the CPU, now or in the middle of a run.
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
+        _cpu(path, options)
+        return None, f"ONNX Runtime could not start {SAID[target]} ({_first_line(error)})"
+    # A provider whose library does not load is left out without a word; only the session's own list tells.
+    if session.get_providers()[0] == PROVIDERS[target]:
+        return session, ""
+    said = runtime.loader_message(target) or "it gives no reason"
+    return None, f"ONNX Runtime could not load its {SAID[target]} provider ({said}): {runtime.PIP_CUDA}"
+
+
+def _cpu(path: Path, options: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[CPU], enable_fallback=0)
+    except Exception as error:  # as above
+        raise InputError(f"{path}: not an ONNX file that runs here ({_first_line(error)}).") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else "no reason"

@@ -1,0 +1,389 @@
+"""BiomedCLIP's vision tower: load it, cut it in two, name its identity.
+
+Only the tensors under `visual.` are read; the text tower is never built. Weights are read with safetensors or
+`torch.load(weights_only=True)`; nothing else is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import (
+    BIOMEDCLIP,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    digest,
+)
+from ..errors import InputError
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+RANDOM_ARCH = "vit_base_patch16_224"
+EMBEDDING_CUT = "embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A frozen vision tower in evaluation mode, with what is needed to build it again.
+
+    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`; `source` is what `--weights` was given.
+    """
+
+    visual: Any = field(repr=False)
+    config: dict[str, Any]
+    source: str
+    image_size: int
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights were drawn, not learned; shown wherever a figure of this model is."""
+        return self.source.startswith("random:")
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.visual.trunk.blocks)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, D, E): tokens, width, embedding."""
+        trunk = self.visual.trunk
+        tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
+        return tokens, trunk.embed_dim, self.config["embed_dim"]
+
+    def statistics(self, normalize: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of the three channels, the model's own or ImageNet's."""
+        if normalize == "imagenet":
+            return IMAGENET_MEAN, IMAGENET_STD
+        return tuple(self.config["mean"]), tuple(self.config["std"])
+
+
+def load(source: str) -> Backbone:
+    """The vision tower named by `--weights`.
+
+    `source` is `biomedclip`, a hub id (`hf-hub:owner/name` or `owner/name`), a local folder holding
+    `open_clip_config.json` and the weights, or `random:SEED[:timm_arch]`. Raises InputError with one line
+    naming the files to fetch when the hub cannot be reached.
+    """
+    if source.startswith("random:"):
+        return _random(source)
+    if Path(source).is_dir():
+        return _local(source, Path(source))
+    return _hub(source)
+
+
+def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
+    """An open_clip `TimmModel` for `config`, with open_clip's own pooling and projection (no weights loaded)."""
+    from open_clip.timm_model import TimmModel
+
+    vision = config["vision_cfg"]
+    name = vision.get("timm_model_name")
+    if not name:
+        raise InputError(
+            "--weights: the open_clip config names no timm_model_name; only timm ViT towers are supported."
+        )
+    with torch.device(device):
+        try:
+            visual = TimmModel(
+                name,
+                config["embed_dim"],
+                image_size=vision.get("image_size", 224),
+                pool=vision.get("timm_pool", "avg"),
+                proj=vision.get("timm_proj", "linear"),
+                proj_bias=vision.get("timm_proj_bias", False),
+            )
+        except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError) as error:
+            raise InputError(f"--weights: timm cannot build {name!r} as a vision tower: {_line(error)}") from error
+    _require_plain_vit(visual, name)
+    if (width := _embedding_width(visual)) != config["embed_dim"]:
+        raise InputError(f"--weights: {name!r} without projection gives {width} numbers, not {config['embed_dim']}.")
+    return visual.eval().requires_grad_(False)
+
+
+def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A tower with the given tensors (names as under `visual.`). Raises InputError naming what does not fit."""
+    visual = build_visual(config, device="meta")
+    expected = visual.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or extra:
+        raise InputError(
+            f"--weights: the checkpoint does not fit {config['vision_cfg']['timm_model_name']}: "
+            f"{len(missing)} tensor(s) missing {missing[:3]}, {len(extra)} unknown {extra[:3]}."
+        )
+    for name, want in expected.items():
+        if want.shape != tensors[name].shape:
+            raise InputError(f"--weights: {name} is {tuple(tensors[name].shape)}, expected {tuple(want.shape)}.")
+    visual.load_state_dict({k: v.float().contiguous() for k, v in tensors.items()}, strict=True, assign=True)
+    return visual.eval().requires_grad_(False)
+
+
+def embed(visual: Any, x: torch.Tensor) -> torch.Tensor:
+    """Normalised image (B, 3, H, W) to the tokens before block 0, (B, T, D)."""
+    trunk = visual.trunk
+    tokens: torch.Tensor = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(x))))
+    return tokens
+
+
+def prefix(visual: Any, x: torch.Tensor, unfreeze_blocks: int) -> torch.Tensor:
+    """The frozen part: (B, 3, H, W) to (B, T, D), or to the projected embedding (B, E) when nothing is unfrozen."""
+    if unfreeze_blocks == 0:
+        embedding: torch.Tensor = visual(x)
+        return embedding
+    tokens = embed(visual, x)
+    for block in visual.trunk.blocks[: len(visual.trunk.blocks) - unfreeze_blocks]:
+        tokens = block(tokens)
+    return tokens
+
+
+def cut_name(depth: int, unfreeze_blocks: int) -> str:
+    """Name of the cut: `blocks.10` is the input of block 10; `embedding` lies after the projection."""
+    if unfreeze_blocks > depth:
+        raise InputError(f"--unfreeze-blocks: {unfreeze_blocks} is more than the {depth} blocks of this backbone.")
+    return EMBEDDING_CUT if unfreeze_blocks == 0 else f"blocks.{depth - unfreeze_blocks}"
+
+
+def prefix_names(visual: Any, unfreeze_blocks: int) -> list[str]:
+    """Names of the tensors that decide the activations at the cut."""
+    names = list(visual.state_dict())
+    if unfreeze_blocks == 0:
+        return names
+    kept = len(visual.trunk.blocks) - unfreeze_blocks
+    before: tuple[str, ...] = (
+        "trunk.patch_embed.",
+        "trunk.cls_token",
+        "trunk.reg_token",
+        "trunk.pos_embed",
+        "trunk.norm_pre.",
+    )
+    before += tuple(f"trunk.blocks.{i}." for i in range(kept))
+    return [name for name in names if name.startswith(before)]
+
+
+def weights_sha256(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
+    """sha256 (hex) over name, dtype, shape and bytes of the named tensors, in sorted order."""
+    hasher = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        hasher.update(tensor.numpy().data)
+    return hasher.hexdigest()
+
+
+def prefix_sha256(visual: Any, unfreeze_blocks: int) -> str:
+    """Identity of the frozen part actually used."""
+    return weights_sha256(visual.state_dict(), prefix_names(visual, unfreeze_blocks))
+
+
+def tower_sha256(visual: Any) -> str:
+    """Identity of the whole vision tower."""
+    return weights_sha256(visual.state_dict(), visual.state_dict())
+
+
+def identity(visual: Any, unfreeze_blocks: int) -> dict[str, str]:
+    """What the activation file records of the tower: cut, prefix hash, whole-tower hash."""
+    return {
+        "cut": cut_name(len(visual.trunk.blocks), unfreeze_blocks),
+        "prefix_sha256": prefix_sha256(visual, unfreeze_blocks),
+        "tower_sha256": tower_sha256(visual),
+    }
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Hash of the architecture part of a backbone's config."""
+    return digest({"embed_dim": config["embed_dim"], "vision_cfg": config["vision_cfg"]})
+
+
+def _random(source: str) -> Backbone:
+    parts = re.fullmatch(r"random:([0-9]{1,18})(?::(.+))?", source)
+    if parts is None:
+        raise InputError(f"--weights: {source!r} is not random:SEED or random:SEED:TIMM_ARCH.")
+    arch = parts[2] or RANDOM_ARCH
+    import timm
+
+    if not timm.is_model(arch):
+        raise InputError(f"--weights: timm knows no architecture {arch!r}.")
+    vision = {"timm_model_name": arch, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"}
+    config = {"embed_dim": 512, "vision_cfg": vision, "mean": OPENAI_MEAN, "std": OPENAI_STD}
+    # The library draws from torch's global generator; fork it so that the caller's stream stays untouched.
+    # torch.manual_seed would seed every GPU too.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(parts[1]))
+        visual = build_visual(config)
+        _spread(visual.trunk)
+    size = visual.trunk.patch_embed.img_size[0]
+    vision["image_size"] = size
+    return Backbone(visual=visual, config=config, source=source, image_size=size)
+
+
+def _spread(trunk: Any) -> None:
+    """Draw class token and positions with standard deviation 1, from torch's generator.
+
+    timm's 0.02 is a fraction of what the patch embedding gives, so that a random tower hardly knows where anything is.
+    """
+    for tensor in (trunk.cls_token, trunk.pos_embed):
+        if tensor is not None:
+            nn.init.normal_(tensor)
+
+
+def _local(source: str, folder: Path) -> Backbone:
+    config_path = folder / CONFIG_NAME
+    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if not config_path.is_file() or weights is None:
+        raise InputError(f"--weights: {folder} must hold {CONFIG_NAME} and {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]}.")
+    config = _read_config(config_path)
+    visual = assemble(config, _read_visual(weights))
+    size = visual.trunk.patch_embed.img_size[0]
+    return Backbone(visual=visual, config=config, source=source, image_size=size)
+
+
+def _hub(source: str) -> Backbone:
+    repo = (BIOMEDCLIP if source == "biomedclip" else source).removeprefix("hf-hub:")
+    if repo.count("/") != 1:
+        raise InputError(
+            f"--weights: {source!r} is neither biomedclip, a hub id (owner/name), an existing folder, nor random:SEED."
+        )
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    nor_here = "" if source == "biomedclip" or source.startswith("hf-hub:") else f", and {source} is no folder here"
+    online = _hub_resolves()
+
+    def cached(name: str) -> bool:
+        try:
+            return isinstance(try_to_load_from_cache(repo, name), str)
+        except ValueError:  # not a name a hub could have; fetching it says so
+            return False
+
+    def fetch(name: str) -> Path:
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=not online or cached(name)))
+        except (EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise FileNotFoundError(name) from error
+            raise InputError(
+                f"--weights: cannot fetch {repo} from the Hugging Face hub ({type(error).__name__}){nor_here}.\n"
+                f"Fetch {CONFIG_NAME} and {WEIGHT_NAMES[1]} of {repo} elsewhere, then pass --weights FOLDER."
+            ) from error
+
+    try:
+        config_path = fetch(CONFIG_NAME)
+    except FileNotFoundError as error:
+        raise InputError(f"--weights: {repo} holds no {CONFIG_NAME}; is it an open_clip model?") from error
+    # Files already here come first: without a network, asking for the other name would fail.
+    for name in sorted(WEIGHT_NAMES, key=cached, reverse=True):
+        try:
+            weights = fetch(name)
+        except FileNotFoundError:
+            continue
+        config = _read_config(config_path)
+        visual = assemble(config, _read_visual(weights))
+        return Backbone(visual=visual, config=config, source=source, image_size=visual.trunk.patch_embed.img_size[0])
+    raise InputError(f"--weights: {repo} holds neither {WEIGHT_NAMES[0]} nor {WEIGHT_NAMES[1]}.")
+
+
+def _hub_resolves() -> bool:
+    """Whether the hub's name resolves; without this the client retries for 20 s before it says no."""
+    import os
+    import socket
+    from urllib.parse import urlparse
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    try:
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model = raw["model_cfg"]
+        vision, embed_dim = dict(model["vision_cfg"]), int(model["embed_dim"])
+        preprocess = dict(raw.get("preprocess_cfg") or {})
+        mean, std = (
+            tuple(float(value) for value in preprocess.get(name) or openai)
+            for name, openai in (("mean", OPENAI_MEAN), ("std", OPENAI_STD))
+        )
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--weights: {path} is not an open_clip config ({_line(error)}).") from error
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "mean": mean, "std": std}
+
+
+def _read_visual(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors under `visual.`, names without that prefix."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("visual.")}  # noqa: SIM118
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"--weights: cannot read {path}: {_line(error)}") from error
+    except Exception as error:  # the unpickler raises what the bytes make it; its own advice is to allow any code
+        raise InputError(
+            f"--weights: {path} is damaged, not fully downloaded, or holds more than tensors; nothing in it was run.\n"
+            f"Fetch it again, or convert it to {WEIGHT_NAMES[0]}."
+        ) from error
+    if isinstance(tensors, dict) and "state_dict" in tensors:
+        tensors = tensors["state_dict"]
+    visual = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in (tensors.items() if isinstance(tensors, dict) else ())
+        if isinstance(name, str) and name.startswith("visual.") and isinstance(tensor, torch.Tensor)
+    }
+    if not visual:
+        raise InputError(f"--weights: {path} holds no tensor named visual.*; is it an open_clip checkpoint?")
+    return visual
+
+
+def _embedding_width(visual: Any) -> int:
+    return int(visual.head.proj.out_features if "proj" in visual.head._modules else visual.trunk.embed_dim)
+
+
+def _require_plain_vit(visual: Any, name: str) -> None:
+    """Refuse at load, not after hours of training, what the tail and the export do not reproduce exactly."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    trunk = visual.trunk
+    plain = (
+        type(trunk) is VisionTransformer
+        and trunk.global_pool in ("token", "avg")
+        and trunk.attn_pool is None
+        and isinstance(trunk.head, nn.Identity)
+        and isinstance(trunk.patch_drop, nn.Identity)
+        and all(type(block) is Block and type(block.attn) is Attention for block in trunk.blocks)
+        and all(getattr(block.attn, "gate", None) is None for block in trunk.blocks)
+        and all(isinstance(getattr(block.attn, n), nn.Identity) for block in trunk.blocks for n in ("q_norm", "norm"))
+        and all(type(block.mlp.act) is nn.GELU and isinstance(block.mlp.norm, nn.Identity) for block in trunk.blocks)
+        and all(isinstance(block.norm1, nn.LayerNorm) for block in trunk.blocks)
+        and set(visual.head._modules) <= {"drop", "proj"}
+    )
+    if not plain:
+        raise InputError(f"--weights: {name!r} is not a plain ViT (class token or average pooling, GELU, layer norm).")
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

@@ -1,0 +1,140 @@
+"""Two runs on the images both have scored: differences with paired intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import InputError
+from ..metrics import figures as metrics
+from ..metrics.figures import Interval
+from ..training.predictions import PARTS, Scored, read
+from ..training.run_folder import clean, read_info
+from .evaluation import LEVEL, bootstrap_key, enough_groups
+
+SCHEMA = 1
+TABLED = ("auc", "ap")
+# The bootstrap sums in another order than `headline`.
+ROUNDING = 1e-12
+Part = Literal["holdout", "out_of_fold"]
+
+
+def compare(
+    run_a: Path, run_b: Path, *, part: Part = "holdout", resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """B minus A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
+
+    `figures` (those of HEADLINE) and the rows of `per_class` (auc, ap) hold a, b, difference, low, high; null where
+    undefined. Images are told by the bytes of their file. Raises InputError where the runs share no image, have other
+    classes, or label an image differently.
+    """
+    info_a, a, limits_a = _side(run_a, part)
+    info_b, b, limits_b = _side(run_b, part)
+    classes, others = list(info_a["classes"]), list(info_b["classes"])
+    _same_classes(run_a, classes, run_b, others)
+    order = [others.index(name) for name in classes]
+    rows_a, rows_b = _common(a, b)
+    if not len(rows_a):
+        other = "out_of_fold" if part == "holdout" else "holdout"
+        raise InputError(
+            f"{run_a} and {run_b} have no {PARTS[part]} image in common: compare runs of one data set and split, or "
+            f"pass --part {other}."
+        )
+    both = a.some(rows_a, a.of)
+    probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
+    _same_labels(both.labels, labels_b, run_a, run_b)
+    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resamples=resamples, seed=seed)
+    counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
+    counted |= {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
+    sides = {"a": str(run_a), "b": str(run_b), "part": part}
+    sides |= {"provenance_a": info_a["provenance"], "provenance_b": info_b["provenance"]}
+    how = {"level": LEVEL, "resamples": resamples, "seed": seed, "unit": "group"}
+    return dict(clean({"schema": SCHEMA, **sides, **how, **counted, **figures}))
+
+
+def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray]:
+    run = read_info(folder)
+    try:
+        scored = read(folder, run).part(part)
+    except InputError as error:
+        if str(folder) in str(error):
+            raise
+        raise InputError(f"{folder}: {PARTS[part]}: {error}") from error
+    return run, scored, np.array(run["thresholds"], float)
+
+
+def _same_classes(run_a: Path, a: Sequence[str], run_b: Path, b: Sequence[str]) -> None:
+    if odd := sorted(set(a) ^ set(b)):
+        raise InputError(
+            f"{run_a} has {len(a)} classes and {run_b} {len(b)}; not in both: {', '.join(odd[:5])}"
+            f"{' and more' if len(odd) > 5 else ''}. Only runs of the same classes can be compared."
+        )
+
+
+def _same_labels(a: np.ndarray, b: np.ndarray, run_a: Path, run_b: Path) -> None:
+    if different := int((a != b).any(axis=1).sum()):
+        raise InputError(
+            f"{different:,} of {len(a):,} common images have other labels in {run_b} than in {run_a}; sweep both on "
+            "one manifest (`cxrfast sweep --manifest FILE`)."
+        )
+
+
+def _common(a: Scored, b: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in a, in their order, and the same images' rows in b."""
+    at = {key: row for row, key in enumerate(_keys(b))}
+    pairs = [(row, at[key]) for row, key in enumerate(_keys(a)) if key in at]
+    both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _keys(scored: Scored) -> list[tuple[str, int]]:
+    """Hash of each file; of files with equal bytes the first, second, ..."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for value in scored.columns["sha256"].tolist():
+        keys.append((value, seen[value]))
+        seen[value] += 1
+    return keys
+
+
+def _differences(
+    a: Scored,
+    limits_a: np.ndarray,
+    probs_b: np.ndarray,
+    limits_b: np.ndarray,
+    classes: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    groups = a.columns["group"]
+    if len(set(groups.tolist())) < 2:
+        raise InputError("the common images are all of one group: nothing can be resampled.")
+    paired = metrics.paired_bootstrap(
+        a.labels, a.probs, probs_b, groups.tolist(), limits_a, limits_b, resamples=resamples, seed=seed, level=LEVEL
+    )
+    sides = ((a.probs, limits_a), (probs_b, limits_b))
+    one, two = (metrics.headline(a.labels, probs, limits) for probs, limits in sides)
+    figures = {name: _difference(one[name], two[name], paired[bootstrap_key(name)]) for name in metrics.HEADLINE}
+    tables = [metrics.per_class(a.labels, probs, limits, classes) for probs, limits in sides]
+    enough = enough_groups(a.labels, groups)
+    rows = []
+    for c, (row_a, row_b) in enumerate(zip(*tables, strict=True)):
+        found = {
+            name: _difference(row_a[name], row_b[name], paired[name].of_class(c) if enough[c] else None)
+            for name in TABLED
+        }
+        rows.append({"class": row_a["class"], "positives": row_a["positives"], **found})
+    return {"figures": figures, "per_class": rows}
+
+
+def _difference(a: float, b: float, interval: Interval | None) -> dict[str, float]:
+    """An interval that does not hold its own difference is none (a figure that hangs on rare classes)."""
+    low = high = float("nan")
+    if interval is not None and float(interval.low) - ROUNDING <= b - a <= float(interval.high) + ROUNDING:
+        low, high = float(interval.low), float(interval.high)
+    return {"a": a, "b": b, "difference": b - a, "low": low, "high": high}

@@ -1,0 +1,165 @@
+"""What a report is made of: a run's description, its evaluation and its history, and the summary of the three."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..metrics.figures import HEADLINE
+from .html import brackets, number, of_classes
+
+# The headline figures as rows of a table.
+FIGURES = {key: name if name == "mAP" else name[0].upper() + name[1:] for key, name in HEADLINE.items()}
+FIGURES |= {key: f"{FIGURES[key]}, lower is better" for key in ("brier", "ece")}
+FEW = 10
+BEST = 5
+TIERS = {
+    "excellent": "AUC 0.85 or more",
+    "good": "0.70 to 0.85",
+    "fair": "0.60 to 0.70",
+    "poor": "below 0.60",
+    "insufficient data": "no positive or no negative",
+}
+LACKING = "insufficient data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """All that a page or a card of one run may say; `evaluation` None where the predictions could not be judged.
+
+    `missing` are lines about what is not there and why; `unknown_labels` None where the labels could not be read.
+    """
+
+    run: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
+    history: Sequence[Mapping[str, Any]] = ()
+    missing: Sequence[str] = ()
+    unknown_labels: int | None = None
+    plots: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return str(self.run["cache"]["dataset"]["name"])
+
+    @property
+    def warning(self) -> str:
+        """What must be said in red; empty where the figures are about real radiographs and real weights."""
+        if not self.run["provenance"]:
+            return ""
+        said = str(self.run["provenance"])
+        return f"{said[0].upper()}{said[1:]}: no figure here says anything about real radiographs or real BiomedCLIP."
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Figures of training, validation and hold-out, those that are there."""
+        return {} if self.evaluation is None else self.evaluation["parts"]
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row a class; none without an evaluation."""
+        return [] if self.evaluation is None else self.evaluation["per_class"]
+
+    @property
+    def judged_on(self) -> str:
+        """What the rows of classes are figures of, as a word of a title."""
+        of = None if self.evaluation is None else self.evaluation["per_class_of"]
+        words = {"holdout": "the hold-out", "out_of_fold": "validation, out of fold", "train": "training images"}
+        return words.get(str(of), str(of))
+
+    @property
+    def confidence(self) -> str:
+        """How the intervals were made, as a sentence."""
+        made = self.evaluation
+        if made is None or not made["resamples"]:
+            return ""
+        return (
+            f"In brackets: {100 * made['level']:.0f} % intervals, percentiles of {made['resamples']:,} bootstrap "
+            f"resamples of {made['unit']}s (all images of a {made['unit']} together), widened for few {made['unit']}s "
+            f"and reversed for mAP (Hesterberg 2015); seed {made['seed']}."
+        )
+
+    def summary(self) -> list[str]:
+        """Three sentences: what was trained, how well it does, and how far that can be trusted."""
+        return [self._trained(), self._found(), self._trust()]
+
+    def _trained(self) -> str:
+        run = self.run
+        images, chosen = run["images"], run["chosen"]
+        return (
+            f"{images['used']:,} images of {images['groups']:,} groups, {len(run['classes'])} classes, "
+            f"{run['trainable']['total']:,} trained parameters: the search chose {chosen['epochs']} epochs and fold "
+            f"{chosen['fold'] + 1}, on validation alone, and the final model is "
+            f"{FINALS.get(run['final']['kind'], run['final']['kind'])}."
+        )
+
+    def _found(self) -> str:
+        if part := self.parts.get("holdout"):
+            start = f"On the {part['n']:,} held-out images, which took no part in any choice,"
+        elif part := self.parts.get("out_of_fold"):
+            start = f"There is no hold-out; on the {part['n']:,} images scored out of fold, which also chose the model,"
+        else:
+            return "The saved predictions could not be judged, so there are no figures."
+        figures = part["figures"]
+        named = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1"}
+        said = [f"{name} is {number(figures[key]['value'])} {brackets(figures[key])}" for key, name in named.items()]
+        said[0] = f"{said[0].strip()} over {of_classes(part)} classes"
+        return f"{start} {', '.join(each.strip() for each in said[:-1])} and {said[-1].strip()}."
+
+    def _trust(self) -> str:
+        if not self.rows:
+            return "Classes: no figures."
+        if len(self.rows) == 1:
+            return f"Its one class has {self.rows[0]['positives']:,} positives there: {self.rows[0]['tier']}."
+        few = self.frequent()
+        if not few:
+            return f"Of {len(self.rows)} classes, {self._tiers()}; none has {FEW} positives there, too few to judge."
+        rare = len(self.rows) - len(few)
+        other = f", and {rare} {'have' if rare > 1 else 'has'} too few to judge alone" if rare else ""
+        mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is {number(self.frequent_auc())}"
+        return f"Of {len(self.rows)} classes, {self._tiers()}; {mean}{other}."
+
+    def _tiers(self) -> str:
+        """`6 are excellent, 8 good and 7 without the positives or negatives for an AUC`."""
+        tiers = [str(row["tier"]) for row in self.rows]
+        (first, count), *others = ((tier, tiers.count(tier)) for tier in TIERS if tier in tiers)
+        words = [f"{count} {'are' if count > 1 else 'is'} {first}", *(f"{n} {tier}" for tier, n in others)]
+        words[-1] = words[-1].replace(LACKING, "without the positives or negatives for an AUC")
+        return _listed(words)
+
+    def frequent(self) -> list[Mapping[str, Any]]:
+        """The rows of classes with at least FEW positives."""
+        return [row for row in self.rows if row["positives"] >= FEW]
+
+    def frequent_auc(self) -> float | None:
+        """Mean AUC of those classes."""
+        values = [row["auc"]["value"] for row in self.frequent() if row["auc"]["value"] is not None]
+        return sum(values) / len(values) if values else None
+
+    def ranked(self) -> list[Mapping[str, Any]]:
+        """The rows of classes, best AUC first, undefined ones last."""
+        return sorted(
+            self.rows, key=lambda row: -1.0 if row["auc"]["value"] is None else row["auc"]["value"], reverse=True
+        )
+
+    def best_and_worst(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        """Up to five classes of highest AUC, best first, and up to five others of lowest, worst first.
+
+        Of those with at least FEW positives, where there are any: an AUC of one positive leads by luck.
+        """
+        known = [row for row in self.ranked() if row["auc"]["value"] is not None]
+        known = [row for row in known if row["positives"] >= FEW] or known
+        best = known[: min(BEST, -(-len(known) // 2))]
+        return best, known[len(best) :][::-1][:BEST]
+
+
+FINALS = {
+    "best-fold": "the best fold's",
+    "refit": "one trained on all folds' images",
+    "ensemble": "the mean of the folds' models",
+}
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

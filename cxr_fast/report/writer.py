@@ -1,0 +1,179 @@
+"""A run's saved files (never a model) to its page, its model card, and the same figures as JSON, CSV and PNG."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..system.files import put
+from ..training import predictions
+from ..training.predictions import Pool
+from ..training.run_folder import read_info
+from . import charts, comparison, evaluation, flat, versus
+from .model_card import card
+from .page import page
+from .summary import FIGURES, Material
+
+RESAMPLES = 1000
+# What `evaluate` says of a part whose predictions are not numbers: damage, and not only something a run never had.
+NAN = "probabilities are NaN"
+NEEDED = (
+    *("provenance", "random_weights", "spec", "recipe", "cache", "classes", "preprocess", "unfreeze_blocks", "images"),
+    *("split_table", "machine", "toolchain", "precision", "device", "threads", "residency", "trainable", "grid"),
+    *("train", "thresholds", "threshold_source", "calibration", "folds", "budgets", "chosen", "final", "finals"),
+    *("model_sha256", "seconds", "written_by", "created"),
+)
+PAGE, CARD, EVALUATION, COMPARISON = "report.html", "MODEL_CARD.md", "evaluation.json", "comparison.html"
+# Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
+OWN = (
+    *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
+    *("epoch_search_plot.png", "training_plot.png", "evaluation_plot.png", "precision_plot.png"),
+    *("confusion_matrices.png", "roc_curves.png", "pr_curves.png", "reliability_diagram.png", "cooccurrence_plot.png"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A page that was written; `missing`: what it lacks, as it says itself; `whole`: no file is missing or damaged."""
+
+    page: Path
+    missing: tuple[str, ...] = ()
+    whole: bool = True
+    evaluation: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+def write_all(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    pool: Pool = "mean",
+) -> list[Written]:
+    """`write` for each run, and with two or more the comparison of each with the first, `out` or in the first's folder.
+
+    All runs are checked before anything is written. Raises as `write` does.
+    """
+    titles = names(folders)
+    runs = {title: read_whole(folder) for title, folder in zip(titles, folders, strict=True)}
+    pages = [write(folder, resamples=resamples, seed=seed, pool=pool) for folder in folders]
+    if len(folders) < 2:
+        return pages
+    found = {title: page.evaluation for title, page in zip(titles, pages, strict=True)}
+    missing, pairs = [], {}
+    for title, folder in zip(titles[1:], folders[1:], strict=True):
+        try:
+            pairs[title] = compared(folders[0], folder, resamples=resamples, seed=seed)
+        except InputError as error:
+            missing.append(f"the comparison of {title} with {titles[0]}: {error}")
+    path = out or folders[0] / COMPARISON
+    put(path, versus.page(runs, found, pairs, missing))
+    return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
+
+
+def compared(a: Path, b: Path, **named: Any) -> dict[str, Any]:
+    """B against A on the held-out images of both, else on those both scored out of fold. InputError where neither."""
+    try:
+        return comparison.compare(a, b, part="holdout", **named)
+    except InputError as error:
+        with contextlib.suppress(InputError):
+            return comparison.compare(a, b, part="out_of_fold", **named)
+        raise InputError(str(error).replace(", or pass --part out_of_fold", "")) from error
+
+
+def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool = "mean") -> Written:
+    """Write the page of one run and all that goes with it into its folder.
+
+    InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
+    """
+    material, whole = gather(folder, resamples=resamples, seed=seed, pool=pool)
+    files = {**material.plots, CARD: card(material).encode(), PAGE: page(material)}
+    if material.evaluation is not None:
+        tables = {name: flat.to_csv(rows) for name, rows in flat.tables(material.evaluation).items()}
+        files = {EVALUATION: _json(material.evaluation), **tables, **files}
+    for name in set(OWN) - set(files):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    for name, data in files.items():
+        put(folder / name, data)
+    return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """`run.json` with everything a report needs of it. InputError or SchemaError with one line where it is not."""
+    run = read_info(folder)
+    if lacking := [name for name in NEEDED if name not in run]:
+        raise InputError(f"{folder / 'run.json'} holds no {', '.join(lacking[:5])}; run the sweep again.")
+    return run
+
+
+def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[Material, bool]:
+    """Everything a page says of a run, and whether no file of it is missing or damaged."""
+    run, broken = read_whole(folder), []
+    try:
+        history = read_history(folder / "history.csv")
+    except InputError as error:
+        history = []
+        broken.append(f"training progression: {error}")
+    found, unknown = None, None
+    try:
+        found = evaluation.evaluate(folder, resamples=resamples, seed=seed, pool=pool)
+        labels = predictions.read(folder, run).arrays["labels"]
+        unknown = int((labels == -1).sum())
+    except InputError as error:
+        broken.append(f"every figure of the predictions: {error}")
+    lacking = tuple(map(readable, found["missing"])) if found else ()
+    missing, whole = (*broken, *lacking), not broken and not any(NAN in line for line in lacking)
+    pictures = charts.all_plots(run, history, found)
+    material = Material(
+        run=run, evaluation=found, history=history, missing=missing, unknown_labels=unknown, plots=pictures
+    )
+    return material, whole
+
+
+def readable(line: str) -> str:
+    """A line about a figure with the figure's name as the page has it."""
+    key = line.removeprefix("interval of ").partition(",")[0]
+    return line.replace(f"interval of {key},", f"interval of {FIGURES[key]},") if key in FIGURES else line
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """One dict an epoch of a fold, None where a figure is undefined. InputError where the file is not the sweep's."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; run the sweep again to have it.")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+        columns = ("fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr")
+        if not rows or any(name not in rows[0] for name in columns):
+            raise ValueError("columns are missing")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a history of `cxrfast sweep` ({error}); run the sweep again.") from error
+    return rows
+
+
+def _value(name: str, text: str) -> int | float | None:
+    if name in ("fold", "epoch"):
+        return int(text)
+    number = float(text or "nan")
+    return number if math.isfinite(number) else None
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, with as many parents as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise InputError("the same run is given twice; a comparison needs different ones.")
+    depth = next(k for k in range(1, 1 + max(map(len, parts))) if len({each[-k:] for each in parts}) == len(parts))
+    return ["/".join(each[-depth:]) for each in parts]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

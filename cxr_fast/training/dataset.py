@@ -1,0 +1,177 @@
+"""The usable rows of a cache: labels, groups and parts."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from ..activations.cache import Cache, ShardedFile, open_cache
+from ..activations.file import Header
+from ..activations.reuse import file_hash
+from ..config import SweepSpec
+from ..data import duplicates, splits
+from ..data.manifest import Manifest
+from ..errors import InputError
+from ..system import hardware
+
+NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out.
+
+    `by_name` images of another manifest were told by their name alone; `notes` are lines the user must see.
+    """
+
+    file: Cache
+    header: Header
+    rows: np.ndarray
+    labels: np.ndarray
+    assignment: np.ndarray
+    by_name: int = 0
+    notes: tuple[str, ...] = ()
+
+    def train(self, fold: int) -> np.ndarray:
+        """Row numbers (in the file) that fold `fold` trains on."""
+        return np.asarray(self.rows[(self.assignment >= 0) & (self.assignment != fold)])
+
+    def valid(self, fold: int) -> np.ndarray:
+        """Row numbers (in the file) that fold `fold` is scored on; -1 is the hold-out."""
+        return np.asarray(self.rows[self.assignment == fold])
+
+
+def read(
+    cache: Path,
+    spec: SweepSpec,
+    manifest: Manifest | None = None,
+    *,
+    checksums: bool = True,
+    threads: int | None = None,
+) -> Data:
+    """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given.
+
+    Every used row's checksum is proved, which reads all of them once; `checksums=False` is for files too large to read
+    twice. Raises InputError for damaged rows and for a manifest of other images.
+    """
+    file = open_cache(cache)
+    header, kept, by_name = (file.header, file.ok, 0) if manifest is None else relabel(file, manifest, threads=threads)
+    rows = np.flatnonzero(kept)
+    labels = header.labels[rows]
+    groups = [header.groups[i] for i in rows]
+    assignment = splits.split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
+    if checksums:
+        _refuse_damaged(file, rows, threads)
+    return Data(
+        file=file,
+        header=header,
+        rows=rows,
+        labels=labels,
+        assignment=assignment,
+        by_name=by_name,
+        notes=(
+            *_by_name(by_name, len(rows), file),
+            *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
+        ),
+    )
+
+
+def _refuse_damaged(file: Cache, rows: np.ndarray, threads: int | None) -> None:
+    if bad := list(file.mismatched(rows.tolist(), threads or hardware.cpu_count())):
+        many = f" --shards {len(file.files)}" if isinstance(file, ShardedFile) else ""
+        raise InputError(
+            f"{file.path}: {len(bad):,} of {len(rows):,} rows fail their checksum: "
+            f"{_named([file.header.images[row] for row in bad])}.\n"
+            f"`cxrfast cache SOURCE --out {file.path}{many} --repair` encodes them again."
+        )
+
+
+def _by_name(count: int, of: int, file: Cache) -> Iterator[str]:
+    if count:
+        yield (
+            f"--manifest: {count:,} of {of:,} images were told by their name alone, since the manifest's own files are "
+            f"not there to compare; make sure that they are the images of {file.path}."
+        )
+
+
+def relabel(file: Cache, manifest: Manifest, *, threads: int | None = None) -> tuple[Header, np.ndarray, int]:
+    """The file's header with labels, groups and views of `manifest`, (N,) which images it names and are encoded, and
+    how many of these were told by name alone.
+
+    Images are told apart by where they lie, else by their name in the cache, and then the manifest's own file, where
+    it is there, must have the bytes that were encoded. InputError when the manifest names an image that the cache does
+    not hold.
+    """
+    found, named = _match(file, manifest)
+    if missing := [image for image, row in zip(manifest.images, found, strict=True) if row is None]:
+        raise InputError(
+            f"--manifest: {len(missing):,} of {len(found):,} images are not in {file.path}: {_named(missing)}; "
+            "run `cxrfast cache` on the manifest."
+        )
+    at = {cast(int, row): i for i, row in enumerate(found)}
+    if len(at) < len(found):
+        raise InputError(f"--manifest: {len(found) - len(at):,} of {len(found):,} images are named twice.")
+    by_name = _refuse_others(file, manifest, {i: cast(int, found[i]) for i in named}, threads)
+    labels = np.full((len(file.ok), len(manifest.classes)), -1, np.int8)
+    labels[list(at)] = manifest.labels[list(at.values())]
+
+    def column(values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(values[at[row]] if row in at else "" for row in range(len(file.ok)))
+
+    header = replace(
+        file.header,
+        classes=manifest.classes,
+        labels=labels,
+        groups=column(manifest.groups),
+        studies=column(manifest.studies),
+        views=column(manifest.views),
+    )
+    return header, np.isin(np.arange(len(file.ok)), list(at)) & file.ok, by_name
+
+
+def _match(file: Cache, manifest: Manifest) -> tuple[list[int | None], list[int]]:
+    """The row of each image of the manifest, None where there is none; and which images were found by name."""
+    root, here = Path(file.meta["dataset"]["root"]), manifest.root.resolve()
+    places = {os.path.normpath(root / image): row for row, image in enumerate(file.header.images)}
+    names = {image: row for row, image in enumerate(file.header.images)}
+    # A table that names files without folders, as Indiana's does, means the only file of that name.
+    bare = Counter(map(posixpath.basename, names))
+    alone = {posixpath.basename(image): row for image, row in names.items() if bare[posixpath.basename(image)] == 1}
+    found: list[int | None] = [places.get(os.path.normpath(here / image)) for image in manifest.images]
+    named = [i for i, row in enumerate(found) if row is None]
+    for i in named:
+        image = manifest.images[i]
+        # In another folder only a file whose bytes can be compared.
+        only = alone.get(posixpath.basename(image)) if manifest.path(i).is_file() else alone.get(image)
+        found[i] = names.get(image, only)
+    return found, named
+
+
+def _refuse_others(file: Cache, manifest: Manifest, named: dict[int, int], threads: int | None) -> int:
+    """Compare bytes where the manifest's own file is there; how many encoded images have no such file.
+
+    Raises InputError naming images that have the name and not the bytes: another data set counts from one as well.
+    """
+    usable = {i: row for i, row in named.items() if file.ok[row]}
+    there = [i for i in usable if manifest.path(i).is_file()]
+    with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:
+        hashes = pool.map(lambda i: file_hash(manifest.path(i)), there)
+        other = [manifest.images[i] for i, h in zip(there, hashes, strict=True) if h != file.sha256[usable[i]]]
+    if other:
+        raise InputError(
+            f"--manifest: {len(other):,} images have the name of one in {file.path} and other bytes: {_named(other)}; "
+            "run `cxrfast cache` on the manifest."
+        )
+    return len(usable) - len(there)
+
+
+def _named(images: Sequence[str]) -> str:
+    return ", ".join(images[:NAMED]) + (", ..." if len(images) > NAMED else "")

@@ -1,0 +1,286 @@
+"""The head alone, on a CPU: a step written out by hand, folds side by side on the cores.
+
+With nothing unfrozen a step is 30 MFLOP in some forty small operations, so that what calls them costs time too.
+Here the gradient is written out, all parameters lie in one array, and the steps run in TorchScript where torch has
+it, which holds no interpreter lock: two folds train on two cores. `Fold` is the slow twin it is tested against.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..config import TrainSpec
+from ..errors import Interrupted
+from ..models.tail import HEAD_WIDTHS
+from .fold import (
+    Draws,
+    Epoch,
+    Fold,
+    Snapshot,
+    finished,
+    require_moved,
+    take_snapshots,
+    weights_before,
+)
+from .losses import JACCARD_SHARE, SMOOTH
+
+# Steps between two looks at whether to stop, and gathered at once.
+CHUNK = 256
+
+
+class HeadFold(Fold):
+    """A `Fold` with nothing unfrozen on a CPU, in float32, on one thread; the same draws, states and snapshots."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        assert self.device.type == "cpu"
+        assert not len(self.tail.blocks)
+        parameters = self.tail.trainable()
+        count = sum(p.numel() for p in parameters)
+        self.flat, self.gradient, self.mean, self.square = (torch.zeros(count) for _ in range(4))
+        self.parts, self.gradient_parts = _views(self.flat, parameters), _views(self.gradient, parameters)
+        moments = zip(_views(self.mean, parameters), _views(self.square, parameters), strict=True)
+        for p, part, (mean, square) in zip(parameters, self.parts, moments, strict=True):
+            p.data = part.copy_(p.data)
+            self.optimizer.state[p] |= {"exp_avg": mean, "exp_avg_sq": square}
+
+    def train_epoch(self, draws: Draws, stop: Callable[[], bool] = bool) -> float:
+        """Train on one epoch's draws; the mean loss. Raises Interrupted between two chunks of steps."""
+        states = list(self.optimizer.state.values())
+        count = states[0]["step"].clone()
+        total = 0.0
+        with torch.no_grad():
+            chunks = [draws.steps[first : first + CHUNK] for first in range(0, len(draws.steps), CHUNK)]
+            parts = [slice(chunk[0][0], chunk[-1][1]) for chunk in chunks]
+            ahead = self.activations.ahead((draws.rows[part], draws.views[part]) for part in parts)
+            for x, chunk in zip(ahead, chunks, strict=True):
+                if stop():
+                    raise Interrupted("stopped.")
+                total += self._chunk(x, draws, chunk, count)
+        for state in states:
+            state["step"].copy_(count)
+        for layer in self.tail.head:
+            if isinstance(layer, torch.nn.BatchNorm1d):
+                assert layer.num_batches_tracked is not None
+                layer.num_batches_tracked += len(draws.steps)
+        return total / len(draws.rows)
+
+    def _chunk(self, x: torch.Tensor, draws: Draws, steps: list[tuple[int, int]], count: torch.Tensor) -> float:
+        """Some consecutive steps on their activations (n, E); the sum of their samples' losses."""
+        part, sizes = slice(steps[0][0], steps[-1][1]), [b - a for a, b in steps]
+        # Embeddings are cached as the projection leaves them; the tail takes their length out, and so must this.
+        x = F.normalize(x, dim=-1)
+        masks = draws.masks[part].float().div_(1 - self.spec.dropout).split(HEAD_WIDTHS, dim=1)
+        sign, weight, jaccard = _targets(self.labels[draws.rows[part]], sizes, self.spec, self.class_weights)
+        norms = [layer for layer in self.tail.head if isinstance(layer, torch.nn.BatchNorm1d)]
+        total: torch.Tensor = _compiled()(
+            self.parts,
+            self.gradient_parts,
+            [stat for norm in norms for stat in (norm.running_mean, norm.running_var)],
+            *([t] for t in (self.flat, self.gradient, self.mean, self.square, count)),
+            *(list(t.split(sizes)) for t in (x, *(m.contiguous() for m in masks), sign, weight, jaccard)),
+            self.lr,
+            self.spec.weight_decay,
+            self.spec.clip_norm,
+            0.0 if self.spec.loss == "bce" else self.spec.focal_gamma,
+            SMOOTH if self.spec.loss == "focal+jaccard" else 0.0,
+        )
+        return float(total)
+
+
+def _views(flat: torch.Tensor, shapes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Consecutive parts of a flat array in the shapes of the given tensors."""
+    parts = flat.split([t.numel() for t in shapes])
+    return [part.view(t.shape) for part, t in zip(parts, shapes, strict=True)]
+
+
+def _targets(
+    labels: torch.Tensor, sizes: list[int], spec: TrainSpec, classes: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the loss needs of the labels (n, C), made once for many steps.
+
+    sign (n, C): +1 for a positive, else -1. weight (n, C): an entry's factor in its step's mean loss, 0 where unknown.
+    jaccard (n, C): an image's factor in the mean soft Jaccard at its known classes, else 0.
+    """
+    known, positive = labels >= 0, labels > 0
+    weight = known.float()
+    if spec.loss != "bce":
+        weight *= torch.where(positive, spec.focal_alpha, 1 - spec.focal_alpha)
+    if classes is not None:
+        weight *= classes
+    told, parts = known.any(1), torch.tensor(sizes)
+    step = torch.repeat_interleave(torch.arange(len(sizes)), parts)
+    entries, images = (
+        torch.zeros(len(sizes), dtype=torch.long).index_add_(0, step, t).clamp_(min=1)
+        for t in (known.sum(1), told.long())
+    )
+    share = JACCARD_SHARE if spec.loss == "focal+jaccard" else 0.0
+    weight *= ((1 - share) / entries[step])[:, None]
+    return positive.float().mul_(2).sub_(1), weight, known * (share / images[step])[:, None]
+
+
+def _steps(
+    parts: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    statistics: list[torch.Tensor],
+    flat: list[torch.Tensor],
+    gradient: list[torch.Tensor],
+    mean: list[torch.Tensor],
+    square: list[torch.Tensor],
+    count: list[torch.Tensor],
+    xs: list[torch.Tensor],
+    masks1: list[torch.Tensor],
+    masks2: list[torch.Tensor],
+    signs: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    jaccards: list[torch.Tensor],
+    lr: float,
+    decay: float,
+    clip: float,
+    gamma: float,
+    smooth: float,
+) -> torch.Tensor:
+    """Forward, gradient, clipping and AdamW for each step; the sum of the samples' losses.
+
+    Parameters in the order weight, bias, scale, shift of each hidden layer, then weight and bias. The biases before
+    the batch norms have no gradient: it subtracts them.
+    """
+    w1, b1, g1, s1, w2, b2, g2, s2, w3, b3 = parts
+    t1, t2, t3 = w1.t(), w2.t(), w3.t()
+    total = torch.zeros([])
+    for i in range(len(xs)):
+        x, sign, weight = xs[i], signs[i], weights[i]
+        # Not addmm: TorchScript takes that apart, and then rounds otherwise than plain Python.
+        z1 = torch.mm(x, t1).add_(b1)
+        y1, mean1, r1 = torch.native_batch_norm(z1, g1, s1, statistics[0], statistics[1], True, 0.1, 1e-5)
+        y1.relu_()
+        h1 = y1 * masks1[i]
+        z2 = torch.mm(h1, t2).add_(b2)
+        y2, mean2, r2 = torch.native_batch_norm(z2, g2, s2, statistics[2], statistics[3], True, 0.1, 1e-5)
+        y2.relu_()
+        h2 = y2 * masks2[i]
+        logits = torch.mm(h2, t3).add_(b3)
+        # With u = +-logit, p = sigmoid(u): loss = -w (1-p)^gamma log p, gradient w (1-p)^gamma (gamma p log p - (1-p)).
+        u = logits * sign
+        log_p = torch.nn.functional.logsigmoid(u)
+        miss = (log_p - u).exp_()
+        factor = weight * (miss * miss if gamma == 2.0 else miss.pow(gamma))
+        loss = (factor * log_p).sum().neg_()
+        d = torch.addcmul(miss.neg_(), log_p.exp(), log_p, value=gamma).mul_(factor).mul_(sign)
+        if smooth > 0.0:
+            share = jaccards[i]
+            known = (share > 0).float()
+            p, y = torch.sigmoid(logits) * known, (sign > 0).float()
+            both = (p * y).sum(1, keepdim=True) + smooth
+            union = p.sum(1, keepdim=True) + y.sum(1, keepdim=True) - both + 2 * smooth
+            loss = loss + (share.amax(1, keepdim=True) * (1 - both / union)).sum()
+            d = d - share * (y * union - both * (1 - y)) / (union * union) * p * (1 - p)
+        total.add_(loss * x.size(0))
+        torch.sum(d, [0], out=gradients[9])
+        torch.mm(d.t(), h2, out=gradients[8])
+        d2 = torch.ops.aten.threshold_backward(torch.mm(d, w3).mul_(masks2[i]), y2, 0)
+        d2, scale2, shift2 = torch.ops.aten.native_batch_norm_backward(
+            d2, z2, g2, None, None, mean2, r2, True, 1e-5, [True, True, True]
+        )
+        gradients[6].copy_(scale2)
+        gradients[7].copy_(shift2)
+        torch.mm(d2.t(), h1, out=gradients[4])
+        d1 = torch.ops.aten.threshold_backward(torch.mm(d2, w2).mul_(masks1[i]), y1, 0)
+        d1, scale1, shift1 = torch.ops.aten.native_batch_norm_backward(
+            d1, z1, g1, None, None, mean1, r1, True, 1e-5, [True, True, True]
+        )
+        gradients[2].copy_(scale1)
+        gradients[3].copy_(shift1)
+        torch.mm(d1.t(), x, out=gradients[0])
+        share_of_clip = clip / (float(torch.dot(gradient[0], gradient[0])) ** 0.5 + 1e-6)
+        if share_of_clip < 1.0:
+            gradient[0].mul_(share_of_clip)
+        count[0].add_(1)
+        # Lists made here would look unused to TorchScript, which would then leave the call out.
+        torch.ops.aten._fused_adamw_(
+            flat,
+            gradient,
+            mean,
+            square,
+            [],
+            count,
+            lr=lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+    return total
+
+
+@cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    """`_steps` in TorchScript, or as it is where torch has that no longer; the arithmetic is the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            scripted: Callable[..., torch.Tensor] = torch.jit.script(_steps)
+        except (AttributeError, RuntimeError):
+            return _steps
+    return scripted
+
+
+def fit_side_by_side(
+    folds: Sequence[Fold],
+    budgets: Sequence[int],
+    *,
+    threads: int,
+    taken: Sequence[set[int]],
+    on_epoch: Callable[[Fold, Epoch], None],
+    on_snapshot: Callable[[Fold, Snapshot], None],
+    stop: Callable[[], bool] = bool,
+) -> None:
+    """`train.fit` for several folds at once, an epoch of a fold on one thread; the fold least far on goes first, so
+    that five folds keep two cores busy to the end. Callbacks are called one at a time.
+    """
+    lock, idle, errors = threading.Lock(), list(range(len(folds))), list[BaseException]()
+    before = torch.get_num_threads()
+    _compiled()  # here and not in a thread: warnings are silenced meanwhile, which is not safe across threads
+
+    def take() -> int | None:
+        with lock:
+            waiting = [i for i in idle if not finished(folds[i], budgets)]
+            if errors or not waiting:
+                return None
+            number = min(waiting, key=lambda i: folds[i].epoch)
+            idle.remove(number)
+            return number
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        try:
+            while (i := take()) is not None:
+                start = weights_before(folds[i])
+                epoch = folds[i].run_epoch(stop)
+                require_moved(folds[i], start)
+                with lock:
+                    take_snapshots(folds[i], budgets, taken[i], lambda s, i=i: on_snapshot(folds[i], s))  # type: ignore[misc]
+                    on_epoch(folds[i], epoch)
+                    idle.append(i)
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(min(threads, len(folds)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(before)
+    if errors:
+        raise errors[0]
+    for i, fold in enumerate(folds):
+        take_snapshots(fold, budgets, taken[i], lambda s, fold=fold: on_snapshot(fold, s))  # type: ignore[misc]

@@ -1,0 +1,206 @@
+"""The run folder: what it says of itself, and the model built again from it. torch loads only with the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__
+from ..config import digest
+from ..errors import InputError, SchemaError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.backbone import Backbone
+    from ..models.tail import Head
+
+SCHEMA = 2
+KIND = "cxr-fast run"
+TOWER, TAILS = "visual.", "tails."
+# Where a tail's parts stand in the tower; its blocks are numbered from the cut.
+PLACES = {"norm": "trunk.norm", "fc_norm": "trunk.fc_norm", "projection": "head"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One model: open_clip's whole tower with a trained tail in place, and the head."""
+
+    visual: Any
+    head: Head
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Slow trusted path: normalised (B, 3, S, S) through open_clip's whole tower and the head, (B, C) float32."""
+        import torch
+
+        with torch.inference_mode():
+            out: torch.Tensor = self.head(torch.nn.functional.normalize(self.visual(pixels), dim=-1))
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run folder: its description, and the final model rebuilt from it, one member or several.
+
+    The members of an ensemble share the tensors of the frozen part.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    members: tuple[Member, ...]
+    chosen: str  # the kind of final model the sweep chose, by flag
+
+    @property
+    def visual(self) -> Any:
+        """The tower of the (first) member."""
+        return self.members[0].visual
+
+    @property
+    def head(self) -> Head:
+        """The head of the (first) member."""
+        return self.members[0].head
+
+    def raw_probabilities(self, pixels: torch.Tensor) -> np.ndarray:
+        """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated."""
+        each = [member.logits(pixels).sigmoid().numpy() for member in self.members]
+        return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """`run.json` of a run folder. InputError or SchemaError with one line when it is not one."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a run folder (no run.json); `cxrfast sweep` makes one.")
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(info, dict) or info.get("kind") != KIND:
+        raise InputError(f"{path}: not written by `cxrfast sweep`.")
+    if info.get("schema") != SCHEMA:
+        raise SchemaError(
+            f"{path}: schema {info.get('schema')} (written by {info.get('written_by')}); cxr-fast {__version__} "
+            f"reads schema {SCHEMA}. Run `cxrfast sweep` again."
+        )
+    return info
+
+
+def read_run(folder: Path, final: str | None = None) -> Run:
+    """The run's description and its final model, or the one of another kind, the hash of each part checked."""
+    from safetensors import SafetensorError, safe_open
+
+    from ..models.backbone import weights_sha256
+
+    chosen, info = read_info(folder)["final"]["kind"], read_run_info(folder, final)
+    path = folder / "model.safetensors"
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            for part in ("tower", *info["final"]["members"]):
+                start = TOWER if part == "tower" else f"{TAILS}{part}."
+                parts[part] = {n.removeprefix(start): file.get_tensor(n) for n in names if n.startswith(start)}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot read the model ({str(error)[:120]}).") from error
+    for part, tensors in parts.items():
+        if weights_sha256(tensors, tensors) != info["weights_sha256"][part]:
+            raise InputError(
+                f"{path}: not the weights run.json was written with (hash of {part} differs); run the sweep again."
+            )
+    tower = parts.pop("tower")
+    return Run(
+        folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()), chosen=chosen
+    )
+
+
+def read_run_info(folder: Path, final: str | None = None) -> dict[str, Any]:
+    """`run.json` as if the sweep had been asked for a final model of this kind; torch is not needed."""
+    info = read_info(folder)
+    return info if final in (None, info["final"]["kind"]) else _other_final(info, str(final))
+
+
+def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:
+    """run.json as if the sweep had been asked for another final model.
+
+    Thresholds and calibration stay, they are of the folds' own predictions; the hold-out figures are the kind's own.
+    """
+    folds = [f"fold{k}" for k in range(info["spec"]["folds"])]
+    members = {"best-fold": [f"fold{info['chosen']['fold']}"], "refit": ["refit"], "ensemble": folds}.get(kind)
+    if members is None:
+        raise InputError(f"--final: {kind!r} is not best-fold, refit or ensemble.")
+    if lacking := [name for name in members if name not in info["weights_sha256"]]:
+        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; run the sweep again.")
+    return info | {
+        "final": {
+            "kind": kind,
+            "members": members,
+            "rule": f"chosen when exporting; the sweep's was {info['final']['kind']}",
+        },
+        "model_sha256": model_sha256(info["weights_sha256"], members),
+        "metrics": info["metrics"] | {"holdout": (info["finals"] or {}).get(kind)},
+    }
+
+
+def _member(info: Mapping[str, Any], tower: Mapping[str, Any], tail: Mapping[str, Any]) -> Member:
+    from ..models.backbone import assemble
+    from ..models.tail import Head
+
+    visual = assemble(info["backbone"], {**tower, **in_tower(tail, info["unfreeze_blocks"], tower)})
+    state = {name.removeprefix("head."): tensor for name, tensor in tail.items() if name.startswith("head.")}
+    head = Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
+    head.load_state_dict(state)
+    return Member(visual=visual, head=head.eval().requires_grad_(False))
+
+
+def in_tower(tail: Mapping[str, Any], unfreeze_blocks: int, tower: Mapping[str, Any]) -> dict[str, Any]:
+    """A tail's tensors (the head's aside) under their names in the tower."""
+    depth = 1 + max(int(name.split(".")[2]) for name in tower if name.startswith("trunk.blocks."))
+    out = {}
+    for name, tensor in tail.items():
+        kind, _, rest = name.partition(".")
+        if kind == "blocks":
+            number, _, rest = rest.partition(".")
+            out[f"trunk.blocks.{depth - unfreeze_blocks + int(number)}.{rest}"] = tensor
+        elif kind in PLACES:
+            out[f"{PLACES[kind]}.{rest}"] = tensor
+    return out
+
+
+def save_model(path: Path, backbone: Backbone, tails: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, str]:
+    """The whole frozen tower once and every tail beside it: nothing else is needed to build any of the models.
+
+    Returns the sha256 of each part, `tower` and the tails' names.
+    """
+    from safetensors.torch import save_file
+
+    from ..models.backbone import weights_sha256
+
+    parts = {"tower": backbone.visual.state_dict(), **tails}
+    tensors: dict[str, torch.Tensor] = {}
+    for part, state in parts.items():
+        start = TOWER if part == "tower" else f"{TAILS}{part}."
+        tensors |= {start + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, path)
+    path.chmod((path.parent / "..").stat().st_mode & 0o666)  # safetensors writes for the owner alone
+    return {part: weights_sha256(state, state) for part, state in parts.items()}
+
+
+def model_sha256(weights: Mapping[str, str], members: list[str]) -> str:
+    """One hash of the tower and the tails a final model consists of."""
+    return digest({part: weights[part] for part in ("tower", *members)})
+
+
+def clean(value: Any) -> Any:
+    """JSON-ready: numpy numbers become Python's, NaN becomes null."""
+    if isinstance(value, Mapping):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

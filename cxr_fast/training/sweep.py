@@ -1,0 +1,369 @@
+"""Hold-out, folds, epoch search, the final model: from an activation file to a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..activations.cache import Cache
+from ..activations.encoder import pick_device
+from ..activations.loader import Activations
+from ..config import SweepSpec, TrainSpec, grid, to_dict
+from ..data.manifest import Manifest
+from ..errors import InputError, Interrupted
+from ..metrics import calibration as calibrate
+from ..models.backbone import Backbone, load, tower_sha256
+from ..models.tail import Tail, count_trainable
+from ..system import hardware
+from ..system.locks import FileLock, graceful
+from . import run_record
+from .checkpoints import Journal, difference
+from .dataset import read
+from .finals import KINDS, Finals
+from .fold import precision, predict, require_scorable
+from .run_folder import clean, model_sha256, save_model
+from .search import FoldTrainer, OnEpoch, Search, Trained, Trainers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sweep will do, known before it starts; `seconds` is estimated from a few timed training steps.
+
+    `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` tells that
+    an unfinished run is gone on with.
+    """
+
+    cache: Path
+    out: Path
+    images: int
+    failed: int
+    groups: int
+    classes: int
+    folds: int
+    configurations: int
+    holdout_images: int
+    epochs: tuple[int, ...]
+    epochs_in_all: int
+    trainable: dict[str, int]
+    activation_bytes: int
+    where: str
+    device: str
+    precision: str
+    seconds: float
+    resumed: bool
+    cluster: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
+    """The tower the cache was made with, its hash checked against the file's."""
+    source = weights or file.meta["weights"]
+    backbone = load(source)
+    if tower_sha256(backbone.visual) != file.meta["tower_sha256"]:
+        raise InputError(f"--weights {source}: not the weights {file.path} was made with; pass those, or cache again.")
+    return backbone
+
+
+class Sweep:
+    """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder.
+
+    `out` None takes the first free name of `exports/CACHE`, `exports/CACHE-2`, ...; an unfinished run of the same
+    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. With `trainers`
+    (a cluster's) folds and refit are trained there and all else happens here; on CPUs the figures are a local run's to
+    the last bit.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        out: Path | None,
+        spec: SweepSpec,
+        *,
+        grid_flags: Sequence[str] = (),
+        device: str = "auto",
+        residency: str = "auto",
+        weights: str | None = None,
+        manifest: Manifest | None = None,
+        overwrite: bool = False,
+        trainers: Trainers | None = None,
+    ) -> None:
+        if out is not None:
+            _require_free(out, overwrite)
+        self.spec, self.points = spec, grid(spec.train, grid_flags)
+        self.data = read(cache, spec, manifest)
+        self.labels_from = "the cache" if manifest is None else manifest.name
+        self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
+        self._choose_device(device, residency, trainers)
+        for k in range(spec.folds):
+            require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
+        self.backbone = backbone_for(self.data.file, weights)
+        self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
+        self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
+        self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
+        self.out = out or _free_name(Path("exports") / cache.stem, self.request())
+        self.overwrite = overwrite
+        self.spread: FoldTrainer | None = None
+        if trainers is not None:
+            trains = [
+                replace(train, precision=cast(Any, k)) for (_, train), k in zip(self.points, self.kinds, strict=True)
+            ]
+            self.spread = trainers.start(self.search, trains, self.out, device=self.trained_on, residency=residency)
+            self.search.train_folds = self.spread.train_folds
+
+    def _choose_device(self, device: str, residency: str, trainers: Trainers | None) -> None:
+        """Where folds are trained, in which arithmetic each configuration, and where all else is computed: here."""
+        if trainers is None:
+            self.device, self.residency = pick_device(device), residency
+            self.trained_on, self.gpu = self.device.type, device_name(self.device)
+            self.kinds = [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points]
+            return
+        self.trained_on, self.gpu, bfloat16 = trainers.target(device), "cpu", False
+        if self.trained_on == "cuda":
+            self.gpu, bfloat16 = trainers.gpu()
+        # Where this machine lends its GPU to the tasks, their activations need its memory.
+        self.device = pick_device("auto" if self.trained_on == "cuda" else "cpu")
+        self.residency = "host" if self.device.type == "cuda" else residency
+        kind = "bfloat16" if bfloat16 else "float32"
+        self.kinds = [
+            precision(train, self.device, self.unfreeze_blocks)
+            if self.trained_on == "cpu" or train.precision != "auto"
+            else kind
+            for _, train in self.points
+        ]
+
+    def _tail(self, train: TrainSpec) -> Tail:
+        classes = len(self.data.header.classes)
+        return Tail(
+            self.backbone.visual,
+            unfreeze_blocks=self.unfreeze_blocks,
+            classes=classes,
+            dropout=train.dropout,
+            train_norm=train.train_norm,
+        )
+
+    def request(self) -> dict[str, Any]:
+        """All that decides the result, as JSON: an unfinished run of the same request may be gone on with."""
+        data, hasher = self.data, hashlib.sha256()
+        for part in (data.rows, data.labels, data.assignment):
+            hasher.update(np.ascontiguousarray(part).data)
+        hasher.update("\0".join((*data.header.groups, *data.header.classes)).encode())
+        return {
+            "spec": to_dict(self.spec),
+            "grid": [point for point, _ in self.points],
+            "cache": data.file.meta["fingerprint"],
+            "data": hasher.hexdigest(),
+            "weights": data.file.meta["tower_sha256"],
+            "device": self.trained_on,
+            "precision": self.kinds,
+            "cxr-fast": __version__,
+            "torch": torch.__version__,
+        }
+
+    @property
+    def _with_refit(self) -> bool:
+        return bool((self.data.assignment == -1).any()) or self.spec.final == "refit"
+
+    def plan(self) -> Plan:
+        """Counts, memory and expected time."""
+        data, header, spec = self.data, self.data.header, self.spec
+        return Plan(
+            cache=data.file.path,
+            out=self.out,
+            images=len(data.rows),
+            failed=int((~data.file.ok).sum()),
+            groups=len({header.groups[i] for i in data.rows}),
+            classes=len(header.classes),
+            folds=spec.folds,
+            configurations=len(self.points),
+            holdout_images=int((data.assignment == -1).sum()),
+            epochs=spec.epochs,
+            epochs_in_all=spec.epochs[-1] * (spec.folds * len(self.points) + self._with_refit),
+            trainable=self.trainable[0],
+            activation_bytes=data.file.activations.nbytes,
+            where=self.activations.where,
+            device=str(self.device) if self.spread is None else self.trained_on,
+            precision=self.kinds[0],
+            seconds=self._expected_seconds(self.points[0][1]),
+            resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.overwrite,
+            cluster="" if self.spread is None else str(self.spread),
+            notes=() if self.spread is None else tuple(self.spread.notes),
+        )
+
+    def _expected_seconds(self, train: TrainSpec) -> float:
+        """Of the whole search, from a few timed steps on a throw-away fold; some folds share the time of one."""
+        if self.device.type != self.trained_on:
+            return float("nan")
+        fold, data = self.search.fold(train, 0), self.data
+        draws = fold.draw()
+
+        def seconds(steps: list[tuple[int, int]]) -> float:
+            began = time.perf_counter()
+            fold.train_epoch(replace(draws, steps=steps))
+            return time.perf_counter() - began
+
+        warm_up = seconds(draws.steps[:2])
+        some = draws.steps[2 : 4 if warm_up > 1 else 12] or draws.steps[:2]
+        step = seconds(some) / sum(b - a for a, b in some)
+        few = fold.valid_rows[:64]
+        score = min(
+            hardware.measure(lambda: predict(fold.tail, self.activations, few, kind=fold.kind), warmup=1, repeats=1)
+        )
+        epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
+        trained = sum(len(data.train(k)) for k in folds)
+        scored = sum(len(data.valid(k)) for k in folds)
+        searched = float(step * trained + score / len(few) * scored) * epochs * len(self.points)
+        at_once = self.search.side_by_side(train)
+        if self.spread is not None:
+            at_once = min(self.spread.at_once, self.spec.folds * len(self.points))
+        return searched / at_once + float(step * (data.assignment >= 0).sum() * epochs * self._with_refit)
+
+    def run(self, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+        """Train every fold, choose on validation alone, score the hold-out once; the run as a dict.
+
+        The folder appears under its final name only when it is complete. SIGINT, SIGTERM and kills leave
+        `OUT.partial`, from which the same call goes on to the same bits; Interrupted says so.
+        """
+        began = time.perf_counter()
+        with FileLock(self.out), graceful() as stopped:
+            _require_free(self.out, self.overwrite)
+            folder = Path(f"{self.out}.partial")
+            if self.overwrite and difference(folder, self.request()):
+                shutil.rmtree(folder)
+            with Journal(self.out, self.request()) as journal:
+                try:
+                    run = self._run(journal, on_epoch, stopped.is_set, began)
+                except Interrupted as error:
+                    safe = "every finished epoch" if self.trained_on == "cpu" else "what was saved of each fold"
+                    raise Interrupted(
+                        f"stopped; {safe} is safe in {journal.folder}. Run the same command again to go on."
+                    ) from error
+                except OSError as error:
+                    raise InputError(
+                        f"{journal.folder}: {error.strerror or error}. What is saved is kept; run the same command "
+                        "again to go on."
+                    ) from error
+                finally:
+                    if self.spread is not None:
+                        self.spread.close()
+            _put_in_place(journal.folder / "run", self.out)
+            journal.remove()
+        return run
+
+    def _run(
+        self, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool], began: float
+    ) -> dict[str, Any]:
+        configurations: list[Trained] = []
+        for number, (changes, train) in enumerate(self.points):
+            configurations.append(self.search.run(number, changes, train, journal, on_epoch=on_epoch, stop=stop))
+            chosen = max(configurations, key=lambda trained: trained.best_mean)  # the first of equals
+            for other in configurations:
+                if other is not chosen:
+                    journal.forget(f"config{other.number}")
+        finals = Finals(self.search, chosen, journal)
+        if self._with_refit and self.spread is not None:
+            epochs = finals.refit_epochs()
+            self.spread.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
+        elif self._with_refit:
+            finals.refit(on_epoch, stop)
+        folder = journal.folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        run = self._finish(folder, configurations, finals)
+        run["seconds"] = time.perf_counter() - began
+        run_record.write(folder, run, configurations)
+        return run
+
+    def _finish(self, folder: Path, configurations: list[Trained], finals: Finals) -> dict[str, Any]:
+        """The model, the predictions, and `run.json` as a dict."""
+        data, spec, chosen = self.data, self.spec, finals.trained
+        dev, held = data.assignment >= 0, data.assignment == -1
+        out_of_fold, labels = chosen.probabilities[finals.budget][dev], data.labels[dev]
+        calibration = calibrate.fit(labels, out_of_fold, spec.calibration)
+        out_of_fold = calibrate.apply(calibration, out_of_fold)
+        limits, source = run_record.thresholds(labels, out_of_fold, spec)
+        # The hold-out by itself for each, so that its figures do not hang on which model was asked for.
+        raw = {kind: finals.probabilities(kind, data.rows[held]) for kind in KINDS if held.any()}
+        everywhere = np.empty(data.labels.shape, np.float32)
+        everywhere[dev] = finals.probabilities(spec.final, data.rows[dev])
+        everywhere[held] = raw.get(spec.final, everywhere[held])
+        scored = {kind: calibrate.apply(calibration, p) for kind, p in raw.items()}
+        names = [f"fold{k}" for k in range(spec.folds)] + (["refit"] if self._with_refit else [])
+        weights = save_model(folder / "model.safetensors", self.backbone, {name: finals.state(name) for name in names})
+        run_record.predictions(
+            folder,
+            data,
+            out_of_fold=chosen.probabilities,
+            final=everywhere,
+            **{f"holdout_{kind.replace('-', '_')}": p for kind, p in raw.items()},
+        )
+        on_holdout = (data.labels[held], scored[spec.final], limits) if held.any() else None
+        final = finals.describe(spec.final)
+        run = {
+            **run_record.origin(data, spec, self.labels_from),
+            "precision": self.kinds[chosen.number],
+            "device": self.gpu,
+            "threads": torch.get_num_threads(),
+            "residency": self.activations.residency,
+            "trainable": self.trainable[chosen.number],
+            "config": chosen.number,
+            "grid": run_record.grid_table(configurations, chosen, spec),
+            "train": to_dict(chosen.train),
+            "thresholds": limits.tolist(),
+            "threshold_source": source,
+            "calibration": calibration,
+            **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
+            "final": final,
+            "finals": {kind: run_record.figures(data.labels[held], p, limits) for kind, p in scored.items()},
+            "metrics": {
+                "out_of_fold": run_record.figures(labels, out_of_fold, limits),
+                "holdout": run_record.figures(*on_holdout) if on_holdout else None,
+            },
+            "per_class": run_record.metrics.per_class(*on_holdout, data.header.classes) if on_holdout else [],
+            "weights_sha256": weights,
+            "model_sha256": model_sha256(weights, final["members"]),
+        }
+        if self.spread is not None:
+            run["cluster"] = self.spread.describe()
+        return cast(dict[str, Any], clean(run))
+
+
+def _require_free(out: Path, overwrite: bool) -> None:
+    """Only a run, or an empty folder, may be replaced: `--out DATA --overwrite` must not cost the data."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "run.json").is_file()):
+        raise InputError(f"--overwrite: {out} is not a run folder and is left alone; give another --out.")
+
+
+def _free_name(path: Path, request: dict[str, Any]) -> Path:
+    """`path`, or `path-2`, `path-3`, ... where it exists or an unfinished run of another request has the name."""
+    candidate, number = path, 2
+    while candidate.exists() or difference(Path(f"{candidate}.partial"), request):
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Give a finished folder its name; one of that name is set aside first and removed last."""
+    old = out.with_name(out.name + f".old.{os.getpid()}")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(folder, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

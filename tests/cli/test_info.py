@@ -1,0 +1,118 @@
+"""A few true lines about each kind of file, and one about everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import pytest
+
+from cxr_fast.activations import file as store
+from cxr_fast.cli import info
+from cxr_fast.errors import InputError, SchemaError
+
+
+def facts(path: Path) -> dict[str, str]:
+    """The aligned lines as a table."""
+    lines = info.describe(path).splitlines()
+    width = max(len(line.split("  ")[0]) for line in lines) + 2
+    assert all(line[width - 2 : width] == "  " and line[width] != " " for line in lines), "not aligned"
+    return {line[:width].strip(): line[width:] for line in lines}
+
+
+def test_a_cache(toy_cache: Path) -> None:
+    found, file = facts(toy_cache), store.ActivationFile(toy_cache)
+    n = len(file.ok)
+    assert found["activation file"].startswith(f"{toy_cache}, schema 1, cxr-fast ")
+    assert found["state"] == f"{n - 1} of {n} images encoded, 1 failed"
+    assert found["data"] == f"phantom, {len(set(file.header.groups))} groups, 35 classes"
+    assert found["array"].startswith(f"({n}, 2, 101, 64) float16, {toy_cache.stat().st_size / 1e6:,.0f} MB")
+    assert found["array"].endswith(f"largest value {file.absmax.max():.4g}")
+    assert found["cut"] == "blocks.4 (2 block(s) left to train), views plain, flip"
+    assert set(found["pixels"].split(", ")) == {"size 160", "resize squash", "dicom_policy voi"}
+    assert found["normalisation"] == "mean 0.4/0.45/0.5, std 0.2/0.25/0.3"
+    assert found["fingerprint"] == file.meta["fingerprint"]
+    assert "RANDOM" not in found["weights"]
+
+
+def test_random_weights_are_said_loudly(toy_cache: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(toy_cache, tmp_path / "own.h5"))
+    with h5py.File(own, "r+") as file:
+        meta = json.loads(file.attrs["meta"])
+        file.attrs["meta"] = json.dumps({**meta, "weights": "random:0", "random_weights": True})
+    assert facts(own)["weights"] == "random:0 (RANDOM, not BiomedCLIP)"
+
+
+def test_a_cache_that_is_not_finished(toy_cache: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(toy_cache, tmp_path / "own.h5.partial"))
+    with h5py.File(own, "r+") as file:
+        file["done"][10:] = store.PENDING
+    assert facts(own)["state"].startswith("10 of ")
+    with h5py.File(own, "r+") as file:
+        file["done"][:] = store.PENDING
+    assert facts(own)["array"].endswith("largest value -")
+
+
+def test_a_run(toy_run: Path, tmp_path: Path) -> None:
+    found, run = facts(toy_run), json.loads((toy_run / "run.json").read_text())
+    held = run["metrics"]["holdout"]
+    assert found["run"] == f"{toy_run}, schema 2, {run['written_by']}, {run['created']}"
+    assert found["note"] == "PHANTOM IMAGES"
+    assert found["trained"] == "487,971 parameters: blocks 83,456, head 404,515"
+    assert found["chosen"] == f"{run['chosen']['epochs']} epochs, fold {run['chosen']['fold'] + 1}"
+    assert found["hold-out"] == (
+        f"macro AUC {held['macro_auc']:.4f} over {held['classes_defined']} of 35 classes, "
+        f"macro F1 {held['macro_f1']:.4f}, mAP {held['map']:.4f} on {held['n']} images"
+    )
+    assert found["models"] == "none yet; `cxrfast export` makes one"
+    assert info.describe(toy_run / "run.json") == info.describe(toy_run)
+    shutil.copytree(toy_run, tmp_path / "run")
+    (tmp_path / "run" / "model.fp32.onnx").write_bytes(b"")
+    run["metrics"]["holdout"], run["provenance"] = None, ""
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    found = facts(tmp_path / "run")
+    assert (found["models"], found["hold-out"]) == ("model.fp32.onnx", "no hold-out")
+    assert "note" not in found, "a line without a value is left out"
+
+
+def test_a_model(toy_model: Path, toy_run: Path) -> None:
+    found, run = facts(toy_model), json.loads((toy_run / "run.json").read_text())
+    assert found["model"].startswith(f"{toy_model}, schema 2, cxr-fast ")
+    assert found["labels"] == f"35: {', '.join(run['classes'])}"
+    assert found["note"] == "PHANTOM IMAGES"
+    assert found["variant"] == "fp32"
+    assert found["data"] == "phantom"
+    assert json.loads(found["pixels"]) == run["preprocess"]
+    assert found["parity"].endswith("to torch float32, open_clip tower on 79 images (limit 1e-05)")
+    assert "6 Gelu" in found["nodes"]
+    assert "Not a medical device" in found["intended use"]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("gone.h5", "no such file"),
+        ("gone", "no such file"),
+        ("text.h5", "not an HDF5 file"),
+        ("text.onnx", "not an ONNX file"),
+        ("text.csv", r"not a cache \(.h5 or .shards.json\), a run folder, a model"),
+        ("folder", "not a run folder"),
+    ],
+)
+def test_everything_else_is_refused(tmp_path: Path, name: str, match: str) -> None:
+    for kind in ("h5", "onnx", "csv"):
+        (tmp_path / f"text.{kind}").write_text("hello")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=match):
+        info.describe(tmp_path / name)
+
+
+def test_an_unknown_schema_is_refused(toy_cache: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(toy_cache, tmp_path / "own.h5"))
+    with h5py.File(own, "r+") as file:
+        file.attrs["schema"] = 9
+        file.attrs["written_by"] = "cxr-fast 9.9"
+    with pytest.raises(SchemaError, match=r"schema 9 \(written by cxr-fast 9\.9\)"):
+        info.describe(own)

@@ -1,0 +1,219 @@
+"""A cache made on three nodes, one worker and one node killed in the middle, against one machine's: the same files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cxr_fast.activations import build, cache, encoder
+from cxr_fast.activations import file as store
+from cxr_fast.cli.main import main
+from cxr_fast.cluster import activations, connection
+from cxr_fast.config import CacheSpec
+from cxr_fast.data import manifest as datasets
+from cxr_fast.errors import DeviceError, InputError, Interrupted
+from cxr_fast.models import backbone
+from tests.conftest import TOY
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+BLOCK, COUNT, SHARDS = 2, 48, 6
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """Three nodes of one CPU."""
+    for name, value in connection.QUIET.items():
+        os.environ[name] = value
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    from ray.cluster_utils import Cluster as Nodes
+
+    found = Nodes()
+    for _ in range(3):
+        found.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise, each image another."""
+    folder, rng = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    rows = [["image", "group", "Edema"]]
+    for k in range(COUNT):
+        Image.fromarray(rng.integers(0, 256, (200, 200), np.uint8)).save(folder / f"{k}.png")
+        rows.append([f"{k}.png", f"p{k}", str(k % 2)])
+    with open(folder / "films.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder / "films.csv"
+
+
+def slow(module: Any, arguments: Any) -> None:
+    """A hook that makes a tower slow enough for a kill to fall into the middle of a shard."""
+    time.sleep(0.4)
+
+
+def in_the_middle(out: Path) -> dict[Path, int]:
+    """The process that holds each shard of which a part is encoded."""
+    found = {}
+    for lock in out.parent.glob("*.h5.lock"):
+        path = lock.with_suffix("")
+        try:
+            state = store.ActivationFile(store.partial_path(path), partial=True).state
+            pid = json.loads(lock.read_text())["pid"]
+        except (InputError, OSError, ValueError):
+            continue
+        if 0 < (state != store.PENDING).sum() < len(state):
+            found[path] = pid
+    return found
+
+
+def parent(pid: int) -> int:
+    """The parent of a process, 0 for one that is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def interrupt(pid: int) -> bool:
+    """Control-C for the command, with a shard in the middle."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+def kill(pid: int) -> bool:
+    """End a worker as the system would."""
+    if not parent(pid):
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def remove_node_of(nodes: Any, pid: int) -> bool:
+    """End the node a worker belongs to, unless it is the first, which has the cluster's own processes."""
+    for node in nodes.list_all_nodes()[1:]:
+        if parent(pid) == node.all_processes["raylet"][0].process.pid:
+            nodes.remove_node(node, allow_graceful=False)
+            return True
+    return False
+
+
+@contextmanager
+def watched(out: Path, *deeds: Callable[[int], bool]) -> Iterator[list[str]]:
+    """Beside the block, as soon as a process is in the middle of a shard, each deed in turn; the shards it hit."""
+    done, over, waiting = list[str](), threading.Event(), list(deeds)
+
+    def watch() -> None:
+        while waiting and not over.wait(0.01):
+            for path, pid in in_the_middle(out).items():
+                if waiting[0](pid):
+                    done.append(path.name)
+                    del waiting[0]
+                    break
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join()
+
+
+def made(out: Path) -> list[bytes]:
+    return [(out.parent / shard.file).read_bytes() for shard in cache.read(out)]
+
+
+@pytest.mark.ray
+def test_three_nodes_one_lost_make_the_files_of_one_machine(nodes: Any, films: Path, tmp_path: Path) -> None:
+    tower, manifest = backbone.load(TOY), datasets.read(films)
+    spec = encoder.with_size(CacheSpec(weights=TOY), tower)
+    one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
+    build.run(tower, manifest, spec, one, shards=SHARDS, device="cpu", batch_size=BLOCK)
+    late = copy.deepcopy(tower)
+    late.visual.trunk.blocks[0].register_forward_pre_hook(slow)
+    named: dict[str, Any] = {"device": "cpu", "threads": 1, "batch_size": BLOCK}
+    seen: list[encoder.Progress] = []
+    with activations.over(nodes.address, manifest, many, count=SHARDS, **named) as spread:
+        assert (spread.kind, spread.slots, spread.shards, spread.block) == ("cpu", 3, SHARDS, BLOCK)
+        assert "3 nodes, 3 CPUs" in str(spread)
+        with watched(many, interrupt) as killed, pytest.raises(Interrupted, match="Run the same command again"):
+            spread.run(late, manifest, spec, many)
+        assert killed
+        assert not many.exists()
+        kept = sum(int((store.ActivationFile(p, partial=True).state == 1).sum()) for p in build.files_of(many))
+        assert kept
+        with watched(many, lambda pid: remove_node_of(nodes, pid), kill) as killed:
+            outcome = spread.run(late, manifest, spec, many, on_progress=seen.append)
+        assert len(killed) == 2
+    assert (outcome.images, outcome.failed) == (COUNT, ())
+    assert outcome.encoded + outcome.reused == COUNT
+    assert seen[-1].done == COUNT
+    assert made(many) == made(one)
+
+    with activations.over(nodes.address, manifest, many, **named) as spread:
+        assert spread.shards == SHARDS  # as it lies there
+        assert spread.run(tower, manifest, spec, many).encoded == 0
+        spread = replace(spread, gather=True)
+        assert spread.run(tower, manifest, spec, sent).encoded == COUNT
+        assert made(sent) == made(one)
+        assert spread.run(tower, manifest, spec, sent).encoded == 0
+        first = build.shard_path(sent, 1, SHARDS)
+        data = bytearray(first.read_bytes())
+        data[store.ActivationFile(first).offset + 5] ^= 255
+        first.write_bytes(data)
+        assert spread.run(tower, manifest, spec, sent, repair=True).encoded == COUNT // SHARDS
+        assert made(sent) == made(one)
+
+
+def test_what_does_not_go_with_a_cluster_is_one_line(films: Path, tmp_path: Path) -> None:
+    flags = ["cache", str(films), "--weights", TOY, "--out", str(tmp_path / "a.shards.json")]
+    for more, said in (
+        (["--gather", "--shards", "2"], "--gather is for --cluster"),
+        (["--cluster", "nothing"], "is not auto, HOST:PORT"),
+        (["--cluster", "127.0.0.1:9"], "cannot be reached"),
+    ):
+        done = CliRunner().invoke(main, [*flags, *more])
+        assert done.exit_code == 2, done.output
+        assert said in done.output
+        assert len(done.output.splitlines()) == 1
+
+
+def test_every_task_runs_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = object.__new__(connection.Cluster)
+    node = connection.Node(id="a", name="a", cpus=8, gpus=0)
+    monkeypatch.setattr(connection.Cluster, "nodes", lambda self: [node, replace(node, gpus=2)])
+    assert [found.target(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    assert (found.slots(2, 1), found.slots(2), found.slots(16)) == (2, 8, 0)
+    with pytest.raises(DeviceError, match="Ray says which GPU"):
+        found.target("cuda:1")
+    monkeypatch.setattr(connection.Cluster, "nodes", lambda self: [node])
+    assert found.target("auto") == "cpu"
+    with pytest.raises(DeviceError, match="no node of the cluster lends a GPU"):
+        found.target("cuda")
+
+
+def test_a_gathered_shard_that_arrives_damaged_is_not_kept(toy_cache: Path, tmp_path: Path) -> None:
+    data = np.fromfile(toy_cache, np.uint8)
+    activations._keep(tmp_path / "a.h5", data)
+    assert (tmp_path / "a.h5").read_bytes() == toy_cache.read_bytes()
+    data[store.ActivationFile(toy_cache).offset + 5] ^= 255
+    with pytest.raises(InputError, match=r"1 row\(s\) arrived damaged"):
+        activations._keep(tmp_path / "b.h5", data)
+    assert not list(tmp_path.glob("b*"))

@@ -1,0 +1,120 @@
+"""One writer a file: refused by name while the holder lives, taken over when it is dead; signals as an event."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cxr_fast.errors import InputError
+from cxr_fast.system.locks import FileLock, graceful
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cxr_fast.system.locks import FileLock
+with FileLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a.h5")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_writer_is_refused_with_pid_and_host(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(InputError) as caught, FileLock(tmp_path / "a.h5"):
+        pass
+    text = str(caught.value)
+    assert f"process {holder.pid} on {socket.gethostname()}" in text
+    assert len(text.splitlines()) <= 2
+
+
+def test_a_dead_holders_lock_is_taken_over(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "a.h5.lock").exists(), "the dead holder leaves its file"
+    with FileLock(tmp_path / "a.h5"):
+        assert str(os.getpid()) in (tmp_path / "a.h5.lock").read_text()
+    assert not (tmp_path / "a.h5.lock").exists()
+
+
+def test_threads_never_hold_it_together(tmp_path: Path) -> None:
+    inside, most, guard = 0, 0, threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(30):
+            try:
+                with FileLock(tmp_path / "a.h5"):
+                    with guard:
+                        inside += 1
+                        most = max(most, inside)
+                    time.sleep(0.001)
+                    with guard:
+                        inside -= 1
+            except InputError:
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"), FileLock(tmp_path / "file" / "a.h5"):
+        pass
+
+
+@pytest.fixture
+def python_s_own_interrupt() -> Iterator[None]:
+    """A shell starts what runs behind `&` with SIGINT ignored; the test is of what Python does with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_s_own_interrupt")
+def test_the_first_signal_asks_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with graceful() as stopped:
+        assert not stopped.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped.wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_no_handler_is_touched() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with graceful() as stopped:
+            seen.append((stopped.is_set(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

@@ -1,0 +1,133 @@
+"""Which rows of a cache may be trained on, with whose labels; nothing damaged, nothing of another data set."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxr_fast.activations import file as store
+from cxr_fast.config import SweepSpec
+from cxr_fast.data import manifest as datasets
+from cxr_fast.data.manifest import Manifest
+from cxr_fast.errors import InputError
+from cxr_fast.training import dataset
+
+SPEC = SweepSpec(epochs=(1,), folds=2)
+
+
+@pytest.fixture
+def own(toy_data: Path, lively_weights: Path, toy_cache: Path, tmp_path: Path) -> Path:
+    """A cache that a test may change."""
+    return Path(shutil.copy(toy_cache, tmp_path / "own.h5"))
+
+
+def damage(path: Path, row: int) -> str:
+    file = store.ActivationFile(path)
+    with open(path, "r+b") as raw:
+        raw.seek(file.offset + row * store.row_bytes(file.header.shape, file.header.dtype) + 5)
+        raw.write(b"\x55\xaa")
+    return file.header.images[row]
+
+
+def labels_of(names: list[str], folder: Path) -> Manifest:
+    """A manifest of one class in `folder`, positive for every second image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "other.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["image", "group", "Mass"], *([name, f"g{i}", i % 2] for i, name in enumerate(names))]
+        )
+    return datasets.read(folder / "other.csv", keep_missing=True)
+
+
+# ------------------------------------------------------------------ damage
+
+
+def test_damaged_rows_never_reach_training(own: Path) -> None:
+    names = [damage(own, row) for row in (0, 40)]
+    with pytest.raises(InputError, match=r"2 of 79 rows fail their checksum") as caught:
+        dataset.read(own, SPEC)
+    text = str(caught.value)
+    assert all(name in text for name in names)
+    assert f"`cxrfast cache SOURCE --out {own} --repair`" in text
+    assert len(text.splitlines()) == 2
+    assert len(dataset.read(own, SPEC, checksums=False).rows) == 79
+
+
+def test_a_failed_row_may_hold_anything(own: Path) -> None:
+    failed = int(np.flatnonzero(~store.ActivationFile(own).ok)[0])
+    damage(own, failed)
+    assert len(dataset.read(own, SPEC).rows) == 79
+
+
+def test_a_row_that_the_manifest_leaves_out_may_be_damaged(own: Path) -> None:
+    damage(own, 0)
+    file = store.ActivationFile(own)
+    assert len(dataset.read(own, SPEC, labels_of([*file.header.images[30:60]], own.parent)).rows) == 30
+
+
+# ------------------------------------------------------------------ another manifest
+
+
+def test_the_manifest_of_the_same_folder_is_told_by_place(own: Path, toy_data: Path) -> None:
+    data = dataset.read(own, SPEC, datasets.read(toy_data, keep_missing=True))
+    assert (data.by_name, data.notes) == (0, ())
+    assert len(data.rows) == 79
+
+
+def test_a_copy_of_the_folder_is_told_by_name_and_bytes(own: Path, toy_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_data / "images", tmp_path / "copy" / "elsewhere")
+    names = [f"elsewhere/{path.name}" for path in sorted((toy_data / "images").iterdir())]
+    data = dataset.read(own, SPEC, labels_of(names, tmp_path / "copy"))
+    assert (data.by_name, len(data.rows)) == (0, 79)
+
+
+def test_another_data_set_with_the_same_names_is_refused(own: Path, toy_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    paths = sorted((toy_data / "images").iterdir())
+    for path, other in itertools.pairwise(paths[:11]):
+        shutil.copy(other, tmp_path / "b" / path.name)
+    with pytest.raises(
+        InputError, match=r"--manifest: 9 images have the name of one in .* and other bytes: "
+    ) as caught:
+        dataset.read(own, SPEC, labels_of([path.name for path in paths], tmp_path / "b"))
+    text = str(caught.value)  # ten were put there; the fourth failed in the cache, and is not used
+    assert paths[0].name in text
+    assert paths[6].name not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_names_decide_where_no_file_is_there_and_it_is_said(own: Path, toy_data: Path, tmp_path: Path) -> None:
+    names = [path.name for path in sorted((toy_data / "images").iterdir())]
+    (tmp_path / "t").mkdir()
+    shutil.copy(toy_data / "images" / names[0], tmp_path / "t" / names[0])
+    data = dataset.read(own, SPEC, labels_of(names, tmp_path / "t"))
+    assert data.by_name == 78
+    assert len(data.notes) == 1
+    assert data.notes[0].startswith("--manifest: 78 of 79 images were told by their name alone")
+    place = {f"images/{name}": i for i, name in enumerate(names)}
+    assert data.labels[:, 0].tolist() == [place[data.header.images[row]] % 2 for row in data.rows]
+    with pytest.raises(InputError, match="80 of 80 images are not in"):
+        dataset.read(own, SPEC, labels_of([f"deep/{name}" for name in names], tmp_path / "t"))
+
+
+def test_an_image_named_twice_is_refused(own: Path, toy_data: Path, tmp_path: Path) -> None:
+    name = sorted(path.name for path in (toy_data / "images").iterdir())[0]
+    with pytest.raises(InputError, match="1 of 2 images are named twice"):
+        dataset.read(own, SPEC, labels_of([name, f"images/{name}"], tmp_path / "t"))
+
+
+def test_labels_of_the_manifest_replace_the_caches(own: Path, toy_data: Path) -> None:
+    manifest = datasets.read(toy_data)
+    file = store.ActivationFile(own)
+    other = replace(manifest, classes=("Mass",), labels=np.full((len(manifest), 1), 1, np.int8), groups=manifest.images)
+    header, kept, _ = dataset.relabel(file, other)
+    assert header.classes == ("Mass",)
+    assert header.groups == file.header.images
+    assert kept.tolist() == file.ok.tolist()
+    assert set(header.labels[kept].ravel()) == {1}
