@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError, SchemaError
-from ..system.files import put
+from ..system.files import write_bytes
 from .file import ActivationFile, Header, partial_path
 from .rows import Rows
 
@@ -100,7 +100,7 @@ def write(path: Path, shards: Sequence[Path]) -> None:
         "images": first,
         "shards": [asdict(line) for line in lines],
     }
-    put(path, (json.dumps(value, indent=1) + "\n").encode(), "--out")
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), "--out")
 
 
 def read(path: Path) -> tuple[Shard, ...]:

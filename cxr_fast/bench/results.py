@@ -17,8 +17,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InputError, SchemaError
-from ..inference.predictor import Predictor, file_sha256
+from ..inference.predictor import Predictor
 from ..system import hardware
+from ..system.files import file_sha256
 
 LATENCY, THROUGHPUT = "cxr-fast latency", "cxr-fast throughput"
 COMPARISON, CACHE, TRAINING = "cxr-fast comparison", "cxr-fast cache benchmark", "cxr-fast training benchmark"

@@ -25,20 +25,28 @@ from ..system import hardware
 SCHEMA = 1
 OK, ABSENT, WRONG = "ok", "--", "!!"
 # Distribution, least version (pyproject's), and what it is there for.
-PREDICTING = (("numpy", "2.0"), ("pillow", "10.3"), ("click", "8.1"))
+PREDICTING = (
+    ("numpy", "2.0"),
+    ("pillow", "10.3"),
+    ("click", "8.1"),
+    ("msgspec", "0.18"),
+    ("psutil", "5.9"),
+    ("filelock", "3.13"),
+    ("rich", "13.7"),
+)
 TRAINING = (
     ("torch", "2.11"),
     ("open-clip-torch", "2.30"),
     ("timm", "1.0.15"),
     ("h5py", "3.11"),
     ("onnx", "1.17"),
-    ("pandas", "2.2"),
     ("scipy", "1.11"),
     ("scikit-learn", "1.5"),
     ("iterative-stratification", "0.1.9"),
     ("safetensors", "0.4.5"),
     ("huggingface_hub", "0.27"),
     ("matplotlib", "3.9"),
+    ("jinja2", "3.1"),
 )
 OPTIONAL = (
     ("pydicom", "3.0", "DICOM files", "dicom"),

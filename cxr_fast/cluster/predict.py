@@ -17,8 +17,9 @@ import numpy as np
 from ..data.images import self_check
 from ..errors import InputError, Interrupted
 from ..inference import model_file, session
-from ..inference.predictor import Predictor, Result, file_sha256
+from ..inference.predictor import Predictor, Result
 from ..system import hardware
+from ..system.files import file_sha256
 from . import connection
 from .connection import Cluster, Stop, Tell
 

@@ -24,11 +24,12 @@ from ..data.images import self_check
 from ..data.paths import Inputs
 from ..errors import InputError, Interrupted
 from ..system import hardware
+from ..system.files import file_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
 from .checkpoint import Resume, beside
 from .outputs import WRITERS, Columns, Row, shown
-from .predictor import BATCH, Result, file_sha256
+from .predictor import BATCH, Result
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 Pool = Literal["mean", "max"]

@@ -17,7 +17,8 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
-from .predictor import Result, changed_ns, file_sha256
+from ..system.files import file_sha256
+from .predictor import Result, changed_ns
 
 SUFFIX = ".resume"
 KIND, SCHEMA = "cxr-fast predictions so far", 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import time
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,9 +216,3 @@ def golden_pixels(size: int) -> np.ndarray:
 def changed_ns(status: os.stat_result) -> int:
     """When a file was last changed, whichever says later; `cp -p`, tar and zip set the first and cannot the second."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

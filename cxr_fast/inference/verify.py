@@ -13,9 +13,10 @@ import PIL
 from ..data.images import flip, self_check
 from ..errors import CxrFastError, DeviceError, InputError
 from ..system import hardware
+from ..system.files import file_sha256
 from . import model_file
 from .model_file import is_number
-from .predictor import Predictor, file_sha256, golden_pixels
+from .predictor import Predictor, golden_pixels
 from .session import VARIANTS
 
 KEYS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..system.files import put
+from ..system.files import write_bytes
 from ..training import predictions
 from ..training.predictions import Pool
 from ..training.run_folder import read_info
@@ -74,7 +74,7 @@ def write_all(
         except InputError as error:
             missing.append(f"the comparison of {title} with {titles[0]}: {error}")
     path = out or folders[0] / COMPARISON
-    put(path, versus.page(runs, found, pairs, missing))
+    write_bytes(path, versus.page(runs, found, pairs, missing))
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
 
 
@@ -102,7 +102,7 @@ def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     for name, data in files.items():
-        put(folder / name, data)
+        write_bytes(folder / name, data)
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
 
 

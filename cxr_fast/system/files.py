@@ -1,24 +1,37 @@
-"""A file whole or not at all."""
+"""Write files so that they appear whole or not at all; hash them."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import hashlib
+import io
+import json
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from ..errors import InputError
 
 
-def put(path: Path, data: bytes, flag: str = "", *, folders: bool = False) -> None:
-    """Write `data` beside `path`, then put it in its place; `folders` makes the folders above it.
+@contextlib.contextmanager
+def atomic(path: Path, flag: str = "", *, sync: bool = False, folders: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file that gets the name `path` when the `with` block ends well, and leaves nothing where it does not.
 
-    Raises InputError, which names the flag, where it cannot be written.
+    `sync` waits until the bytes are on the disk before the name changes; `folders` makes the folders above it. What a
+    kill leaves is NAME.partial.PID. Raises InputError, which names `flag` if one is given, where the file cannot be
+    written. An OSError raised by the block itself counts as such.
     """
-    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
+    scratch = path.with_name(f"{path.name}.partial.{os.getpid()}")
     try:
         if folders:
             path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(data)
+        with open(scratch, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
         what = f"{flag}: cannot write {path}" if flag else f"{path}: cannot write it"
@@ -26,3 +39,30 @@ def put(path: Path, data: bytes, flag: str = "", *, folders: bool = False) -> No
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()
+
+
+def write_bytes(path: Path, data: bytes, flag: str = "", *, folders: bool = False) -> None:
+    """Write `data` with `atomic`."""
+    with atomic(path, flag, folders=folders) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any, flag: str = "", *, folders: bool = False) -> None:
+    """Write a value as JSON, indented by one, a newline at the end, with `atomic`."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), flag, folders=folders)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]], flag: str = "") -> None:
+    """Write a UTF-8 CSV with a header and `\\r\\n` line ends, as Python's csv module does, with `atomic`."""
+    with atomic(path, flag) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text)
+        writer.writerow(head)
+        writer.writerows(rows)
+        text.detach()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

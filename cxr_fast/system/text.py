@@ -1,9 +1,116 @@
-"""Numbers, durations, sizes and tables as text for a terminal."""
+"""Numbers, durations, sizes, and tables that are made once and shown in every medium."""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+NONE = "–"  # a figure that is undefined, on a page and in Markdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A value with its interval, shown with `digits` decimals; None or NaN where it is undefined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    digits: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.interval}".strip()
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is a finite value."""
+        return self.value is not None and math.isfinite(self.value)
+
+    @property
+    def text(self) -> str:
+        """`0.812`, or a dash."""
+        return f"{self.value:.{self.digits}f}" if self.defined else NONE
+
+    @property
+    def interval(self) -> str:
+        """`[0.779, 0.843]`; empty where there is none."""
+        if not self.defined or self.low is None or self.high is None:
+            return ""
+        return f"[{self.low:.{self.digits}f}, {self.high:.{self.digits}f}]"
+
+
+Cell = str | int | float | Figure | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells under columns: the first column names the row, the others are its figures.
+
+    `chosen` are indices of rows that stand out, `foot` rows close the table, `notes` say how to read it. Made once;
+    `to_plain`, `to_markdown` and `to_csv` show it here, the command line draws it with rich, a page with jinja2.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    chosen: Sequence[int] = ()
+    foot: Sequence[Sequence[Cell]] = ()
+    notes: Sequence[str] = ()
+    sortable: bool = False
+
+    def texts(self) -> Iterator[list[str]]:
+        """Every row and foot row as text."""
+        for row in (*self.rows, *self.foot):
+            yield [cell_text(value) for value in row]
+
+
+def cell_text(value: Cell) -> str:
+    """A cell as a person reads it: a dash for None, thousands apart in whole numbers."""
+    if value is None:
+        return NONE
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def to_plain(table: Table, mark: str = "chosen") -> str:
+    """As aligned text without colour, for pipes and logs: an arrow with `mark` behind the chosen rows."""
+    head, rows = list(table.columns), list(table.texts())
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+    body = [line(row) + (f"  <- {mark}" if i in table.chosen else "") for i, row in enumerate(rows)]
+    return "\n".join([line(head), "  ".join("-" * w for w in widths), *body, *table.notes])
+
+
+def to_markdown(table: Table) -> str:
+    """As a Markdown table, its notes below it."""
+    rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.texts()]
+    lines = ["| " + " | ".join(c.replace("|", "\\|").replace("<", "&lt;") for c in row) + " |" for row in rows]
+    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
+
+
+def to_csv(table: Table) -> str:
+    """As CSV in full precision without the foot: a column that holds Figures becomes value, `_low` and `_high`."""
+    wide = [any(isinstance(row[i], Figure) for row in table.rows) for i in range(len(table.columns))]
+
+    def cells(value: Cell, spread: bool) -> list[Any]:
+        if not spread:
+            return [value]
+        return [value.value, value.low, value.high] if isinstance(value, Figure) else [value, None, None]
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    pairs = zip(table.columns, wide, strict=True)
+    writer.writerow([name for c, w in pairs for name in ([c, f"{c}_low", f"{c}_high"] if w else [c])])
+    for row in table.rows:
+        writer.writerow([each for value, w in zip(row, wide, strict=True) for each in cells(value, w)])
+    return out.getvalue()
 
 
 def table(head: list[str], rows: list[list[str]], *, mark: int | None = None, name: str = "chosen") -> str:

@@ -15,7 +15,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import children
 import h5py
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from cxr_fast.models import backbone
 from cxr_fast.models.backbone import Backbone
 from cxr_fast.training import dataset
 from tests.conftest import TOY
+from tests.helpers import children
 
 BLOCK = 4
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import children
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -27,8 +26,10 @@ from cxr_fast.inference import batch
 from cxr_fast.inference.batch import State, pooled, run_path, studies_path, write
 from cxr_fast.inference.checkpoint import Resume, beside
 from cxr_fast.inference.outputs import shown
-from cxr_fast.inference.predictor import Predictor, Result, file_sha256
+from cxr_fast.inference.predictor import Predictor, Result
+from cxr_fast.system.files import file_sha256
 from cxr_fast.system.locks import FileLock
+from tests.helpers import children
 from tests.helpers.model_edits import changed, put
 
 THREE = (".csv", ".jsonl", ".parquet")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from cxr_fast.errors import InputError
 from cxr_fast.inference.checkpoint import LINES, Resume, beside
-from cxr_fast.inference.predictor import Result, changed_ns, file_sha256
+from cxr_fast.inference.predictor import Result, changed_ns
+from cxr_fast.system.files import file_sha256
 
 MODEL = {"model_sha256": "a" * 64, "pixel_check": "p"}
 

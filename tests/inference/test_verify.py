@@ -18,8 +18,9 @@ from onnx import numpy_helper
 from cxr_fast.cli.main import main
 from cxr_fast.errors import DeviceError, InputError, SchemaError
 from cxr_fast.inference import model_file, verify
-from cxr_fast.inference.predictor import Predictor, file_sha256
+from cxr_fast.inference.predictor import Predictor
 from cxr_fast.system import hardware
+from cxr_fast.system.files import file_sha256
 from tests.helpers.model_edits import changed, put, weights
 
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import made
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -18,6 +17,7 @@ from cxr_fast.metrics import figures
 from cxr_fast.report import versus
 from cxr_fast.report.comparison import compare
 from cxr_fast.report.evaluation import evaluate
+from tests.helpers import made
 
 Arrays = dict[str, np.ndarray]
 

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import made
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -30,6 +29,7 @@ from cxr_fast.report.evaluation import (
     reliability,
 )
 from cxr_fast.training import predictions
+from tests.helpers import made
 
 ROW = {"class", "positives", "negatives", "unknown", "prevalence", "threshold", "tier", *metrics.OF_CLASSES}
 

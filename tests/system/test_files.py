@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 
 from cxr_fast.errors import InputError
-from cxr_fast.system.files import put
+from cxr_fast.system.files import write_bytes
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    put(tmp_path / "a", b"one")
-    put(tmp_path / "a", b"two")
+    write_bytes(tmp_path / "a", b"one")
+    write_bytes(tmp_path / "a", b"two")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"two"}
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"^--out: cannot write .*file.a: "):
-        put(tmp_path / "file" / "a", b"x", "--out", folders=True)
+        write_bytes(tmp_path / "file" / "a", b"x", "--out", folders=True)
     with pytest.raises(InputError, match=r"gone.a: cannot write it: "):
-        put(tmp_path / "gone" / "a", b"x")
-    put(tmp_path / "new" / "a", b"x", folders=True)
+        write_bytes(tmp_path / "gone" / "a", b"x")
+    write_bytes(tmp_path / "new" / "a", b"x", folders=True)
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError):
-        put(tmp_path / "folder", b"x")
+        write_bytes(tmp_path / "folder", b"x")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "file", "folder", "new"]

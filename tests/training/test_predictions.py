@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import made
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from cxr_fast.errors import InputError
 from cxr_fast.metrics import calibration as calibrate
 from cxr_fast.training import predictions
+from tests.helpers import made
 
 
 def read(found: dict[str, np.ndarray], **changes: Any) -> predictions.Saved:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import children
 import h5py
 import numpy as np
 import pytest
@@ -38,6 +37,7 @@ from cxr_fast.training.run_folder import clean, read_run
 from cxr_fast.training.run_record import provenance
 from cxr_fast.training.search import choose
 from cxr_fast.training.sweep import Sweep
+from tests.helpers import children
 
 FAST = TrainSpec(lr=1e-3, batch_size=4)
 SPEC = SweepSpec(epochs=(4, 5, 6), folds=3, train=FAST)  # what `toy_run` was made with
@@ -757,7 +757,7 @@ def test_overwrite_replaces_a_run_when_the_new_one_is_complete(
     (out / "report.html").write_text("of the old run")
     job = Sweep(toy_cache, out, SMALL, device="cpu", overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.record, "write", lambda *_: 1 / 0)
+        patch.setattr(sweep.run_record, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             job.run()
     same_numbers(out, toy_run)
