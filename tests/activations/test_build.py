@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +284,7 @@ def test_one_shard_may_fail_whole_but_not_all(tower: Backbone, spec: CacheSpec, 
     assert not (tmp_path / "b.shards.json").exists()
 
 
+@pytest.mark.kill
 def test_a_run_in_the_middle_leaves_no_index_and_goes_on(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
 ) -> None:
@@ -322,26 +322,44 @@ def test_two_runs_at_once_are_refused(tower: Backbone, spec: CacheSpec, images: 
     assert refused
 
 
+DIES = """
+import sys
+from tests.helpers import states
+from cxr_fast.activations import file as store
+from cxr_fast.cli.main import main
+
+blocks, steps = map(int, sys.argv[1:3])
+
+def last(name, arguments):
+    global blocks, steps
+    blocks -= name == "rows"
+    steps -= blocks < 0
+    return steps < 0
+
+states.Steps(last, (store.Writer, "rows"))
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.kill
 def test_killed_at_random_moments_the_shards_are_the_same(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
 ) -> None:
-    """Real processes: each is killed at a moment of its own, the last one is let through."""
+    """Real processes: each is killed in the middle of a step of its own, the last one is let through."""
     out, moments = tmp_path / "a.shards.json", random.Random(0)
-    command = [sys.executable, "-m", "cxr_fast", "cache", str(images / "manifest.csv"), "--weights", TOY]
-    command += ["--out", str(out), "--shards", "3", "--batch-size", str(BLOCK), "--device", "cpu", "--threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = 0
-    for _ in range(5):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        goal, began = moments.randint(1, 10), time.monotonic()
-        while process.poll() is None and encoded(out) < goal and time.monotonic() - began < 60:
-            time.sleep(0.002)
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        if out.exists():
-            break
-    assert killed
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    words = ["cache", str(images / "manifest.csv"), "--weights", TOY, "--out", str(out), "--shards", "3"]
+    words += ["--batch-size", str(BLOCK), "--device", "cpu", "--threads", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for kill in range(5):
+        # Whole blocks of two rows, and steps of the next one, which are eight, and behind it: seven blocks at most, as
+        # many as thirteen rows are.
+        command = [sys.executable, "-c", DIES, str(kill % 2), str(moments.randint(0, 10)), *words]
+        killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not out.exists()
+    assert encoded(out), "the kills fell on nothing"
+    command = [sys.executable, "-m", "cxr_fast", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(index.open_cache(out), whole(tower, spec, images, tmp_path / "one.h5"))
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -384,6 +381,7 @@ def test_images_compared_with_their_rows_are_told(
 # ------------------------------------------------------------------ crashes
 
 
+@pytest.mark.kill
 def test_a_stop_is_clean_and_resumes_bit_for_bit(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
 ) -> None:
@@ -411,24 +409,6 @@ def server() -> multiprocessing.context.ForkServerContext:
     return children.server()
 
 
-def holder(lock: Path) -> str:
-    """What the lock file says; nothing when it is gone, which may happen between any two looks."""
-    try:
-        return lock.read_text()
-    except FileNotFoundError:
-        return ""
-
-
-def encoded(out: Path, place: int, rows: int) -> int:
-    """Rows done in the unfinished file at this moment, from its bytes at `place`: opening it slows its writer; none
-    when it is not there, which may change any time."""
-    try:
-        with open(store.partial_path(out), "rb") as file:
-            return os.pread(file.fileno(), rows, place).count(store.DONE)
-    except FileNotFoundError:
-        return 0
-
-
 def check_partial(out: Path, expected: tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]) -> int:
     """Rows done in what a kill left, each of them proved to be whole."""
     file = store.ActivationFile(store.partial_path(out), partial=True)
@@ -439,57 +419,40 @@ def check_partial(out: Path, expected: tuple[np.ndarray, np.ndarray, np.ndarray,
     return len(done)
 
 
+@pytest.mark.kill
 @pytest.mark.timeout(600)
 def test_killed_at_thirty_random_moments_the_file_is_the_same(
     server: multiprocessing.context.ForkServerContext, phantoms: Path, spec: CacheSpec, tmp_path: Path
 ) -> None:
-    """Every other kill comes after a random time, the rest after a random number of rows: how fast or how evenly the
-    machine runs decides neither how many states the kills fall on nor whether the test ends."""
+    """A moment is the middle of one of the steps that change a file, each as likely: how fast or how evenly the machine
+    runs decides neither how many states the kills fall on nor whether the test ends."""
     reference, out = tmp_path / "reference.h5", tmp_path / "a.h5"
 
-    def start(path: Path) -> tuple[multiprocessing.process.BaseProcess, float]:
-        """A writer that holds the lock, and when it was first seen to."""
-        process = server.Process(target=children.encode_all, args=(str(phantoms), str(path), spec, BLOCK))
+    def ran(path: Path, step: int) -> tuple[int | None, int]:
+        """A writer's exit code, killed in the middle of that step, and how many steps it took where it was not."""
+        told, sender = server.Pipe(duplex=False)
+        arguments = (str(phantoms), str(path), spec, BLOCK, step, sender)
+        process = server.Process(target=children.encode_all, args=arguments)
         process.start()
-        lock = path.with_name(path.name + ".lock")
-        while process.is_alive() and f'"pid": {process.pid},' not in holder(lock):
-            time.sleep(0.001)
-        return process, time.monotonic()
+        sender.close()
+        process.join()
+        return process.exitcode, told.recv() if process.exitcode == 0 else 0
 
-    def wait_for_rows(process: multiprocessing.process.BaseProcess, more: int) -> None:
-        enough = encoded(out, place, rows) + more
-        while process.is_alive() and encoded(out, place, rows) < enough:
-            time.sleep(0.001)
-
-    process, began = start(reference)
-    process.join()
-    whole = time.monotonic() - began
+    code, steps = ran(reference, 0)
+    assert code == 0
     expected = rows_of(reference)
-    with h5py.File(reference) as file:
-        place, rows = file["done"].id.get_offset(), len(file["done"])
     moments, kills, seen = random.Random(0), 0, set()
     while kills < 30:
-        process, began = start(out)
-        if kills % 2:
-            process.join(moments.uniform(0, whole * 0.7))
-        else:
-            wait_for_rows(process, moments.randint(1, 3 * BLOCK))
-            time.sleep(moments.uniform(0, 0.005))
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL), "a writer failed by itself"
-        if process.exitcode == 0:
-            whole = min(whole, time.monotonic() - began)  # faster than it was: or no kill would come in time
-        else:
-            kills += 1
+        # Every other one within a few blocks, so that they add up to a file that many have written.
+        code, _ = ran(out, moments.randint(1, steps // 6 if kills % 2 else steps))
+        assert code in (0, -signal.SIGKILL), "a writer failed by itself"
+        kills += code != 0
         if store.partial_path(out).exists():
             seen.add(check_partial(out, expected))
         if out.exists():
             assert all(np.array_equal(a, b) for a, b in zip(rows_of(out), expected, strict=True))
             out.unlink()
-    process, _ = start(out)
-    process.join()
-    assert process.exitcode == 0
+    assert ran(out, 0)[0] == 0
     assert all(np.array_equal(a, b) for a, b in zip(rows_of(out), expected, strict=True))
     assert len(seen) >= 4, f"the kills fell on too few states to mean anything: {seen}"
     assert sorted(path.name for path in tmp_path.glob("a.h5*")) == ["a.h5"]

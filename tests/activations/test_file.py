@@ -259,6 +259,7 @@ def reader(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.kill
 def test_a_file_that_another_process_reads_is_not_reopened(tmp_path: Path, reader: subprocess.Popen[str]) -> None:
     path = tmp_path / "a.h5"
     before = path.read_bytes()

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from cxr_fast.activations import stream
 from cxr_fast.activations.stream import Stream, Wanted, plan
 from cxr_fast.errors import InputError
+from tests.helpers import states
 
 LENGTHS, VIEWS, SHAPE = (7, 1, 15), 2, (3, 4)
 N, SIZE = sum(LENGTHS), 2 * 3 * 4
@@ -223,7 +225,7 @@ def test_one_who_stops_early_leaves_no_read_that_writes_later(
 
     def slow(fd: int, buffers: Any, offset: int) -> int:
         begun.append(offset)
-        gate.wait(10)
+        assert gate.wait(states.PATIENCE)
         got = preadv(fd, buffers, offset)
         ended.append(offset)
         return got
@@ -235,7 +237,14 @@ def test_one_who_stops_early_leaves_no_read_that_writes_later(
     monkeypatch.setattr(stream.os, "preadv", slow)
     for _ in range(4):  # the fifth batch begins the second window, and the third is asked for
         next(ahead)
-    threading.Timer(0.2, gate.set).start()
+    states.wait_until(lambda: begun, "a read under way")
+    waits = Future.exception
+
+    def waited(self: Future[None], *arguments: Any) -> Any:
+        gate.set()  # only when somebody waits for it does a read end
+        return waits(self, *arguments)
+
+    monkeypatch.setattr(Future, "exception", waited)
     ahead.close()
     assert begun
     assert sorted(ended) == sorted(begun)

@@ -202,6 +202,7 @@ def test_torch_of_another_run_is_refused(toy_model: Path, toy_run: Path, toy_run
     assert (one.path, other.path, other.torch) == (toy_model, toy_run, True)
 
 
+@pytest.mark.kill
 def test_what_goes_wrong_in_the_other_process_is_said_here(tmp_path: Path, toy_model: Path) -> None:
     with (
         pytest.raises(InputError, match=r"gone\.onnx: no such model"),

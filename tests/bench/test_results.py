@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import cxr_fast
 from cxr_fast.bench import results
 from cxr_fast.errors import CxrFastError, InputError, SchemaError
 from cxr_fast.system import hardware
+from tests.helpers import states
 
 WHOLE = "file to probabilities"
 
@@ -273,17 +273,10 @@ def test_the_warm_up_is_forgotten() -> None:
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat on this system")
 @pytest.mark.skipif((os.cpu_count() or 1) not in range(2, 9), reason="one core of many is under the threshold")
 def test_a_real_neighbour_makes_a_noisy_stretch() -> None:
-    burner = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
-    try:
-        assert burner.stdout is not None
-        burner.stdout.readline()
-        with results.Watch(0.3) as watch:
-            for _ in range(12):
-                time.sleep(0.1)
-                watch.tick()
-    finally:
-        burner.kill()
-        burner.communicate()
+    with states.busy_core() as burner, results.Watch(0.3) as watch:
+        while states.cpu_seconds(burner) < 1:
+            time.sleep(0.1)
+            watch.tick()
     noise = watch.noise()
     # Whatever else ran, that neighbour or what kept it from running took time that was not ours.
     assert noise["noisy"]

@@ -8,13 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_docs import parse
+
+from tests.helpers.states import PATIENCE, wait_until
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "cluster"
 SLURM = FOLDER / "slurm.sh"
@@ -98,7 +99,7 @@ STANDINS = {
     "ray": """echo "ray $*" >> log; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> tokens
 case "$1" in
 health-check) [[ -e head ]] ;;
-start) [[ $* == *--head* ]] && touch head; exec sleep 60 ;;
+start) [[ $* == *--head* ]] && touch head; exec sleep 3600 ;;
 esac""",
     # As the real one, it ends when all nodes are there.
     "python": """cat > waits.py; echo "python $*" >> log
@@ -106,7 +107,7 @@ until [[ $2 == 1 ]] || grep -q 'ray start --address' log; do sleep 0.02; done"""
     "getent": 'echo "127.0.1.1 STREAM $2"; echo "10.0.0.7 STREAM"',
     "work": """echo "work $* at $RAY_ADDRESS" >> log
 trap 'echo stopping >> log; exit 130' TERM
-[[ $1 == long ]] && { touch working; for _ in {1..600}; do sleep 0.05; done; }
+[[ $1 == long ]] && { touch working; while :; do sleep 0.05; done; }
 exit "$2" """,
 }
 
@@ -157,7 +158,7 @@ def test_the_job_starts_head_and_workers_and_ends_as_the_command_does(
     job: Callable[..., subprocess.Popen[str]], tmp_path: Path, code: int
 ) -> None:
     process = job("work", "short", str(code))
-    assert process.wait(timeout=20) == code
+    assert process.wait(timeout=PATIENCE) == code
     log = (tmp_path / "log").read_text().splitlines()
     head = next(line for line in log if line.startswith("ray start --head"))
     assert "--node-ip-address=10.0.0.7 --port=23456" in head
@@ -174,26 +175,24 @@ def test_the_job_starts_head_and_workers_and_ends_as_the_command_does(
 
 
 def test_a_job_of_one_node_starts_no_worker(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    assert job("work", "short", "0", nodes=1).wait(timeout=20) == 0
+    assert job("work", "short", "0", nodes=1).wait(timeout=PATIENCE) == 0
     assert "--address=" not in (tmp_path / "log").read_text().replace("health-check --address", "")
 
 
+@pytest.mark.kill
 def test_the_end_of_the_jobs_time_is_told_to_the_command_and_waited_for(
     job: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = job("work", "long", "0")
-    until = time.monotonic() + 20
-    while not (tmp_path / "working").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until((tmp_path / "working").exists, "the command", lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 130
+    assert process.wait(timeout=PATIENCE) == 130
     assert (tmp_path / "log").read_text().splitlines()[-1] == "stopping"
 
 
 def test_a_job_without_a_command_says_how(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = job()
-    assert process.wait(timeout=20) == 2
+    assert process.wait(timeout=PATIENCE) == 2
     assert process.stderr is not None
     assert "usage: sbatch" in process.stderr.read()
     assert not (tmp_path / "log").exists()
@@ -202,6 +201,6 @@ def test_a_job_without_a_command_says_how(job: Callable[..., subprocess.Popen[st
 def test_a_node_without_an_address_is_named(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     (tmp_path / "env" / "bin" / "getent").write_text('#!/bin/bash\necho "127.0.1.1 STREAM"\n')
     process = job("work", "short", "0")
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     assert process.stderr is not None
     assert "no address of node1" in process.stderr.read()

@@ -211,6 +211,7 @@ def test_predict_goes_on_where_it_stopped(toy_model: Path, toy_data: Path, here:
     assert found == [str(film) for film in films[::-1]]
 
 
+@pytest.mark.kill
 def test_predict_interrupted_says_how_to_go_on(
     toy_model: Path, toy_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +551,7 @@ def test_a_cache_of_nothing_but_broken_images_is_refused(pantry: Path) -> None:
     assert not Path("c.h5").exists()
 
 
+@pytest.mark.kill
 def test_an_interrupted_sweep_says_how_to_go_on(pantry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cxr_fast.training.fold import Fold
 
@@ -608,30 +610,33 @@ def process(arguments: list[str], before: str = "", **kwargs: object) -> subproc
     return subprocess.Popen([sys.executable, "-c", script], **{**pipes, **kwargs})  # type: ignore[call-overload]
 
 
-SLOW_WRITER = """
-import time
+# Stays behind its second block until a line comes.
+HELD_WRITER = """
+import sys
 from cxr_fast.activations.file import Writer
-rows = Writer.rows
-def slowly(self, *args):
+rows, blocks = Writer.rows, 0
+def held(self, *args):
+    global blocks
     rows(self, *args)
-    print("written", flush=True)
-    time.sleep(0.5)
-Writer.rows = slowly
+    blocks += 1
+    if blocks == 2:
+        print("written", flush=True)
+        sys.stdin.readline()
+Writer.rows = held
 """
 
 
+@pytest.mark.kill
 def test_an_interrupted_cache_goes_on_where_it_stopped(phantoms: Path, here: Path) -> None:
     """A process of its own: nobody else may write its file, SIGINT ends it, and the same command goes on from there to
     the bytes of a run that nobody interrupted."""
     command = ["cache", str(phantoms), *W, "--out", "c.h5"]
-    running = process(command, before=SLOW_WRITER)
+    running = process(command, before=HELD_WRITER, stdin=subprocess.PIPE)
     assert running.stdout is not None
-    seen = 0
-    while seen < 2 and (line := running.stdout.readline()):
-        seen += line == "written\n"
+    assert "written\n" in iter(running.stdout.readline, "")
     assert f"being written by process {running.pid} on" in refused(cxr(*command))
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
+    _, errors = running.communicate("\n")
     assert running.returncode == 130, errors
     lines = [line for line in errors.splitlines() if "%" not in line]
     assert len(lines) in (1, 2)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +26,21 @@ from cxr_fast.data import manifest as datasets
 from cxr_fast.errors import DeviceError, InputError, Interrupted
 from cxr_fast.models import backbone
 from tests.conftest import TOY
+from tests.helpers import tasks
+from tests.helpers.ray_nodes import RayNodes, losing, three_nodes, untouched
+from tests.helpers.states import Gate, wait_until
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray"),
+    pytest.mark.timeout(900),
+]
 BLOCK, COUNT, SHARDS = 2, 48, 6
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
-    """Three nodes of one CPU."""
-    for name, value in connection.QUIET.items():
-        os.environ[name] = value
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    from ray.cluster_utils import Cluster as Nodes
-
-    found = Nodes()
-    for _ in range(3):
-        found.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
-    yield found
-    found.shutdown()
+@pytest.fixture
+def nodes() -> Iterator[RayNodes]:
+    with three_nodes() as started, untouched(started) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +56,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "films.csv"
 
 
-def slow(module: Any, arguments: Any) -> None:
-    """A hook that makes a tower slow enough for a kill to fall into the middle of a shard."""
-    time.sleep(0.4)
-
-
-def in_the_middle(out: Path) -> dict[Path, int]:
-    """The process that holds each shard of which a part is encoded."""
-    found = {}
+def in_the_middle(out: Path) -> list[int]:
+    """The processes that hold a shard of which a part is encoded."""
+    found = []
     for lock in out.parent.glob("*.h5.lock"):
         path = lock.with_suffix("")
         try:
@@ -79,88 +67,53 @@ def in_the_middle(out: Path) -> dict[Path, int]:
         except (InputError, OSError, ValueError):
             continue
         if 0 < (state != store.PENDING).sum() < len(state):
-            found[path] = pid
+            found.append(pid)
     return found
-
-
-def parent(pid: int) -> int:
-    """The parent of a process, 0 for one that is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def interrupt(pid: int) -> bool:
-    """Control-C for the command, with a shard in the middle."""
-    os.kill(os.getpid(), signal.SIGINT)
-    return True
-
-
-def kill(pid: int) -> bool:
-    """End a worker as the system would."""
-    if not parent(pid):
-        return False
-    os.kill(pid, signal.SIGKILL)
-    return True
-
-
-def remove_node_of(nodes: Any, pid: int) -> bool:
-    """End the node a worker belongs to, unless it is the first, which has the cluster's own processes."""
-    for node in nodes.list_all_nodes()[1:]:
-        if parent(pid) == node.all_processes["raylet"][0].process.pid:
-            nodes.remove_node(node, allow_graceful=False)
-            return True
-    return False
-
-
-@contextmanager
-def watched(out: Path, *deeds: Callable[[int], bool]) -> Iterator[list[str]]:
-    """Beside the block, as soon as a process is in the middle of a shard, each deed in turn; the shards it hit."""
-    done, over, waiting = list[str](), threading.Event(), list(deeds)
-
-    def watch() -> None:
-        while waiting and not over.wait(0.01):
-            for path, pid in in_the_middle(out).items():
-                if waiting[0](pid):
-                    done.append(path.name)
-                    del waiting[0]
-                    break
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
 
 
 def made(out: Path) -> list[bytes]:
     return [(out.parent / shard.file).read_bytes() for shard in cache.read(out)]
 
 
+@pytest.mark.kill
 @pytest.mark.ray
-def test_three_nodes_one_lost_make_the_files_of_one_machine(nodes: Any, films: Path, tmp_path: Path) -> None:
+def test_three_nodes_one_lost_make_the_files_of_one_machine(
+    nodes: RayNodes, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tower, manifest = backbone.load(TOY), datasets.read(films)
     spec = encoder.with_size(CacheSpec(weights=TOY), tower)
     one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
     build.run(tower, manifest, spec, one, shards=SHARDS, device="cpu", batch_size=BLOCK)
-    late = copy.deepcopy(tower)
-    late.visual.trunk.blocks[0].register_forward_pre_hook(slow)
+    gate = Gate(tmp_path / "gate")
+
+    def interrupt(pid: int) -> str:
+        """Control-C for the command, with a shard in the middle, which lets its tasks go on."""
+        if pid not in in_the_middle(many):
+            return ""
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: not gate.held(), "an end of all tasks")
+        return "interrupted"
+
+    def remove_node(pid: int) -> str:
+        return nodes.remove_node(pid, spread.cluster.here) if pid in in_the_middle(many) else ""
+
+    def kill(pid: int) -> str:
+        return nodes.kill_worker(pid) if pid in in_the_middle(many) else ""
+
     named: dict[str, Any] = {"device": "cpu", "threads": 1, "batch_size": BLOCK}
     seen: list[encoder.Progress] = []
     with activations.over(nodes.address, manifest, many, count=SHARDS, **named) as spread:
         assert (spread.kind, spread.slots, spread.shards, spread.block) == ("cpu", 3, SHARDS, BLOCK)
         assert "3 nodes, 3 CPUs" in str(spread)
-        with watched(many, interrupt) as killed, pytest.raises(Interrupted, match="Run the same command again"):
-            spread.run(late, manifest, spec, many)
+        monkeypatch.setattr(activations, "_shard", partial(tasks.held_shard, gate))
+        with losing(gate, interrupt) as killed, pytest.raises(Interrupted, match="Run the same command again"):
+            spread.run(tower, manifest, spec, many)
         assert killed
         assert not many.exists()
         kept = sum(int((store.ActivationFile(p, partial=True).state == 1).sum()) for p in build.files_of(many))
         assert kept
-        with watched(many, lambda pid: remove_node_of(nodes, pid), kill) as killed:
-            outcome = spread.run(late, manifest, spec, many, on_progress=seen.append)
+        with losing(gate, remove_node, kill) as killed:
+            outcome = spread.run(tower, manifest, spec, many, on_progress=seen.append)
         assert len(killed) == 2
     assert (outcome.images, outcome.failed) == (COUNT, ())
     assert outcome.encoded + outcome.reused == COUNT

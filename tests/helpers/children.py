@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 
 from cxr_fast.activations import encoder
@@ -17,10 +18,12 @@ from cxr_fast.config import CacheSpec, SweepSpec
 from cxr_fast.data import manifest, paths
 from cxr_fast.errors import Interrupted
 from cxr_fast.inference import batch as answers
+from cxr_fast.inference.checkpoint import Resume
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.models import backbone
 from cxr_fast.training.fold import Epoch
 from cxr_fast.training.sweep import Sweep
+from tests.helpers import states
 
 
 def server() -> multiprocessing.context.ForkServerContext:
@@ -32,10 +35,13 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def encode_all(data: str, out: str, spec: CacheSpec, block: int) -> None:
-    """A cache of a dataset folder."""
+def encode_all(data: str, out: str, spec: CacheSpec, block: int, step: int, told: Any) -> None:
+    """A cache of a dataset folder by a process that dies in the middle of a step, or with 0 of none and tells how many
+    there were; a table of the file's head is a step too."""
     torch.set_num_threads(1)
+    steps = states.Steps(states.at(step), (h5py.Group, "create_dataset"))
     encoder.run(backbone.load(spec.weights), manifest.read(Path(data)), spec, Path(out), device="cpu", batch_size=block)
+    told.send(steps.done)
 
 
 def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: Any) -> None:
@@ -57,18 +63,29 @@ def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: 
         sys.exit(error.exit_code)
 
 
-def predict_all(model: str, data: str, out: str, number: int, after: int, told: Any) -> None:
-    """Predictions of a folder that tell each batch and send themselves a signal after so many; 130 when interrupted."""
-    count = 0
+def predict_all(model: str, data: str, out: str, number: int, after: int, part: float, told: Any) -> None:
+    """Predictions of a folder that tell each batch and send themselves a signal after so many; 130 when interrupted.
+
+    With a `part` the signal is SIGKILL, and comes when that part of the next batch's line is in the file.
+    """
+    count, write = 0, Resume._write
+
+    def torn(self: Resume, value: Any) -> int:
+        offset = write(self, value)
+        if count == after:
+            os.truncate(self.path, offset + int(part * (self.path.stat().st_size - offset)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return offset
 
     def batch(state: answers.State) -> None:
         nonlocal count
         count += 1
         told.send(state.done)
-        if count == after:
+        if count == after and not part:
             os.kill(os.getpid(), number)
-        time.sleep(0.002)  # or a fast machine is done before the first kill comes
 
+    if part:
+        Resume._write = torn  # type: ignore[method-assign]
     predictor = Predictor(Path(model), device="cpu", threads=1)
     try:
         answers.write(predictor, paths.read([data]), Path(out), batch_size=2, workers=1, decide=True, on_batch=batch)

@@ -12,6 +12,10 @@ class Clock:
     def __call__(self) -> float:
         return self.time
 
+    def ns(self) -> int:
+        """The same in whole nanoseconds."""
+        return round(self.time * 1e9)
+
     def pass_by(self, seconds: float) -> None:
         assert seconds >= 0
         self.time += seconds

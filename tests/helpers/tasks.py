@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 from cxr_fast.cluster.connection import Stop, Tell, fetch
 from cxr_fast.errors import ImageError, Interrupted
+from tests.helpers.states import Gate, wait_until
 
 
 def square(number: int, *, tell: Tell, stop: Stop) -> int:
@@ -29,23 +29,56 @@ def die_once(number: int, folder: str, *, tell: Tell, stop: Stop) -> tuple[int, 
     return number, mark.stat().st_size
 
 
-def refuse(number: int, *, tell: Tell, stop: Stop) -> int:
-    """An error of ours in one of them, the others slow."""
+def refuse(number: int, folder: str, *, tell: Tell, stop: Stop) -> int:
+    """An error of ours in one of them once another runs, which ends only when it is asked to."""
     if number == 2:
+        wait_until(lambda: list(Path(folder).glob("begun*")), "another task that runs")
         raise ImageError("empty", "2.png is empty")
-    wait(number, "", tell=tell, stop=stop)
-    return number
+    (Path(folder) / f"begun{number}").touch()
+    return wait(number, folder, tell=tell, stop=stop)
 
 
 def wait(number: int, folder: str, *, tell: Tell, stop: Stop) -> int:
     """Until asked to stop."""
     tell(os.getpid())
-    until = time.monotonic() + 60
-    while not stop() and time.monotonic() < until:
-        time.sleep(0.01)
-    if folder:
-        (Path(folder) / f"stopped{number}").touch()
+    wait_until(stop, "a request to stop")
+    (Path(folder) / f"stopped{number}").touch()
     raise Interrupted("stopped.")
+
+
+def held_fold(gate: Gate, job: Any, *arguments: Any, tell: Tell, stop: Stop) -> Any:
+    """`train_fold` with a gate behind each epoch but the first and the last."""
+    from cxr_fast.cluster import search
+
+    def told(epoch: Any) -> None:
+        tell(epoch)
+        if 1 < epoch.epoch < job.epochs[-1]:
+            gate.pass_through()
+
+    return search.train_fold(job, *arguments, tell=told, stop=stop)
+
+
+def held_answer(gate: Gate, *arguments: Any, tell: Tell, stop: Stop) -> Any:
+    """`answer` with a gate behind each batch of a chunk."""
+    from cxr_fast.cluster import predict
+
+    def asked() -> bool:
+        gate.pass_through()
+        return stop()
+
+    return predict.answer(*arguments, tell=tell, stop=asked)
+
+
+def held_shard(gate: Gate, *arguments: Any, tell: Tell, stop: Stop) -> Any:
+    """`_shard` with a gate wherever some rows are on disk and some are not encoded."""
+    from cxr_fast.cluster import activations
+
+    def told(progress: Any) -> None:
+        tell(progress)
+        if 0 < progress.done < progress.total and progress.encoded < progress.total - progress.before:
+            gate.pass_through()
+
+    return activations._shard(*arguments, tell=told, stop=stop)
 
 
 def look(reference: list[Any], *, tell: Tell, stop: Stop) -> tuple[int, bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cxr_fast.errors import InputError
 from cxr_fast.inference.checkpoint import LINES, Resume, beside
 from cxr_fast.inference.predictor import Result, changed_ns
 from cxr_fast.system.files import file_sha256
+from tests.helpers.states import wait_until
 
 MODEL = {"model_sha256": "a" * 64, "pixel_check": "p"}
 
@@ -87,9 +87,14 @@ def replaced_and_dated_back(image: Path) -> None:
 
 def replaced_at_the_same_time(image: Path) -> None:
     """As `cp -p` and archives leave it: size and modification time are the recorded ones."""
-    time.sleep(0.02)  # more than a tick of the file system's clock
-    image.write_bytes(b"other bytes!")
-    os.utime(image, ns=(10**18, 10**18))
+    before = changed_ns(image.stat())
+
+    def replaced() -> bool:
+        image.write_bytes(b"other bytes!")
+        os.utime(image, ns=(10**18, 10**18))
+        return changed_ns(image.stat()) != before
+
+    wait_until(replaced, "a tick of the file system's clock")
 
 
 def longer(image: Path) -> None:

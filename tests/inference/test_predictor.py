@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from cxr_fast.inference import predictor as predict
 from cxr_fast.inference.predictor import Decoded, Predictor, Result, changed_ns
 from cxr_fast.system.files import file_sha256
 from cxr_fast.training.run_folder import read_run
+from tests.helpers import states
 
 SPEC_SIZE = 160
 
@@ -179,11 +179,12 @@ def test_the_stream_reads_ahead_by_little(predictor: Predictor, files: list[str]
 
 
 class Fake(Predictor):
-    """Decodes nothing and knows how many images are decoded and not answered yet."""
+    """Decodes nothing and knows how many images are decoded and not answered yet; its model waits until it were
+    once `enough`."""
 
-    def __init__(self, slow: float = 0) -> None:
+    def __init__(self, enough: int = 0) -> None:
         self.held = self.most = 0
-        self.slow, self.labels = slow, ("one",)
+        self.enough, self.labels = enough, ("one",)
         self.counting = threading.Lock()
 
     def _decode(self, path: str | os.PathLike[str]) -> Decoded:
@@ -193,9 +194,9 @@ class Fake(Predictor):
         return np.full((1, 1), int(path) % 251, np.uint8), Result(path=os.fspath(path))
 
     def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
+        states.wait_until(lambda: self.most >= self.enough, "enough images decoded at once")
         with self.counting:
             self.held -= len(pixels)
-        time.sleep(self.slow)
         return pixels.reshape(-1, 1).astype(np.float32) / 255
 
 
@@ -219,7 +220,7 @@ def test_two_hundred_thousand_paths_stay_bounded() -> None:
 
 def test_small_batches_keep_every_thread_busy() -> None:
     """A batch of one image each and sixteen threads: the model must not wait for one decode after the other."""
-    fake = Fake(slow=0.01)
+    fake = Fake(enough=16)
     assert len(list(fake.stream(map(str, range(60)), batch_size=1, workers=16))) == 60
     assert fake.most >= 16
 

@@ -8,7 +8,6 @@ import gc
 import os
 import subprocess
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from cxr_fast.training.fold import Fold, Snapshot, fit
 from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers import toys
+from tests.helpers.states import wait_until
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -253,8 +253,7 @@ def test_no_fold_on_a_gpu_goes_without_being_saved(tmp_path: Path, monkeypatch: 
             for k, fold in enumerate(folds if epoch < 12 else folds[1:]):
                 saved.save(f"fold{k + (epoch >= 12)}", fold)
             room.release()
-            while saved._waiting:
-                time.sleep(0.001)
+            wait_until(lambda: not saved._waiting, "a write of what was handed over")
         for _ in range(10):
             room.release()
     assert sorted(written) == [f"fold{k}" for k in range(5)]

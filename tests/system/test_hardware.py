@@ -13,11 +13,14 @@ import time
 from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 
 from cxr_fast.errors import InputError
 from cxr_fast.system import hardware
+from tests.helpers import states
+from tests.helpers.clocks import Clock
 
 
 def test_measure_warms_up_repeats_and_synchronises() -> None:
@@ -28,21 +31,29 @@ def test_measure_warms_up_repeats_and_synchronises() -> None:
     assert all(0 <= t < 1 for t in times)
 
 
-def test_measure_is_in_seconds_and_covers_the_device() -> None:
-    times = hardware.measure(lambda: time.sleep(0.01), warmup=0, repeats=3)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What `timing` measures with."""
+    made = Clock()
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter_ns=made.ns))
+    return made
+
+
+def test_measure_is_in_seconds_and_covers_the_device(clock: Clock) -> None:
+    times = hardware.measure(lambda: clock.pass_by(0.01), warmup=0, repeats=3)
     assert all(0.01 <= t < 1 for t in times)
     # Work that only the synchronisation waits for belongs to the call that queued it.
     queued: list[int] = []
 
     def wait() -> None:
-        time.sleep(0.02 * len(queued))
+        clock.pass_by(0.02 * len(queued))
         queued.clear()
 
     assert hardware.measure(lambda: queued.append(1), warmup=0, repeats=1, sync=wait)[0] >= 0.02
 
 
-def test_measure_fills_the_time_asked_for() -> None:
-    times = hardware.measure(lambda: time.sleep(0.002), warmup=0, repeats=2, min_seconds=0.03)
+def test_measure_fills_the_time_asked_for(clock: Clock) -> None:
+    times = hardware.measure(lambda: clock.pass_by(0.002), warmup=0, repeats=2, min_seconds=0.03)
     assert len(times) > 2
     assert sum(times) >= 0.03 > sum(times[:-1])
 
@@ -320,17 +331,11 @@ def test_too_short_a_time_is_no_answer() -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat on this system")
 def test_a_neighbour_is_seen_and_own_work_is_not() -> None:
-    burner = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
-    try:
-        assert burner.stdout is not None
-        burner.stdout.readline()
-        used = burner_seconds(burner.pid)
+    with states.busy_core() as burner:
+        used = states.cpu_seconds(burner)
         with hardware.other_cpu_share(threshold=0.01) as neighbour:
-            time.sleep(1)
-        used = burner_seconds(burner.pid) - used
-    finally:
-        burner.kill()
-        burner.communicate()
+            states.wait_until(lambda: states.cpu_seconds(burner) > used + 0.5, "half a second of the neighbour's")
+        used = states.cpu_seconds(burner) - used
     # At least what the neighbour really got, whatever else the machine was doing.
     assert neighbour.share is not None
     assert neighbour.share >= 0.7 * used / (os.cpu_count() or 1)
@@ -344,11 +349,6 @@ def test_a_neighbour_is_seen_and_own_work_is_not() -> None:
     # Our own second is not counted: were it, others and we could not fit into the machine.
     assert own.share is not None
     assert own.share <= 1 - 0.8 / (total * (os.cpu_count() or 1))
-
-
-def burner_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_machine_is_json_and_never_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -405,13 +404,35 @@ def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
 
 # A real process, killed.
 
-# Imports once; each line on stdin is a folder, trained in by a forked child until it is killed.
+# Imports once; each line on stdin is a folder, and when a forked child that trains there is killed: once so many states
+# are whole, in the middle of a file below that part of the folder, or without one in the middle of that next step.
 TRAIN = """
 import os, sys
 from pathlib import Path
+from tests.helpers import states
 from tests.helpers import toys
+from cxr_fast.training import checkpoints as module
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.fold import fit
+
+class Last:
+    def __init__(self, whole, part, step):
+        self.whole, self.part, self.step, self.saved = whole, part, step, 0
+
+    def __call__(self, name, arguments):
+        # One thread writes all states: where the next one is to get its name, those before have theirs.
+        self.saved += name == "replace" and Path(arguments[1]).parent.name == "states"
+        if self.saved <= self.whole:
+            return False
+        if self.part:
+            return name == "fsync" and self.part in os.readlink(f"/proc/self/fd/{arguments[0]}").split("/")
+        self.step -= 1
+        return self.step < 0
+
+def halved(tensors, path, metadata):
+    save(tensors, path, metadata=metadata)
+    if last.saved > last.whole and last.part == path.parent.name:
+        os.truncate(path, path.stat().st_size // 2)
 
 def train(out):
     fold, key, budgets = toys.make(), "config0.fold0", range(1, 3000)
@@ -421,14 +442,17 @@ def train(out):
             on_snapshot=lambda s: journal.save_snapshot(key, s) if s.budget % 3 == 0 else None)
 
 toys.make()  # what torch imports late takes a second
+save = module.save_file
 for line in sys.stdin:
+    out, whole, part, step = line.rstrip().split("\\t")
     child = os.fork()
     if not child:
         try:
-            train(Path(line.strip()))
+            last, module.save_file = Last(int(whole), part, int(step)), halved
+            states.Steps(last)
+            train(Path(out))
         finally:
             os._exit(1)
-    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -442,12 +466,6 @@ def trainer() -> Iterator[subprocess.Popen[str]]:
     yield process
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, f"waited a minute for {what}"
 
 
 def inode(path: Path) -> int:
@@ -486,29 +504,21 @@ def whole(folder: Path, seen: set[tuple[str, int]]) -> tuple[int, int]:
     return epoch, sum(p.parent.name == "snapshots" for p in named)
 
 
+@pytest.mark.kill
 def test_a_process_killed_at_any_moment_leaves_whole_files_and_loses_no_bit(
     trainer: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     assert trainer.stdin is not None
     assert trainer.stdout is not None
     out, chance = tmp_path / "run", random.Random(os.urandom(8))
-    state, folder = tmp_path / "run.partial" / "states" / f"{KEY}.safetensors", tmp_path / "run.partial"
-    reached, seen = 0, set[tuple[str, int]]()
+    folder, reached, seen = tmp_path / "run.partial", 0, set[tuple[str, int]]()
     for kill in range(10):
-        trainer.stdin.write(f"{out}\n")
+        part = ("", "states", "", "snapshots")[kill % 4]  # where it dies in the middle of a file
+        trainer.stdin.write(f"{out}\t{chance.randint(1, 4)}\t{part}\t{chance.randint(0, 30)}\n")
         trainer.stdin.flush()
-        child = int(trainer.stdout.readline())
-        for _ in range(chance.randint(1, 4)):
-            last = inode(state)
-            wait_until(lambda last=last: inode(state) != last, "the next state")
-        if kill % 2:  # in the middle of a file
-            part = folder / ("states" if kill % 4 == 1 else "snapshots")
-            wait_until(lambda part=part: any(p.name.endswith(".new") for p in part.iterdir()), "a file being written")
-        else:
-            for _ in range(chance.randint(0, 2000)):
-                state.stat()
-        os.kill(child, signal.SIGKILL)
         assert trainer.stdout.readline() == f"{-signal.SIGKILL}\n"
+        if part:
+            assert any(path.suffix == ".new" for path in (folder / part).iterdir()), "no file was being written"
         epoch, snapshots = whole(folder, seen)
         assert epoch > reached, "every round goes on from the one before"
         # A snapshot is written before the state of its epoch, so none is missing; one may be of a later epoch.

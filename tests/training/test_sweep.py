@@ -668,6 +668,7 @@ def attempt() -> Callable[..., tuple[int, list[Any]]]:
     return run
 
 
+@pytest.mark.kill
 def test_killed_again_and_again_a_sweep_ends_in_the_same_bits(
     attempt: Any, toy_cache: Path, toy_run: Path, tmp_path: Path
 ) -> None:
@@ -692,6 +693,7 @@ def test_killed_again_and_again_a_sweep_ends_in_the_same_bits(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_says_how_to_go_on_and_does(
     attempt: Any, number: int, toy_cache: Path, toy_run: Path, tmp_path: Path
@@ -705,6 +707,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(
     same_numbers(tmp_path / "run", toy_run)
 
 
+@pytest.mark.kill
 def test_an_unfinished_run_of_another_request_is_named_and_kept(attempt: Any, toy_cache: Path, tmp_path: Path) -> None:
     attempt(toy_cache, tmp_path / "run", signal.SIGKILL, 3)
     before = sorted((tmp_path / "run.partial").rglob("*"))
