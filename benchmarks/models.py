@@ -1,25 +1,28 @@
-"""A full-size model to time: a real run on a few phantoms with random weights, exported as every model is."""
+"""What the drivers measure on: a full-size model from a short real run, and films at acquisition size."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cxr_fast.activations import encoder
+from cxr_fast.activations.loader import Activations
+from cxr_fast.bench import caching
+from cxr_fast.bench.training import random_labels
+from cxr_fast.bench.worker import Arm
 from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
 from cxr_fast.data import manifest as datasets
 from cxr_fast.data.phantom.dataset import write_dataset
 from cxr_fast.export.variants import Exported, export
 from cxr_fast.models import backbone
+from cxr_fast.training.fold import Fold
 from cxr_fast.training.sweep import Sweep
 
 
 def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Exported]:
-    """Variants of a model of these weights, trained for one epoch, in `folder`; int8's drift is no matter here.
+    """Variants of a model of these weights, trained for one epoch, in `folder`/run; int8's drift is no matter here.
 
     One epoch on 16 phantoms says nothing, so neither do its thresholds: decisions near them flip at a touch.
     """
@@ -32,26 +35,22 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     return export(folder / "run", variants=variants, allow_drift=True, count=8)
 
 
-def torch_road(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The same model as eager torch: open_clip's tower and the head, uint8 pixels (N, S, S) to probabilities."""
-    from cxr_fast.activations.encoder import normalise
-    from cxr_fast.training.run_folder import read_run
+def fold(tower: backbone.Backbone, spec: TrainSpec) -> Fold:
+    """A fold that trains the last two blocks on 64 random images, plain view, on the CPU."""
+    tokens, width, _ = tower.shape
+    array = np.random.default_rng(0).standard_normal((64, 1, tokens, width), np.float32).astype(np.float16)
+    rows, activations = np.arange(len(array)), Activations(array, torch.device("cpu"))
+    return Fold(tower.visual, activations, random_labels(len(array)), rows, rows, spec, unfreeze_blocks=2, seed=0)
 
-    run = read_run(folder / "run")
-    mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-    return lambda pixels: run.raw_probabilities(normalise(torch.from_numpy(pixels), mean, std))
+
+def arm(run: Path, form: str) -> Arm:
+    """A form of the model of a run for a process of its own: torch, or a variant of its ONNX file."""
+    path = run if form == "torch" else run / f"model.{form}.onnx"
+    return Arm(path=path, torch=form == "torch", device="cpu")
 
 
 def films(folder: Path, images: Path | None, count: int) -> list[str]:
     """`count` full-size files: copies of those in `images` in turn, or of phantoms at acquisition size."""
-    from cxr_fast.bench.latency import films as drawn
-    from cxr_fast.data.paths import expand
-
-    sources = expand([str(images)]) if images else drawn(folder)
-    out = folder / "films"
-    out.mkdir()
-    paths = []
-    for i in range(count):
-        source = Path(sources[i % len(sources)])
-        paths.append(str(shutil.copy(source, out / f"{i}{source.suffix}")))
-    return paths
+    (folder / "films").mkdir()
+    manifest = caching.copies(folder / "films", images, count)
+    return [str(manifest.path(row)) for row in range(len(manifest))]

@@ -10,7 +10,6 @@ the slower part. The plain pipeline's pass over the same files is the baseline. 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,20 @@ from cxr_fast.config import CacheSpec
 from cxr_fast.models import backbone, device
 
 TARGET = 0.90
+KEPT = ("images", "weights", "views", "device", "workers", "bound_is", "seconds_per_image", "ratios", "noise")
+KEPT += ("largest_embedding_difference", "largest_pixel_difference")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--count", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--weights", default="random:0")
-    parser.add_argument("--views", default="plain")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device.prepare()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(Path(scratch), args)
-    common.save("cache", result, args.json)
-
-
-def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     tower = backbone.load(args.weights)
     spec = encoder.with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
     manifest = caching.copies(folder, args.images, args.count)
-    parts = caching.Parts(tower, spec, manifest, folder, args.device)
-    found = caching.measure(parts, args.rounds)
+    found = caching.measure(caching.Parts(tower, spec, manifest, folder, args.device), args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"
     print(caching.describe(found))
-    samples = found["samples"]
-    shares = [bound / whole for bound, whole in zip(samples["bound"], samples["whole"], strict=True)]
-    kept = ("images", "weights", "views", "device", "workers", "bound_is", "seconds_per_image", "ratios", "noise")
-    kept += ("largest_embedding_difference", "largest_pixel_difference")
-    return {name: found[name] for name in kept} | {
+    shares = common.ratios(found["samples"]["bound"], found["samples"]["whole"])
+    return {name: found[name] for name in KEPT} | {
         "source": "phantoms" if args.images is None else "given files",
         "bound_over_whole": common.spread(shares),
         "target": TARGET,
@@ -60,4 +42,5 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    options = {"images": Path, "count": 48, "rounds": 5, "weights": "random:0", "views": "plain", "device": "auto"}
+    common.run(measure, "cache", __doc__, **options)

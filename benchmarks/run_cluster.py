@@ -5,7 +5,7 @@
 Phantoms at acquisition size through `cxrfast cache --shards`, a process of its own each time, plain view, one thread:
 without Ray, on a cluster of one node and of two, in turns. Every node is held to one core, with all its workers; so is
 the command without Ray. The command that waits for the nodes has both cores. Each run's rows must be those of the
-first, bit for bit, before its time counts.
+first, bit for bit, before its time counts. --films are whole blocks of 8 in every shard.
 
 Start-up is told from work by three runs an arm, as seconds = start + (film x films + shard x shards) / nodes:
 few films in 4 shards, twice the films in 4, and as many in 8. The clusters' own start and Ray's bare tasks are apart.
@@ -17,15 +17,15 @@ import argparse
 import contextlib
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
+import models
 import numpy as np
 import torch
 from PIL import Image
@@ -33,18 +33,13 @@ from run_search import flops
 
 from cxr_fast.activations import encoder as encode
 from cxr_fast.activations import file
-from cxr_fast.activations.loader import (
-    Activations,
-)
 from cxr_fast.bench import caching
 from cxr_fast.config import CacheSpec, PreprocessSpec, TrainSpec
 from cxr_fast.data.images import load
 from cxr_fast.data.phantom.dataset import draw
 from cxr_fast.models import backbone, device
 from cxr_fast.system import hardware
-from cxr_fast.training.fold import Fold
 
-ROOT = Path(__file__).resolve().parent.parent
 FEW, MANY = 4, 8
 # (nodes, 0 without Ray) of each arm; runs as (films: 0 the fewer, 1 the more; shards).
 ARMS = {"without Ray": 0, "one node": 1, "two nodes": 2}
@@ -58,7 +53,7 @@ FILMS = {
 TASKS = 200
 
 
-# One command, on nodes held to a core each.
+# The command, on nodes held to a core each.
 
 
 @contextlib.contextmanager
@@ -72,40 +67,33 @@ def held(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def start_cluster(nodes: int, cores: Sequence[int]) -> Any:
-    """A local Ray cluster of nodes with one CPU each, each on a core of its own."""
+@contextlib.contextmanager
+def cluster(nodes: int, cores: Sequence[int]) -> Iterator[str | None]:
+    """The address of a local Ray cluster of nodes with one CPU each, each on a core of its own; None without nodes."""
+    if not nodes:
+        yield None
+        return
     from ray.cluster_utils import Cluster
 
     made = Cluster()
-    for core in cores[:nodes]:
-        with held(core):
-            made.add_node(num_cpus=1, include_dashboard=False)
-    return made
-
-
-def command(folder: Path, source: Path, weights: str, shards: int, address: str | None) -> list[str]:
-    """`cxrfast cache` of `source` into `folder`."""
-    words = [sys.executable, "-m", "cxr_fast", "cache", str(source), "--weights", weights, "--views", "plain"]
-    words += ["--out", str(folder / "c.shards.json"), "--shards", str(shards), "--threads", "1", "--workers", "1"]
-    return words + ["--device", "cpu"] + (["--cluster", address] if address else [])
-
-
-def rows(folder: Path) -> np.ndarray:
-    """The activations of every shard, in order."""
-    return np.concatenate([np.array(file.ActivationFile(path).activations) for path in sorted(folder.glob("*.h5"))])
+    try:
+        for core in cores[:nodes]:
+            with held(core):
+                made.add_node(num_cpus=1, include_dashboard=False)
+        yield made.address
+    finally:
+        made.shutdown()
 
 
 def once(source: Path, weights: str, shards: int, address: str | None, core: int) -> tuple[float, np.ndarray]:
-    """Seconds of one command from process start to end, and the rows it wrote."""
+    """Seconds of one `cxrfast cache` from process start to end, and the rows of its shards, in order."""
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
-        words = command(Path(scratch), source, weights, shards, address)
-        began = time.perf_counter()
+        words = ["cache", source, "--weights", weights, "--views", "plain", "--device", "cpu"]
+        words += ["--out", Path(scratch) / "c.shards.json", "--shards", shards, "--threads", 1, "--workers", 1]
         with contextlib.nullcontext() if address else held(core):
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - began
-        if done.returncode:
-            raise SystemExit(f"{' '.join(words)}\n{done.stdout}\n{done.stderr}")
-        return seconds, rows(Path(scratch))
+            seconds, _ = common.cxrfast(*words, *(["--cluster", address] if address else []))
+        files = sorted(Path(scratch).glob("*.h5"))
+        return seconds, np.concatenate([np.array(file.ActivationFile(path).activations) for path in files])
 
 
 def ray_tasks(address: str) -> dict[str, float]:
@@ -115,10 +103,11 @@ def ray_tasks(address: str) -> dict[str, float]:
     def nothing() -> None:
         pass
 
-    began = time.perf_counter()
+    marks = [time.perf_counter()]
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        task, marks = ray.remote(num_cpus=1)(nothing), [began, time.perf_counter()]
+        task = ray.remote(num_cpus=1)(nothing)
+        marks.append(time.perf_counter())
         for count in (1, TASKS):
             ray.get([task.remote() for _ in range(count)])
             marks.append(time.perf_counter())
@@ -126,6 +115,20 @@ def ray_tasks(address: str) -> dict[str, float]:
         ray.shutdown()
     connect, first, many = (float(seconds) for seconds in np.diff(marks))
     return {"connect": connect, "first task": first, "task": many / TASKS}
+
+
+def arm(
+    nodes: int, sources: Sequence[Path], weights: str, cores: Sequence[int], seen: dict[int, np.ndarray]
+) -> dict[str, Any]:
+    """Seconds of the three runs, of the cluster's start, and of Ray's bare tasks; `seen` holds the first arm's rows."""
+    began = time.perf_counter()
+    with cluster(nodes, cores) as address:
+        found: dict[str, Any] = {"start": time.perf_counter() - began, "runs": []}
+        for which, shards in RUNS:
+            seconds, rows = once(sources[which], weights, shards, address, cores[0])
+            assert np.array_equal(rows, seen.setdefault(which, rows)), f"{nodes} nodes: other rows"
+            found["runs"].append(seconds)
+        return found | ({"ray": ray_tasks(address)} if address and nodes == 1 else {})
 
 
 def start_and_work(seconds: Sequence[float], films: Sequence[int], nodes: int) -> dict[str, float]:
@@ -136,69 +139,24 @@ def start_and_work(seconds: Sequence[float], films: Sequence[int], nodes: int) -
     return {"start": fewer - (film * films[0] + shard * FEW) / nodes, "film": film, "shard": shard}
 
 
-def arms(sources: Sequence[Path], args: argparse.Namespace, cores: Sequence[int]) -> dict[str, Any]:
-    """Every arm in turn, `--rounds` times."""
-    found: dict[str, Any] = {name: [] for name in ARMS}
-    clusters: dict[str, list[float]] = {name: [] for name, nodes in ARMS.items() if nodes}
-    bare: list[dict[str, float]] = []
-    wanted: dict[int, np.ndarray] = {}
-    with hardware.other_cpu_share() as noise:
-        for _ in range(args.rounds):
-            for name, nodes in ARMS.items():
-                began = time.perf_counter()
-                cluster = start_cluster(nodes, cores) if nodes else None
-                if cluster:
-                    clusters[name].append(time.perf_counter() - began)
-                try:
-                    times = []
-                    for which, shards in RUNS:
-                        address = cluster.address if cluster else None
-                        seconds, values = once(sources[which], args.weights, shards, address, cores[0])
-                        assert np.array_equal(values, wanted.setdefault(which, values)), f"{name}: other rows"
-                        times.append(seconds)
-                    found[name].append(times)
-                    bare += [ray_tasks(cluster.address)] if nodes == 1 else []
-                finally:
-                    if cluster:
-                        cluster.shutdown()
-    return summary(found, args.films) | {
-        "cluster_start_seconds": {name: common.spread(values) for name, values in clusters.items()},
-        "ray_seconds": {key: common.spread([each[key] for each in bare]) for key in bare[0]},
-        # The commands are other processes to this one, so their share is the load that was meant.
-        "cpu_share_of_other_processes_and_arms": noise.share,
-    }
-
-
 def summary(found: dict[str, list[list[float]]], films: Sequence[int]) -> dict[str, Any]:
     """Spreads of whole commands by arm and run, and of what they split into, round by round."""
+    whole, split = {}, {}
     names = [f"{films[which]} films, {shards} shards" for which, shards in RUNS]
-    whole = {
-        arm: {name: common.spread(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)}
-        for arm, rounds in found.items()
-    }
-    split = {}
-    for arm, rounds in found.items():
-        each = [start_and_work(times, films, max(ARMS[arm], 1)) for times in rounds]
-        split[arm] = {key: common.spread([values[key] for values in each]) for key in each[0]}
-    gains = [one[1] / two[1] for one, two in zip(found["one node"], found["two nodes"], strict=True)]
-    for arm in ARMS:
-        print(arm)
-        common.show(whole[arm] | {f"  {key}": value for key, value in split[arm].items()}, "s")
+    for name, rounds in found.items():
+        each = [start_and_work(times, films, max(ARMS[name], 1)) for times in rounds]
+        whole[name] = common.spreads(dict(zip(names, zip(*rounds, strict=True), strict=True)), f"s, {name}")
+        split[name] = common.spreads(common.by_key(each), f"of it, s, {name}")
+    gains = common.ratios(*([times[1] for times in found[name]] for name in ("one node", "two nodes")))
     return {"seconds": whole, "split": split, "two_nodes_times_faster": common.spread(gains)}
 
 
 # Its parts, one thread.
 
 
-def repeated(work: Callable[[], int], repeats: int) -> dict[str, float | int]:
-    """Seconds of each of the units that a call of `work` returns the number of."""
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        count = work()
-        times.append((time.perf_counter() - began) / count)
-    return common.spread(times)
+def repeated(work: Callable[[], object], count: int, repeats: int) -> dict[str, float | int]:
+    """Seconds of each of the `count` images that a call of `work` takes."""
+    return common.spread([seconds / count for seconds in hardware.measure(work, warmup=1, repeats=repeats)])
 
 
 def decode_seconds(folder: Path, spec: PreprocessSpec, repeats: int) -> dict[str, Any]:
@@ -207,54 +165,36 @@ def decode_seconds(folder: Path, spec: PreprocessSpec, repeats: int) -> dict[str
     for name, (height, width, suffix) in FILMS.items():
         path = folder / f"{height}.{suffix}"
         Image.fromarray(draw(np.random.default_rng(0), size=(height, width))).save(path)
-        spread = repeated(lambda path=path: len([load(path, spec) for _ in range(4)]), repeats)  # type: ignore[misc]
-        out[name] = {"seconds": spread, "bytes": path.stat().st_size}
+        out[name] = {"seconds": repeated(partial(load, path, spec), 1, 4 * repeats), "bytes": path.stat().st_size}
     return out
 
 
 def write_seconds(folder: Path, tower: backbone.Backbone, spec: CacheSpec, manifest: Any, repeats: int) -> Any:
     """Seconds a row of the writing thread: checksum, write, wait for the disk."""
-    header = encode.header_for(manifest, tower, spec, block=8)
+    header, path = encode.header_for(manifest, tower, spec, block=8), folder / "w.h5"
     values = np.random.default_rng(0).standard_normal(header.shape, np.float32).astype(np.float16)
-    count, made = len(values), iter(range(repeats + 1))
 
-    def work() -> int:
-        path = folder / f"w{next(made)}.h5"
+    def work() -> None:
+        path.unlink(missing_ok=True)
         file.create(path, header)
         with file.Writer(path) as writer:
-            for start in range(0, count, 8):
-                some = range(start, min(start + 8, count))
+            for start in range(0, len(values), 8):
+                some = range(start, min(start + 8, len(values)))
                 writer.rows(some, values[some.start : some.stop], ["0" * 64] * len(some), [None] * len(some))
             writer.finish()
-        path.unlink()
-        return count
 
-    return repeated(work, repeats)
+    return repeated(work, len(values), repeats)
 
 
 def step_seconds(tower: backbone.Backbone, repeats: int) -> dict[str, Any]:
-    """Seconds a sample of a training step from cached tokens, and its FLOPs as `run_search.py` counts them."""
-    n, classes, tokens, width = 64, 35, *tower.shape[:2]
-    values = np.random.default_rng(0).standard_normal((n, 1, tokens, width), np.float32).astype(np.float16)
-    labels = (np.random.default_rng(0).random((n, classes)) < 0.2).astype(np.int8)
-    labels[:2] = [[1], [0]]
-    found: dict[str, Any] = {}
-    for kind in ("bfloat16", "float32"):
-        spec = TrainSpec(precision=kind)
-        fold = Fold(
-            *(tower.visual, Activations(values, torch.device("cpu")), labels, np.arange(n), np.arange(n)),
-            spec=spec,
-            unfreeze_blocks=2,
-            seed=0,
-        )
-
-        def work(fold: Fold = fold) -> int:
-            fold.train_epoch(fold.draw())
-            return n
-
-        found[kind] = repeated(work, repeats)
-    training, forward = flops(fold.tail, tokens)
-    return {"seconds_per_sample": found, "training_flops": training, "forward_flops": forward}
+    """Seconds a sample of a training step from cached tokens, and its FLOPs as `common.tail_flops` counts them."""
+    folds = {kind: models.fold(tower, TrainSpec(precision=kind)) for kind in ("bfloat16", "float32")}
+    training, forward = flops(folds["float32"].tail, tower.shape[0])
+    seconds = {
+        kind: repeated(lambda fold=fold: fold.train_epoch(fold.draw()), len(fold.train_rows), repeats)  # type: ignore[misc]
+        for kind, fold in folds.items()
+    }
+    return {"seconds_per_sample": seconds, "training_flops": training, "forward_flops": forward}
 
 
 def parts(folder: Path, manifest: Any, args: argparse.Namespace, core: int) -> dict[str, Any]:
@@ -265,44 +205,39 @@ def parts(folder: Path, manifest: Any, args: argparse.Namespace, core: int) -> d
         device.prepare(1)
         encoder = encode.Encoder(tower, spec, torch.device("cpu"), block=8)
         pixels = np.zeros((8, *(spec.preprocess.size,) * 2), np.uint8)
-        found = {
+        return {
             "decode": decode_seconds(folder, spec.preprocess, args.repeats),
-            "prefix": repeated(lambda: len(encoder(pixels)), args.repeats),
+            "prefix": repeated(partial(encoder, pixels), len(pixels), args.repeats),
             "write": write_seconds(folder, tower, spec, manifest, args.repeats),
             "train": step_seconds(tower, args.repeats),
         }
-    flat = {f"decode {name}": each["seconds"] for name, each in found["decode"].items()}
-    flat |= {"prefix, a view": found["prefix"], "write, a row": found["write"]}
-    flat |= {f"train step, {kind}": each for kind, each in found["train"]["seconds_per_sample"].items()}
-    common.show(flat, "s an image, one thread")
-    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=int, nargs=2, default=(32, 64), help="whole blocks of 8 in every shard")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5, help="of each part")
-    parser.add_argument("--weights", default="random:0")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if len(cores) < 2:
         raise SystemExit("needs Linux and two cores, one a node.")
     # Workers are started by Ray, not by this process, and must find the same package.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        manifests = []
-        for count in args.films:
-            (folder / str(count)).mkdir()
-            manifests.append(caching.copies(folder / str(count), None, count))
-        sources = [folder / str(count) / "manifest.csv" for count in args.films]
-        found = parts(folder, manifests[-1], args, cores[0])
-        found_arms = arms(sources, args, cores)
-    about = {"weights": args.weights, "films": list(args.films), "shards": [FEW, MANY]}
-    common.save("cluster", about | {"parts": found, **found_arms}, args.json)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(common.ROOT), os.environ.get("PYTHONPATH")]))
+    sources = [folder / str(count) / "manifest.csv" for count in args.films]
+    for source in sources:
+        source.parent.mkdir()
+    manifests = [caching.copies(path.parent, None, n) for path, n in zip(sources, args.films, strict=True)]
+    found: dict[str, Any] = {"parts": parts(folder, manifests[-1], args, cores[0])}
+    given = (sources, args.weights, cores, {})
+    samples, noise = common.turns({name: partial(arm, nodes, *given) for name, nodes in ARMS.items()}, args.rounds)
+    found |= summary({name: [each["runs"] for each in rounds] for name, rounds in samples.items()}, args.films)
+    starts = {name: [each["start"] for each in samples[name]] for name, nodes in ARMS.items() if nodes}
+    return found | {
+        "weights": args.weights,
+        "films": list(args.films),
+        "shards": [FEW, MANY],
+        "cluster_start_seconds": common.spreads(starts, "s, start of the cluster"),
+        "ray_seconds": common.spreads(common.by_key([each["ray"] for each in samples["one node"]]), "s, bare Ray"),
+        # The commands are other processes to this one, so their share is the load that was meant.
+        "cpu_share_of_other_processes_and_arms": noise["share"],
+    }
 
 
 if __name__ == "__main__":
-    main()
+    common.run(measure, "cluster", __doc__, films=[32, 64], rounds=3, repeats=5, weights="random:0")

@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import models
 
-from cxr_fast.bench.latency import films
 from cxr_fast.models import device
 from cxr_fast.system import hardware
 
 SAME = 1e-4
 STAGES = ("interpreter", "import", "load", "first answer")
+TORCH = "torch + open_clip"
 # `time.monotonic` counts from the same moment in every process, so the parent's start is the child's too.
 HEAD = """
 import sys, time
@@ -41,107 +39,75 @@ import json
 print(json.dumps({"marks": marks, "answer": [float(p) for p in row]}))
 """
 ONNX = """
-from cxr_fast import answers, cli
-from cxr_fast.inference.predictor import Predictor
+from cxr_fast.cli import main
+from cxr_fast.inference import batch
+from cxr_fast.predict import Predictor
 marks.append(time.monotonic())
 predictor = Predictor(sys.argv[2], device="cpu")
 marks.append(time.monotonic())
 row = predictor([sys.argv[3]])[0].values()
 """
-TORCH = """
+EAGER = """
 import torch, open_clip
-from cxr_fast import calibrate, cpu
+from cxr_fast.metrics import calibration
+from cxr_fast.models import device
 from cxr_fast.config import PreprocessSpec, from_dict
 from cxr_fast.activations.encoder import normalise
 from cxr_fast.data.images import load
 from cxr_fast.training.run_folder import read_run
 marks.append(time.monotonic())
-cpu.prepare()
+device.prepare()
 from pathlib import Path
 run = read_run(Path(sys.argv[2]))
 marks.append(time.monotonic())
 pixels = torch.from_numpy(load(sys.argv[3], from_dict(PreprocessSpec, run.info["preprocess"]))[0][None])
 mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-row = calibrate.apply(run.info["calibration"], run.raw_probabilities(normalise(pixels, mean, std)))[0]
+row = calibration.apply(run.info["calibration"], run.raw_probabilities(normalise(pixels, mean, std)))[0]
 """
 
 
-def once(code: str, model: Path, film: Path) -> dict[str, Any]:
-    """One fresh process: seconds of each stage and of the whole, and its answer."""
-    command = [sys.executable, "-c", HEAD + code + TAIL, str(time.monotonic()), str(model), str(film)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
-    marks = found["marks"]
-    seconds = {name: b - a for name, (a, b) in zip(STAGES, itertools.pairwise(marks), strict=True)}
-    return {"seconds": seconds | {"whole": marks[-1] - marks[0]}, "answer": found["answer"]}
+def once(code: str, model: Path, film: str) -> dict[str, Any]:
+    """Marks and answer of one fresh process."""
+    printed = common.python(HEAD + code + TAIL, time.monotonic(), model, film)
+    return dict(json.loads(printed.splitlines()[-1]))
 
 
-def compare(arms: dict[str, tuple[str, Path]], film: Path) -> dict[str, float]:
-    """Largest difference in probability of each arm to torch, and a warm page cache; fp32 must be torch's."""
-    answers = {name: once(code, model, film)["answer"] for name, (code, model) in arms.items()}
-    torch_says = answers["torch + open_clip"]
-    apart = {
-        name: max(abs(p - q) for p, q in zip(answer, torch_says, strict=True))
-        for name, answer in answers.items()
-        if answer is not torch_says
-    }
-    assert apart["fp32"] < SAME, f"fp32 and torch differ by {apart['fp32']:.1e}"
-    print("largest difference to torch: " + ", ".join(f"{name} {value:.1e}" for name, value in apart.items()))
-    return apart
+def stages(code: str, model: Path, film: str) -> dict[str, float]:
+    """Seconds of each stage of one fresh process, and of the whole."""
+    marks = once(code, model, film)["marks"]
+    found = {name: b - a for name, (a, b) in zip(STAGES, itertools.pairwise(marks), strict=True)}
+    return found | {"whole": marks[-1] - marks[0]}
 
 
-def measure(run: Path, film: Path, rounds: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every arm in turn, a fresh process each time."""
-    arms = {
-        "fp32": (ONNX, run / "model.fp32.onnx"),
-        "int8": (ONNX, run / "model.int8.onnx"),
-        "torch + open_clip": (TORCH, run),
+    if args.run is None:
+        device.prepare()
+        models.exported(folder, args.weights, ("fp32", "int8"))
+    run = args.run or folder / "run"
+    film = str(args.film or models.films(folder, None, 1)[0])
+    processes = {form: (ONNX, run / f"model.{form}.onnx", film) for form in ("fp32", "int8")}
+    processes[TORCH] = (EAGER, run, film)
+    answers = {name: once(*words)["answer"] for name, words in processes.items()}
+    apart = {
+        form: max(abs(p - q) for p, q in zip(answers[form], answers[TORCH], strict=True)) for form in ("fp32", "int8")
     }
-    apart = compare(arms, film)
-    samples: dict[str, dict[str, list[float]]] = {name: {s: [] for s in (*STAGES, "whole")} for name in arms}
-    with hardware.other_cpu_share() as noise:
-        for _ in range(rounds):
-            for name, (code, model) in arms.items():
-                for stage, value in once(code, model, film)["seconds"].items():
-                    samples[name][stage].append(value)
-    whole = {name: found["whole"] for name, found in samples.items()}
-    common.show({name: common.spread(values) for name, values in whole.items()}, "s to the first probability")
-    if noise.noisy:
-        print(f"NOISY: other processes took {noise.share:.0%} of the machine")
-    ratios = {
-        name: common.spread([a / b for a, b in zip(whole["torch + open_clip"], whole[name], strict=True)])
-        for name in ("fp32", "int8")
-    }
-    for name, r in ratios.items():
-        print(f"torch + open_clip over {name}: {r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}] times")
-    spreads = {name: {s: common.spread(v) for s, v in found.items()} for name, found in samples.items()}
+    print(f"largest difference to torch: {apart}")
+    assert apart["fp32"] < SAME, f"fp32 and torch differ by {apart['fp32']:.1e}"
+    samples, noise = common.turns({name: partial(stages, *words) for name, words in processes.items()}, args.rounds)
+    each = {name: common.by_key(found) for name, found in samples.items()}
+    whole = {name: found["whole"] for name, found in each.items()}
+    common.spreads(whole, "s to the first probability")
+    ratios = {form: common.ratios(whole[TORCH], whole[form]) for form in ("fp32", "int8")}
     return {
-        "seconds": spreads,
-        "ratios": ratios,
+        "weights": args.run.name if args.run else args.weights,
+        "threads": hardware.cpu_count(),
+        "seconds": {name: {stage: common.spread(v) for stage, v in found.items()} for name, found in each.items()},
+        "ratios": common.spreads(ratios, f"times as fast as {TORCH}"),
         "difference_to_torch": apart,
-        "noise": {"share": noise.share, "noisy": noise.noisy},
+        "noise": noise,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run folder with model.fp32.onnx and model.int8.onnx")
-    parser.add_argument("--film", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--weights", default="random:0")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.run is None:
-            device.prepare()
-            models.exported(Path(scratch), args.weights, ("fp32", "int8"))
-        film = args.film or Path(films(Path(scratch), count=1)[0])
-        result = measure(args.run or Path(scratch) / "run", film, args.rounds)
-    weights = str(args.run.name) if args.run else args.weights
-    common.save("cold-start", {"weights": weights, "threads": hardware.cpu_count(), **result}, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(measure, "cold-start", __doc__, run=Path, film=Path, rounds=7, weights="random:0")

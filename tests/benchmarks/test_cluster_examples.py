@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs import parse
 
 from tests.helpers.states import PATIENCE, wait_until
+from tests.test_docs import parse
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "cluster"
 SLURM = FOLDER / "slurm.sh"
@@ -69,7 +69,7 @@ def test_what_the_readme_shows_of_the_example_is_in_it() -> None:
 def test_the_schema_can_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (FOLDER / "on-premises.yaml").read_text(encoding="utf-8")
     (tmp_path / "wrong.yaml").write_text(text.replace("auth:", "autth:"))
-    monkeypatch.setattr("test_cluster_examples.FOLDER", tmp_path)
+    monkeypatch.setattr(f"{__name__}.FOLDER", tmp_path)
     with pytest.raises(Exception, match="autth"):
         filled("wrong.yaml")
 

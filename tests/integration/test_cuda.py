@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_stacked import EQUAL, alike, change, everything, lines, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cxr_fast.activations import encoder
@@ -27,6 +26,7 @@ from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_ou
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers import toys
 from tests.helpers.states import wait_until
+from tests.training.test_stacked_folds import EQUAL, alike, change, everything, lines, make
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)

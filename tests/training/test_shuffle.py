@@ -180,7 +180,7 @@ def test_a_sweep_prints_the_hint_once(toy_cache: Path, tmp_path: Path, monkeypat
 
 def test_a_head_learns_as_much_from_either_order_and_less_from_none() -> None:
     """A planted signal in a file sorted by one finding, the worst case: blocks from 64 places do, 60 rows at a time do
-    not. Four seeds; benchmarks/run_stream.py has more."""
+    not. Four seeds; benchmarks/LOG.md has ten."""
     apart: dict[str, list[float]] = {"mixed": [], "not": []}
     for seed in range(4):
         full = learned(TrainSpec(**RECIPE), seed)
