@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from ..errors import InputError
 
+AnyPath = str | os.PathLike[str]  # what a user may pass for a path
+
 
 @contextlib.contextmanager
 def atomic(path: Path, flag: str = "", *, sync: bool = False, folders: bool = False) -> Iterator[IO[bytes]]:
