@@ -24,12 +24,12 @@ from ..system.tables import (
     read_parquet,
     write_table,
 )
-from . import layouts
-from .layouts import Rows, Unindexed
+from . import indiana, public_tables
+from .indiana import Unindexed
+from .layouts import CARD, ListedImages, recognise
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
 
-ABOUT = "dataset.json"
 META = "meta:"
 RESERVED = ("image", "group", "view", "study")
 
@@ -76,7 +76,7 @@ class Manifest:
 # ---------------------------------------------------------------------------------------------- layout
 
 
-def _read_own(file: Path, _: Unindexed) -> Rows:
+def _read_own(file: Path, _: Unindexed) -> ListedImages:
     """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
     cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
     need(cells, ["image", "group"], file)
@@ -89,7 +89,7 @@ def _read_own(file: Path, _: Unindexed) -> Rows:
         values = coded(cells, classes, KNOWN_OR_NOT, file)
     except InputError as error:
         raise InputError(f"{error} A column that is no class is named '{META}...'.") from None
-    return Rows(
+    return ListedImages(
         kind="manifest",
         file=file,
         images=[posixpath.normpath(image) for image in filled(cells, "image", file)],
@@ -102,13 +102,13 @@ def _read_own(file: Path, _: Unindexed) -> Rows:
     )
 
 
-READERS: dict[str, Callable[[Path, Unindexed], Rows]] = {
+READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {
     "manifest": _read_own,
-    "indiana": layouts.indiana,
-    "openi": layouts.openi,
-    "nih": lambda file, _: layouts.nih(file),
-    "chexpert": lambda file, _: layouts.chexpert(file),
-    "mimic": lambda file, _: layouts.mimic(file),
+    "indiana": indiana.read_kaggle,
+    "openi": indiana.read_openi,
+    "nih": lambda file, _: public_tables.read_nih(file),
+    "chexpert": lambda file, _: public_tables.read_chexpert(file),
+    "mimic": lambda file, _: public_tables.read_mimic(file),
 }
 
 
@@ -129,7 +129,7 @@ def _walk(root: Path) -> Iterator[str]:
         yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
 
 
-def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
+def _find(rows: ListedImages, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
     """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
     if rows.key is None:
         return [image if os.path.isfile(root / image) else None for image in wanted]
@@ -149,7 +149,7 @@ def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list
     return out
 
 
-def _refuse_twice(rows: Rows) -> None:
+def _refuse_twice(rows: ListedImages) -> None:
     first: dict[str, int] = {}
     for row, image in enumerate(rows.images):
         before = first.setdefault(rows.key(image) if rows.key else image, row)
@@ -157,7 +157,7 @@ def _refuse_twice(rows: Rows) -> None:
             raise InputError(f"{rows.file} lists {image} twice, in data rows {before + 1} and {row + 1}.")
 
 
-def _refuse_missing(rows: Rows, missing: Sequence[str], of: int, root: Path) -> None:
+def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: Path) -> None:
     named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     mend = "Give their folder with --images" + (
         ", or leave them out with --skip-missing." if len(missing) < of else "."
@@ -169,7 +169,7 @@ def _refuse_missing(rows: Rows, missing: Sequence[str], of: int, root: Path) -> 
 
 def _about(folder: Path) -> dict[str, Any]:
     """`dataset.json` beside the data: {"name": ..., "synthetic": true}; both optional, so is the file."""
-    file = folder / ABOUT
+    file = folder / CARD
     if not file.is_file():
         return {}
     try:
@@ -207,7 +207,7 @@ def read_dataset(
     if limit is not None and limit < 1:
         raise InputError(f"--limit: {limit} must be at least 1.")
     source = Path(source)
-    kind, file = layouts.recognise(source)
+    kind, file = recognise(source)
     rows = READERS[kind](file, unindexed)
     _refuse_twice(rows)
     folder = source if source.is_dir() else source.parent
@@ -236,7 +236,9 @@ def read_dataset(
 read = read_dataset  # until every caller uses the whole name
 
 
-def _manifest(rows: Rows, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]) -> Manifest:
+def _manifest(
+    rows: ListedImages, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]
+) -> Manifest:
     keep = [row for row, _ in placed]
 
     def kept(column: Sequence[str]) -> tuple[str, ...]:
@@ -263,7 +265,7 @@ def _manifest(rows: Rows, placed: Sequence[tuple[int, str]], name: str, root: Pa
 
 def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
     """Carry the mark to where the manifest goes: a drawn data set must not pass for a real one there."""
-    about = folder / ABOUT
+    about = folder / CARD
     if about.is_file() and not _about(folder).get("synthetic"):
         raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
     if not about.is_file():

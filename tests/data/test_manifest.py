@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_fast.data import labels, layouts
+from cxr_fast.data import indiana as indiana_reports
+from cxr_fast.data import labels, layouts, public_tables
 from cxr_fast.data.manifest import (
     META,
     RESERVED,
@@ -241,7 +242,7 @@ def nih(folder: Path, text: str = NIH) -> Path:
 
 def test_nih(tmp_path: Path) -> None:
     m = read_dataset(nih(tmp_path))
-    assert m.classes == layouts.NIH_FINDINGS
+    assert m.classes == labels.NIH_FINDINGS
     assert len(m.classes) == 14
     assert positives(m) == [{"Hernia"}, {"Hernia", "Mass"}, set(), {"Pleural_Thickening"}]
     assert m.groups == ("3", "3", "4", "5")
@@ -269,7 +270,7 @@ def test_nih_bad(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------- CheXpert and MIMIC-CXR
 
-FOURTEEN = ",".join(layouts.CHEXPERT_CLASSES)
+FOURTEEN = ",".join(labels.CHEXPERT_CLASSES)
 HEAD = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FOURTEEN}\n"
 
 
@@ -392,7 +393,7 @@ def test_kaggle_tables_come_before_the_archive_beside_them(tmp_path: Path) -> No
         ("<eCitation>", "whole XML"),
         ("<eCitation/>", "no OpenI report"),
         (b"\xff\xfe<\x00a\x00/\x00>\x00", "UTF-8"),
-        (b" " * (layouts.REPORT_BYTES + 1), "larger than 4 MiB"),
+        (b" " * (indiana_reports.REPORT_BYTES + 1), "larger than 4 MiB"),
     ],
 )
 def test_openi_bad_reports(tmp_path: Path, text: str | bytes, part: str) -> None:
@@ -644,7 +645,7 @@ def test_labels_cannot_be_changed_in_place(tmp_path: Path) -> None:
     ],
 )
 def test_decade(age: str, said: str) -> None:
-    assert layouts.decade(age) == said
+    assert public_tables.decade(age) == said
 
 
 # -------------------------------------------------------------------------------------------- real data
