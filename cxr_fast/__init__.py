@@ -1,3 +1,51 @@
-"""cxr-fast: fine-tune BiomedCLIP on chest radiographs from cached activations."""
+"""Fine-tune BiomedCLIP on chest radiographs from cached activations; predict from one ONNX file without torch.
+
+`import cxr_fast` loads nothing else: each name below loads its module when it is first used, and only the names that
+encode, train or export load torch. The command `cxrfast` offers the same steps.
+"""
+
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test compares the two
+    # isort: off
+    from .activations.cache import Cache as Cache, open_cache as open_cache
+    from .config import CacheSpec as CacheSpec, PreprocessSpec as PreprocessSpec
+    from .config import SweepSpec as SweepSpec, TrainSpec as TrainSpec
+    from .data.manifest import Manifest as Manifest, read_dataset as read_dataset, write_manifest as write_manifest
+    from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
+    from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
+    from .errors import SchemaError as SchemaError
+    from .inference.predictor import Predictor as Predictor, Result as Result
+    from .report.evaluation import evaluate as evaluate
+    from .training.run_folder import read_run as read_run
+    from .training.sweep import Sweep as Sweep
+    # isort: on
 
 __version__ = "0.1.0"
+
+_MODULE = {
+    **dict.fromkeys(("Cache", "open_cache"), "activations.cache"),
+    **dict.fromkeys(("CacheSpec", "PreprocessSpec", "SweepSpec", "TrainSpec"), "config"),
+    **dict.fromkeys(("Manifest", "read_dataset", "write_manifest"), "data.manifest"),
+    **dict.fromkeys(("CxrFastError", "DeviceError", "ImageError", "InputError"), "errors"),
+    **dict.fromkeys(("Interrupted", "ParityError", "SchemaError"), "errors"),
+    **dict.fromkeys(("Predictor", "Result"), "inference.predictor"),
+    "evaluate": "report.evaluation",
+    "read_run": "training.run_folder",
+    "Sweep": "training.sweep",
+}
+__all__ = sorted(_MODULE)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used."""
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

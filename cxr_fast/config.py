@@ -119,7 +119,11 @@ def _require(ok: bool, name: str, value: Any, need: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """File to uint8 grey pixels (size, size). Normalisation is not here: it is part of the model."""
+    """How an image file becomes uint8 grey pixels (size, size); normalisation is part of the model.
+
+    >>> PreprocessSpec(resize="pad").size
+    224
+    """
 
     size: int = 224
     resize: Literal["squash", "crop", "pad"] = "squash"
@@ -132,7 +136,11 @@ class PreprocessSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """What decides the bytes of an activation file, the weights' own hash aside."""
+    """What decides the bytes of an activation file, together with the weights' hash.
+
+    >>> CacheSpec(unfreeze_blocks=1, preprocess=PreprocessSpec(resize="crop")).views
+    ('plain', 'flip')
+    """
 
     weights: str = "biomedclip"
     unfreeze_blocks: int = 2
@@ -161,6 +169,9 @@ class TrainSpec:
     blocks at a time are. 16 rows of a ViT-B/16, both views, are 9.7 MB side by side: 50 ms of a spinning disk at
     200 MB/s, against 8 ms to seek them. 64 blocks make a window of 1,024 rows, 310 MB of one view each, from 64 places
     in the file: where that is sorted by a finding of half the images, its share in a window varies by 0.06.
+
+        >>> TrainSpec(lr=1e-4, loss="bce").batch_size
+        16
     """
 
     lr: float = 2e-5
@@ -205,6 +216,9 @@ class SweepSpec:
 
     `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`; thresholds and calibration come from
     out-of-fold predictions.
+
+        >>> SweepSpec(epochs=(5, 10), folds=3, train=TrainSpec(dropout=0.2)).final
+        'best-fold'
     """
 
     epochs: tuple[int, ...] = (30, 50, 75, 90, 100)

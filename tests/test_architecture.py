@@ -119,8 +119,9 @@ def upward(found: Sources) -> list[str]:
 
 
 def cycles(found: Sources) -> list[str]:
-    """Modules that import each other in a circle, at any depth of function."""
+    """Modules that import each other in a circle, at any depth of function; the root imports its names when asked."""
     arrows = {name: imports(name, text, set(found)) & set(found) for name, text in found.items()}
+    arrows["__init__"] = set()
     left = {name: others - {name} for name, others in arrows.items()}
     while True:
         free = {name for name, others in left.items() if not others & set(left)}

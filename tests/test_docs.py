@@ -139,7 +139,7 @@ def test_the_tree_names_every_room() -> None:
     tree = next(text for text in blocks("") if text.startswith("cxr_fast/"))
     named = re.findall(r"^  (\w+(?:\.py|/)) +\S", tree, re.MULTILINE)
     rooms = [f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()]
-    assert sorted(named) == sorted(set(rooms) - {"__init__.py", "__pycache__/"})
+    assert sorted(named) == sorted(set(rooms) - {"__init__.py", "py.typed", "__pycache__/"})
     for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError, SchemaError
-from ..system.files import write_bytes
+from ..system.files import AnyPath, write_bytes
 from .file import ActivationFile, Header, partial_path
 from .rows import Rows
 
@@ -52,8 +52,14 @@ def is_index(path: Path) -> bool:
         return path.name.endswith(SUFFIX)
 
 
-def open_cache(path: Path | str, *, partial: bool = False) -> Cache:
-    """A cache, be it one activation file or the index of several. Errors as those of the two classes."""
+def open_cache(path: AnyPath, *, partial: bool = False) -> Cache:
+    """Open a cache: one activation file, or the index of several. Errors as those of the two classes.
+
+    >>> cache = open_cache("cache/indiana.h5")
+    >>> rows = cache.activations[[0, 1]]  # (2, views, tokens, width)
+    >>> rows.shape[0]
+    2
+    """
     path = Path(path)
     return ShardedFile(path) if is_index(path) else ActivationFile(path, partial=partial)
 

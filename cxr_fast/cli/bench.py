@@ -284,7 +284,9 @@ def cache(
     """`cxrfast cache` on some of SOURCE's images beside what its parts cost and the plain pipeline's pass over them."""
     from ..data import manifest as datasets
 
-    manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed)
+    manifest = datasets.read_dataset(
+        source, images=images, missing="skip" if skip_missing else "refuse", unindexed=unindexed
+    )
     from ..activations import encoder
     from ..bench import caching
     from ..models import backbone

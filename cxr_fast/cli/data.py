@@ -47,9 +47,8 @@ def prepare(
     """
     from ..data import manifest as datasets
 
-    manifest = datasets.read(
-        source, labels_only=labels_only, images=images, skip_missing=skip_missing, unindexed=unindexed
-    )
+    missing: Any = "unchecked" if labels_only else "skip" if skip_missing else "refuse"
+    manifest = datasets.read_dataset(source, images=images, missing=missing, unindexed=unindexed)
     click.echo(describe_manifest(manifest))
     if out is not None:
         datasets.write_manifest(manifest, out)
@@ -158,7 +157,9 @@ def cache(
     )
     from ..data import manifest as datasets
 
-    manifest = datasets.read(source, images=images, skip_missing=skip_missing, unindexed=unindexed, limit=limit)
+    manifest = datasets.read_dataset(
+        source, images=images, missing="skip" if skip_missing else "refuse", unindexed=unindexed, limit=limit
+    )
     from ..activations import build, encoder
     from ..models import backbone
 

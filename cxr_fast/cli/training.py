@@ -135,7 +135,7 @@ def sweep(
     if manifest is not None:
         from ..data import manifest as datasets
 
-        labels = datasets.read(manifest, keep_missing=True)
+        labels = datasets.read_dataset(manifest, missing="keep")
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
         job = sweeps.Sweep(
             cache,

@@ -1,4 +1,4 @@
-"""MeSH headings of the Indiana reports to the 35 published classes, from a versioned table in the package."""
+"""Class lists of the public datasets, and Indiana's MeSH headings to its 35 classes by a versioned table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ SCHEMA = 1
 # Beside this file in the wheel too. importlib.resources would cost 10 ms of import for the same bytes.
 TABLE_FILE = Path(__file__).parents[1] / "assets" / "indiana_headings.json"
 NO_INDEXING = "no indexing"
+
+NIH_FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
+    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
+CHEXPERT_CLASSES = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
+    "Support Devices",
+)  # fmt: skip
 
 
 def normalise(heading: str) -> str:

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
+from ..system.files import AnyPath
 from ..system.tables import (
     KNOWN_OR_NOT,
     coded,
@@ -23,10 +24,12 @@ from ..system.tables import (
     read_parquet,
     write_table,
 )
-from . import layouts
-from .layouts import Rows, Unindexed
+from . import indiana, public_tables
+from .indiana import Unindexed
+from .layouts import CARD, ListedImages, recognise
 
-ABOUT = "dataset.json"
+Missing = Literal["refuse", "skip", "keep", "unchecked"]
+
 META = "meta:"
 RESERVED = ("image", "group", "view", "study")
 
@@ -39,6 +42,10 @@ class Manifest:
     and -1 for unknown; `views` keeps the dataset's own word, "" where unknown; `studies` equals `groups`
     where the dataset has none; `subgroups` are further columns (N values each) to break figures down by.
     `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
+
+        >>> manifest = read_dataset("indiana")
+        >>> manifest.labels.shape == (len(manifest), len(manifest.classes))
+        True
     """
 
     name: str
@@ -69,7 +76,7 @@ class Manifest:
 # ---------------------------------------------------------------------------------------------- layout
 
 
-def _read_own(file: Path, _: Unindexed) -> Rows:
+def _read_own(file: Path, _: Unindexed) -> ListedImages:
     """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
     cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
     need(cells, ["image", "group"], file)
@@ -82,7 +89,7 @@ def _read_own(file: Path, _: Unindexed) -> Rows:
         values = coded(cells, classes, KNOWN_OR_NOT, file)
     except InputError as error:
         raise InputError(f"{error} A column that is no class is named '{META}...'.") from None
-    return Rows(
+    return ListedImages(
         kind="manifest",
         file=file,
         images=[posixpath.normpath(image) for image in filled(cells, "image", file)],
@@ -95,13 +102,13 @@ def _read_own(file: Path, _: Unindexed) -> Rows:
     )
 
 
-READERS: dict[str, Callable[[Path, Unindexed], Rows]] = {
+READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {
     "manifest": _read_own,
-    "indiana": layouts.indiana,
-    "openi": layouts.openi,
-    "nih": lambda file, _: layouts.nih(file),
-    "chexpert": lambda file, _: layouts.chexpert(file),
-    "mimic": lambda file, _: layouts.mimic(file),
+    "indiana": indiana.read_kaggle,
+    "openi": indiana.read_openi,
+    "nih": lambda file, _: public_tables.read_nih(file),
+    "chexpert": lambda file, _: public_tables.read_chexpert(file),
+    "mimic": lambda file, _: public_tables.read_mimic(file),
 }
 
 
@@ -122,7 +129,7 @@ def _walk(root: Path) -> Iterator[str]:
         yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
 
 
-def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
+def _find(rows: ListedImages, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
     """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
     if rows.key is None:
         return [image if os.path.isfile(root / image) else None for image in wanted]
@@ -142,7 +149,7 @@ def _find(rows: Rows, wanted: Sequence[str], root: Path, *, twice: bool) -> list
     return out
 
 
-def _refuse_twice(rows: Rows) -> None:
+def _refuse_twice(rows: ListedImages) -> None:
     first: dict[str, int] = {}
     for row, image in enumerate(rows.images):
         before = first.setdefault(rows.key(image) if rows.key else image, row)
@@ -150,7 +157,7 @@ def _refuse_twice(rows: Rows) -> None:
             raise InputError(f"{rows.file} lists {image} twice, in data rows {before + 1} and {row + 1}.")
 
 
-def _refuse_missing(rows: Rows, missing: Sequence[str], of: int, root: Path) -> None:
+def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: Path) -> None:
     named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     mend = "Give their folder with --images" + (
         ", or leave them out with --skip-missing." if len(missing) < of else "."
@@ -162,7 +169,7 @@ def _refuse_missing(rows: Rows, missing: Sequence[str], of: int, root: Path) -> 
 
 def _about(folder: Path) -> dict[str, Any]:
     """`dataset.json` beside the data: {"name": ..., "synthetic": true}; both optional, so is the file."""
-    file = folder / ABOUT
+    file = folder / CARD
     if not file.is_file():
         return {}
     try:
@@ -174,52 +181,64 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read(
-    source: Path,
+def read_dataset(
+    source: AnyPath,
     *,
-    labels_only: bool = False,
-    images: Path | None = None,
-    skip_missing: bool = False,
-    keep_missing: bool = False,
+    images: AnyPath | None = None,
+    missing: Missing = "refuse",
     unindexed: Unindexed = "normal",
     limit: int | None = None,
 ) -> Manifest:
-    """A dataset folder, a table of one, a manifest file or OpenI's archive, recognised by what it holds.
+    """Read a dataset folder, one of its tables, a manifest file or OpenI's archive, recognised by its content.
 
-    Images are looked for below `images`, else below the folder of the source; with `labels_only` nowhere,
-    and `Manifest.images` are then the names as listed, as with `keep_missing` those of images that are not
-    there, or twice. `unindexed="unknown"` masks what the Indiana
-    headings do not tell: every label of a study nobody indexed, and Normal where only devices and the
-    like are named. `limit` keeps the first images. Raises InputError, one or two lines, for a source that
-    is not recognised, not whole, lists an image twice or one that is missing.
+    Images are looked for below `images`, else below the folder of the source. `missing` says what becomes of listed
+    images that are not found there: `refuse` raises, `skip` leaves them out, `keep` keeps the names as listed (also
+    those that two files match), and `unchecked` looks for no image and keeps every name as listed.
+    `unindexed="unknown"` masks what the Indiana headings do not say: every label of a study that nobody indexed, and
+    Normal where only devices and the like are named. `limit` keeps the first images. Raises InputError, one or two
+    lines, for a source that is not recognised or not whole, and for an image that is listed twice or missing.
+
+        >>> manifest = read_dataset("indiana")
+        >>> len(manifest), len(manifest.classes)
+        (80, 35)
+        >>> manifest.path(0).is_file()
+        True
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit: {limit} must be at least 1.")
-    kind, file = layouts.recognise(source)
+    source = Path(source)
+    kind, file = recognise(source)
     rows = READERS[kind](file, unindexed)
     _refuse_twice(rows)
     folder = source if source.is_dir() else source.parent
-    root = images or folder
+    root = folder if images is None else Path(images)
     if not root.is_dir():
         raise InputError(f"--images: {root} is not a folder.")
     # With --skip-missing the first images that exist are meant, so all must be looked for.
-    keep = list(range(len(rows.images)))[: None if skip_missing else limit]
+    keep = list(range(len(rows.images)))[: None if missing == "skip" else limit]
     wanted = [rows.images[row] for row in keep]
-    found: list[str | None] = [*wanted] if labels_only else _find(rows, wanted, root, twice=keep_missing)
-    if keep_missing:
+    found: list[str | None] = [*wanted]
+    if missing != "unchecked":
+        found = _find(rows, wanted, root, twice=missing == "keep")
+    if missing == "keep":
         found = [path or image for path, image in zip(found, wanted, strict=True)]
-    missing = [image for image, path in zip(wanted, found, strict=True) if path is None]
-    if missing and (not skip_missing or len(missing) == len(wanted)):
-        _refuse_missing(rows, missing, len(wanted), root)
+    lost = [image for image, path in zip(wanted, found, strict=True) if path is None]
+    if lost and (missing == "refuse" or len(lost) == len(wanted)):
+        _refuse_missing(rows, lost, len(wanted), root)
     placed = [(row, path) for row, path in zip(keep, found, strict=True) if path is not None][:limit]
     about = _about(folder)
     stem = file.name.partition(".")[0]
     plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
-    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(missing), **rows.info}
+    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(lost), **rows.info}
     return _manifest(rows, placed, str(about.get("name", plain)), root, info)
 
 
-def _manifest(rows: Rows, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]) -> Manifest:
+read = read_dataset  # until every caller uses the whole name
+
+
+def _manifest(
+    rows: ListedImages, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]
+) -> Manifest:
     keep = [row for row, _ in placed]
 
     def kept(column: Sequence[str]) -> tuple[str, ...]:
@@ -246,7 +265,7 @@ def _manifest(rows: Rows, placed: Sequence[tuple[int, str]], name: str, root: Pa
 
 def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
     """Carry the mark to where the manifest goes: a drawn data set must not pass for a real one there."""
-    about = folder / ABOUT
+    about = folder / CARD
     if about.is_file() and not _about(folder).get("synthetic"):
         raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
     if not about.is_file():
@@ -254,12 +273,17 @@ def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
         about.write_text(json.dumps({"name": manifest.name, "synthetic": True}) + "\n", encoding="utf-8")
 
 
-def write_manifest(manifest: Manifest, out: Path) -> None:
-    """The manifest as CSV or Parquet (by suffix), whole or not at all; `read(out)` gives it back.
+def write_manifest(manifest: Manifest, out: AnyPath) -> None:
+    """Write a manifest as CSV or Parquet (by suffix), whole or not at all; `read_dataset(out)` gives it back.
 
     Image paths become relative to the new file; absolute ones stay. Columns `view` and `study` are left
     out where they say nothing. Raises InputError for another suffix or a class named like a column of ours.
+
+        >>> write_manifest(read_dataset("indiana"), "manifest.csv")
+        >>> read_dataset("manifest.csv").classes == read_dataset("indiana").classes
+        True
     """
+    out = Path(out)
     if clash := [name for name in manifest.classes if name in RESERVED or name.startswith(META)]:
         raise InputError(f"{out}: a class cannot be named {clash[0]!r} in a manifest.")
     start, end = os.path.realpath(manifest.root), os.path.realpath(out.parent)

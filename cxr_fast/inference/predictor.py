@@ -34,6 +34,10 @@ class Result:
 
     `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
     where it was too young to show a change that came next.
+
+        >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
+        >>> [(result.ok, result.reason) for result in predictor.stream(["film.png", "absent.png"])]
+        [(True, ''), (False, 'missing')]
     """
 
     path: str
@@ -58,6 +62,11 @@ class Predictor:
     it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
     damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
     the file. `check` is that of `session.open_model`.
+
+        >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
+        >>> (answer,) = predictor(["film.png"])
+        >>> set(answer) == set(predictor.labels)
+        True
     """
 
     def __init__(

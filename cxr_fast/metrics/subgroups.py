@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..data.layouts import decade
+from ..data.public_tables import decade
 from ..errors import InputError
 
 UNKNOWN = "unknown"

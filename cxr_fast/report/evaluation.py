@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..metrics import curves, subgroups
 from ..metrics import figures as metrics
 from ..metrics.figures import Interval
+from ..system.files import AnyPath
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_info
 
@@ -67,12 +68,17 @@ class _Job:
         return {"of": scored.of, **counted, "groups": groups, "figures": figures}
 
 
-def evaluate(folder: Path, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean") -> dict[str, Any]:
+def evaluate(folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean") -> dict[str, Any]:
     """Every figure of a finished run as one JSON-ready dict, null where undefined; what cannot be had is in `missing`.
 
     `resamples` 0 leaves the intervals out. Figures of training images have none. Raises InputError or SchemaError where
     the folder is no run of this version or its predictions cannot be read.
+
+        >>> found = evaluate("exports/indiana", resamples=0)
+        >>> sorted(found["parts"])
+        ['holdout', 'out_of_fold', 'train']
     """
+    folder = Path(folder)
     run = read_info(folder)
     saved = read(folder, run)
     job = _Job(classes=run["classes"], limits=np.array(run["thresholds"], float), resamples=resamples, seed=seed)

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from ..errors import InputError
 
+AnyPath = str | os.PathLike[str]  # what a user may pass for a path
+
 
 @contextlib.contextmanager
 def atomic(path: Path, flag: str = "", *, sync: bool = False, folders: bool = False) -> Iterator[IO[bytes]]:
@@ -52,11 +54,19 @@ def write_json(path: Path, value: Any, flag: str = "", *, folders: bool = False)
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), flag, folders=folders)
 
 
-def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]], flag: str = "") -> None:
-    """Write a UTF-8 CSV with a header and `\\r\\n` line ends, as Python's csv module does, with `atomic`."""
-    with atomic(path, flag) as file:
+def write_csv(
+    path: Path,
+    head: Iterable[str],
+    rows: Iterable[Sequence[Any]],
+    flag: str = "",
+    *,
+    end: str = "\r\n",
+    folders: bool = False,
+) -> None:
+    """Write a UTF-8 CSV with a header and line ends as in Python's csv module, or `end`, with `atomic`."""
+    with atomic(path, flag, folders=folders) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text)
+        writer = csv.writer(text, lineterminator=end)
         writer.writerow(head)
         writer.writerows(rows)
         text.detach()

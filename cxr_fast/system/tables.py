@@ -6,11 +6,9 @@ labels. Nothing is guessed as missing, which is why this is not pandas: the word
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import importlib
-import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import InputError
+from .files import atomic, write_csv
 
 Cells = dict[str, list[str]]
 KNOWN_OR_NOT = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
@@ -141,32 +140,16 @@ def read_parquet(path: Path) -> Cells:
     return {name.strip(): [_cell(value) for value in values] for name, values in columns.items()}
 
 
-def _write_csv(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-
-
-def _write_parquet(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    pyarrow("pyarrow.parquet", path).write_table(pyarrow("pyarrow", path).table(dict(columns)), path)
-
-
 def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
+    """Write columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
 
     Raises InputError for another suffix, and where the folder cannot be written.
     """
-    writers = {".csv": _write_csv, ".parquet": _write_parquet}
-    if path.suffix not in writers:
+    if path.suffix == ".csv":
+        write_csv(path, columns, zip(*columns.values(), strict=True), end="\n", folders=True)
+    elif path.suffix == ".parquet":
+        table = pyarrow("pyarrow", path).table(dict(columns))
+        with atomic(path, folders=True) as file:
+            pyarrow("pyarrow.parquet", path).write_table(table, file)
+    else:
         raise InputError(f"{path}: a manifest is written as .csv or .parquet.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writers[path.suffix](columns, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

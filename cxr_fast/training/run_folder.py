@@ -13,6 +13,7 @@ import numpy as np
 from .. import __version__
 from ..config import digest
 from ..errors import InputError, SchemaError
+from ..system.files import AnyPath
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +91,14 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def read_run(folder: Path, final: str | None = None) -> Run:
-    """The run's description and its final model, or the one of another kind, the hash of each part checked."""
+def read_run(folder: AnyPath, final: str | None = None) -> Run:
+    """Read a run's description and its final model, or the one of another kind, the hash of each part checked.
+
+    >>> run = read_run("exports/indiana")
+    >>> run.info["final"]["kind"]
+    'best-fold'
+    """
+    folder = Path(folder)
     from safetensors import SafetensorError, safe_open
 
     from ..models.backbone import weights_sha256

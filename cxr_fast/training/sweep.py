@@ -81,6 +81,13 @@ class Sweep:
     request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. With `trainers`
     (a cluster's) folds and refit are trained there and all else happens here; on CPUs the figures are a local run's to
     the last bit.
+
+        >>> spec = SweepSpec(epochs=(1,), folds=2)
+        >>> sweep = Sweep(Path("cache/indiana.h5"), Path("exports/short"), spec, device="cpu")
+        >>> sweep.plan().folds
+        2
+        >>> sweep.run()["final"]["kind"]
+        'best-fold'
     """
 
     def __init__(

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_fast.data import labels, layouts
+from cxr_fast.data import indiana as indiana_reports
+from cxr_fast.data import labels, layouts, public_tables
 from cxr_fast.data.manifest import (
     META,
     RESERVED,
     Manifest,
     class_table,
-    read,
+    read_dataset,
     summary,
     write_manifest,
 )
@@ -47,7 +48,7 @@ def put(path: Path, text: str | bytes = b"") -> Path:
 def refuses(source: Path, *parts: object, **options: object) -> str:
     """The message of the InputError that reading raises: short, and naming each of `parts`."""
     with pytest.raises(InputError) as caught:
-        read(source, **options)  # type: ignore[arg-type]
+        read_dataset(source, **options)  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.count("\n") <= 1, message
     for part in parts:
@@ -88,7 +89,7 @@ def indiana(folder: Path, reports: str = REPORTS, projections: str = PROJECTIONS
 
 
 def test_indiana(tmp_path: Path) -> None:
-    m = read(indiana(tmp_path / "iu"))
+    m = read_dataset(indiana(tmp_path / "iu"))
     assert m.name == "iu"
     assert m.root == tmp_path / "iu"
     assert m.images[0] == "images/normalized/1_IM-0001-4001.dcm.png"
@@ -104,7 +105,7 @@ def test_indiana(tmp_path: Path) -> None:
 
 
 def test_indiana_unindexed_unknown_masks_what_the_headings_do_not_tell(tmp_path: Path) -> None:
-    m = read(indiana(tmp_path), unindexed="unknown")
+    m = read_dataset(indiana(tmp_path), unindexed="unknown")
     assert (m.labels[3] == -1).all()
     normal = labels.CLASSES.index("Normal")
     assert m.labels[4, normal] == -1
@@ -114,14 +115,14 @@ def test_indiana_unindexed_unknown_masks_what_the_headings_do_not_tell(tmp_path:
 
 def test_indiana_label_column_wins_over_headings(tmp_path: Path) -> None:
     reports = "uid,MeSH,label\n1,Nodule,normal\n2,Nodule,Mass;Nodule\n3,No Indexing,normal\n4,normal,normal\n"
-    m = read(indiana(tmp_path, reports))
+    m = read_dataset(indiana(tmp_path, reports))
     assert positives(m) == [{"Normal"}, {"Normal"}, {"Mass", "Nodule"}, {"Normal"}, {"Normal"}]
-    assert (read(tmp_path, unindexed="unknown").labels[3] == -1).all()
+    assert (read_dataset(tmp_path, unindexed="unknown").labels[3] == -1).all()
 
 
 def test_indiana_problems_column_alone_is_enough_and_a_file_may_be_named(tmp_path: Path) -> None:
     indiana(tmp_path, "uid,Problems\n1,normal\n2,Mass\n3,Mass\n4,Mass\n")
-    m = read(tmp_path / "indiana_reports.csv")
+    m = read_dataset(tmp_path / "indiana_reports.csv")
     assert positives(m)[2] == {"Mass"}
     assert m.name == tmp_path.name
 
@@ -169,12 +170,12 @@ def test_missing_images_are_counted_named_and_can_be_left_out(tmp_path: Path) ->
     for name in ("3_a.png", "4_a.png"):
         (tmp_path / "images" / "normalized" / name).unlink()
     refuses(tmp_path, "2 of the 5 images", "indiana_projections.csv", "3_a.png, 4_a.png", "--skip-missing", "--images")
-    m = read(tmp_path, skip_missing=True)
+    m = read_dataset(tmp_path, missing="skip")
     assert m.groups == ("1", "1", "2")
     assert m.info["skipped_missing"] == 2
     assert summary(m)["skipped_missing"] == 2
-    assert len(read(tmp_path, labels_only=True)) == 5
-    assert len(read(tmp_path, limit=3)) == 3, "no image beyond the limit is asked for"
+    assert len(read_dataset(tmp_path, missing="unchecked")) == 5
+    assert len(read_dataset(tmp_path, limit=3)) == 3, "no image beyond the limit is asked for"
 
 
 def test_missing_names_only_the_first_five(tmp_path: Path) -> None:
@@ -186,22 +187,22 @@ def test_missing_names_only_the_first_five(tmp_path: Path) -> None:
 
 def test_nothing_found_at_all_is_an_error_even_when_missing_images_may_be_left_out(tmp_path: Path) -> None:
     indiana(tmp_path, images=False)
-    message = refuses(tmp_path, "5 of the 5", "--images", skip_missing=True)
+    message = refuses(tmp_path, "5 of the 5", "--images", missing="skip")
     assert "--skip-missing" not in message
 
 
 def test_limit_counts_images_that_exist(tmp_path: Path) -> None:
     indiana(tmp_path)
     (tmp_path / "images/normalized/1_IM-0001-4001.dcm.png").unlink()
-    assert read(tmp_path, skip_missing=True, limit=2).groups == ("1", "2")
-    assert read(tmp_path, labels_only=True, limit=99).groups == ("1", "1", "2", "3", "4")
+    assert read_dataset(tmp_path, missing="skip", limit=2).groups == ("1", "2")
+    assert read_dataset(tmp_path, missing="unchecked", limit=99).groups == ("1", "1", "2", "3", "4")
     refuses(tmp_path, "--limit", "0", limit=0)
 
 
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     indiana(tmp_path / "tables", images=False)
     indiana(tmp_path / "pixels")
-    m = read(tmp_path / "tables", images=tmp_path / "pixels")
+    m = read_dataset(tmp_path / "tables", images=tmp_path / "pixels")
     assert m.root == tmp_path / "pixels"
     assert m.path(4).is_file()
     refuses(tmp_path / "tables", "--images", "nowhere", images=tmp_path / "nowhere")
@@ -210,14 +211,14 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_one_name_in_two_places_is_ambiguous(tmp_path: Path) -> None:
     put(indiana(tmp_path) / "resized" / "3_a.png")
     refuses(tmp_path, "images/normalized/3_a.png", "resized/3_a.png", "--images")
-    assert len(read(tmp_path, images=tmp_path / "images")) == 5
+    assert len(read_dataset(tmp_path, images=tmp_path / "images")) == 5
     (tmp_path / "resized").rename(tmp_path / ".resized")
-    assert len(read(tmp_path)) == 5, "hidden folders are no place for images"
+    assert len(read_dataset(tmp_path)) == 5, "hidden folders are no place for images"
 
 
 def test_a_link_that_loops_is_walked_once(tmp_path: Path) -> None:
     (indiana(tmp_path) / "images" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert len(read(tmp_path)) == 5
+    assert len(read_dataset(tmp_path)) == 5
 
 
 # ------------------------------------------------------------------------------------------------- NIH
@@ -240,8 +241,8 @@ def nih(folder: Path, text: str = NIH) -> Path:
 
 
 def test_nih(tmp_path: Path) -> None:
-    m = read(nih(tmp_path))
-    assert m.classes == layouts.NIH_FINDINGS
+    m = read_dataset(nih(tmp_path))
+    assert m.classes == labels.NIH_FINDINGS
     assert len(m.classes) == 14
     assert positives(m) == [{"Hernia"}, {"Hernia", "Mass"}, set(), {"Pleural_Thickening"}]
     assert m.groups == ("3", "3", "4", "5")
@@ -252,7 +253,7 @@ def test_nih(tmp_path: Path) -> None:
 
 
 def test_nih_without_follow_up_numbers(tmp_path: Path) -> None:
-    m = read(nih(tmp_path, NIH.replace("Follow-up #", "Visit")))
+    m = read_dataset(nih(tmp_path, NIH.replace("Follow-up #", "Visit")))
     assert m.studies == ("3/00000003_001.png", "3/00000003_002.png", "4/00000004_000.png", "5/00000005_000.png")
 
 
@@ -269,7 +270,7 @@ def test_nih_bad(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------- CheXpert and MIMIC-CXR
 
-FOURTEEN = ",".join(layouts.CHEXPERT_CLASSES)
+FOURTEEN = ",".join(labels.CHEXPERT_CLASSES)
 HEAD = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FOURTEEN}\n"
 
 
@@ -288,7 +289,7 @@ def test_chexpert(tmp_path: Path) -> None:
     put(tmp_path / "train.csv", text)
     for place, view in zip(listed, ("view1_frontal", "view1_frontal", "view2_lateral"), strict=True):
         put(tmp_path / place.partition("/")[2] / f"{view}.jpg")
-    m = read(tmp_path)
+    m = read_dataset(tmp_path)
     assert m.images[0] == "train/patient00001/study1/view1_frontal.jpg"
     assert m.groups == ("patient00001", "patient00001", "patient2")
     assert m.studies == ("patient00001/study1", "patient00001/study2", "patient2/study1")
@@ -297,7 +298,7 @@ def test_chexpert(tmp_path: Path) -> None:
     assert m.subgroups == {"sex": ("Female",) * 3, "age": ("60-69",) * 3}
     put(tmp_path / "valid.csv", text)
     refuses(tmp_path, "several datasets", "train.csv, valid.csv")
-    assert len(read(tmp_path / "train.csv")) == 3
+    assert len(read_dataset(tmp_path / "train.csv")) == 3
 
 
 def test_chexpert_bad(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_mimic_in_one_table(tmp_path: Path) -> None:
     put(tmp_path / "merged.csv", text)
     put(tmp_path / "files/p10/p100/s500/02aa-5c.jpg")
     put(tmp_path / "files/p10/p101/s501/174f-3b.dcm")
-    m = read(tmp_path)
+    m = read_dataset(tmp_path)
     assert m.images == ("files/p10/p100/s500/02aa-5c.jpg", "files/p10/p101/s501/174f-3b.dcm")
     assert (m.groups, m.studies, m.views) == (("100", "101"), ("500", "501"), ("PA", "LL"))
     assert m.labels[:, 0].tolist() == [1, -1]
@@ -327,7 +328,7 @@ def test_mimic_as_published(tmp_path: Path) -> None:
     refuses(tmp_path, "mimic-cxr-2.0.0-chexpert.csv", "metadata")
     meta = "dicom_id,subject_id,study_id,ViewPosition\na,100,501,AP\nb,100,500,LATERAL\nc,102,777,PA\n"
     put(tmp_path / "mimic-cxr-2.0.0-metadata.csv", meta)
-    m = read(tmp_path, labels_only=True)
+    m = read_dataset(tmp_path, missing="unchecked")
     assert m.labels[:, 0].tolist() == [0, 1, -1]
     assert (m.labels[2] == -1).all(), "a study without labels is unknown, not another's"
     assert m.studies == ("501", "500", "777")
@@ -370,19 +371,19 @@ def test_openi(tmp_path: Path, shape: str) -> None:
     put(tmp_path / "dicom" / "1" / "1_IM-0001-4001.dcm")
     put(tmp_path / "png" / "10_IM-0002-1001.dcm.png")
     source = tmp_path / "NLMCXR_reports.tgz" if shape == "archive_file" else tmp_path
-    m = read(source)
+    m = read_dataset(source)
     assert m.images == ("png/CXR1_1_IM-0001-3001.png", "dicom/1/1_IM-0001-4001.dcm", "png/10_IM-0002-1001.dcm.png")
     assert m.groups == ("1", "1", "10")
     assert m.views == ("", "", "")
     assert positives(m) == [{"Normal"}, {"Normal"}, {"Calcified Granuloma", "Cardiomegaly"}]
     put(tmp_path / "indiana_projections.csv", "uid,filename,projection\n1,1_IM-0001-4001.dcm.png,Frontal\n")
-    assert read(source).views == ("", "Frontal", "")
+    assert read_dataset(source).views == ("", "Frontal", "")
 
 
 def test_kaggle_tables_come_before_the_archive_beside_them(tmp_path: Path) -> None:
     archive(indiana(tmp_path) / "NLMCXR_reports.tgz", XML)
     put(tmp_path / "another_table.csv", REPORTS)
-    assert read(tmp_path).info["kind"] == "indiana"
+    assert read_dataset(tmp_path).info["kind"] == "indiana"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,7 @@ def test_kaggle_tables_come_before_the_archive_beside_them(tmp_path: Path) -> No
         ("<eCitation>", "whole XML"),
         ("<eCitation/>", "no OpenI report"),
         (b"\xff\xfe<\x00a\x00/\x00>\x00", "UTF-8"),
-        (b" " * (layouts.REPORT_BYTES + 1), "larger than 4 MiB"),
+        (b" " * (indiana_reports.REPORT_BYTES + 1), "larger than 4 MiB"),
     ],
 )
 def test_openi_bad_reports(tmp_path: Path, text: str | bytes, part: str) -> None:
@@ -425,7 +426,7 @@ def own(folder: Path, text: str = OWN) -> Path:
 
 def test_own_manifest(tmp_path: Path) -> None:
     for source in (own(tmp_path / "mine"), tmp_path / "mine"):
-        m = read(source)
+        m = read_dataset(source)
         assert m.name == "mine"
         assert m.images == ("x/a.png", "b.png", "c.png")
         assert m.classes == ("A", "B", "C c")
@@ -438,13 +439,13 @@ def test_own_manifest(tmp_path: Path) -> None:
 
 def test_own_manifest_from_a_spreadsheet_has_a_bom_and_crlf(tmp_path: Path) -> None:
     own(tmp_path, "\ufeff" + OWN.replace("\n", "\r\n"))
-    assert read(tmp_path).labels.shape == (3, 3)
+    assert read_dataset(tmp_path).labels.shape == (3, 3)
 
 
 def test_own_manifest_paths_may_leave_its_folder_or_be_absolute(tmp_path: Path) -> None:
     put(tmp_path / "pixels/a.png")
     absolute = put(tmp_path / "elsewhere/b.png").as_posix()
-    m = read(put(tmp_path / "lists/m.csv", f"image,group,A\n../pixels/a.png,1,1\n{absolute},2,0\n"))
+    m = read_dataset(put(tmp_path / "lists/m.csv", f"image,group,A\n../pixels/a.png,1,1\n{absolute},2,0\n"))
     assert m.images == ("../pixels/a.png", absolute)
     assert m.path(0).is_file()
     assert m.path(1) == Path(absolute)
@@ -490,14 +491,14 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 def test_two_manifests_are_one_too_many(tmp_path: Path) -> None:
     own(tmp_path)
-    write_manifest(read(tmp_path), tmp_path / "manifest.parquet")
+    write_manifest(read_dataset(tmp_path), tmp_path / "manifest.parquet")
     refuses(tmp_path, "several datasets", "manifest.csv, manifest.parquet")
 
 
 def test_dataset_json_names_and_marks_synthetic(tmp_path: Path) -> None:
     own(tmp_path)
     about = put(tmp_path / "dataset.json", '{"name": "phantoms", "synthetic": true}')
-    m = read(tmp_path)
+    m = read_dataset(tmp_path)
     assert m.name == "phantoms"
     assert m.info["synthetic"] is True
     for bad in ("{", "[]", '{"synthetic": "yes"}', b"\xff"):
@@ -510,10 +511,10 @@ def test_dataset_json_names_and_marks_synthetic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
 def test_written_elsewhere_and_read_back(tmp_path: Path, name: str) -> None:
-    m = read(own(tmp_path / "data"))
+    m = read_dataset(own(tmp_path / "data"))
     out = tmp_path / "lists" / "deep" / name
     write_manifest(m, out)
-    back = read(out)
+    back = read_dataset(out)
     assert back.images == ("../../data/x/a.png", "../../data/b.png", "../../data/c.png")
     assert [back.path(row).resolve() for row in range(3)] == [m.path(row).resolve() for row in range(3)]
     assert (back.groups, back.views, back.studies) == (m.groups, m.views, m.studies)
@@ -523,7 +524,7 @@ def test_written_elsewhere_and_read_back(tmp_path: Path, name: str) -> None:
 
 
 def test_csv_bytes(tmp_path: Path) -> None:
-    write_manifest(read(own(tmp_path)), tmp_path / "out.csv")
+    write_manifest(read_dataset(own(tmp_path)), tmp_path / "out.csv")
     expected = (
         "image,group,view,study,meta:sex,A,B,C c\n"
         "x/a.png,p1,Frontal,s1,F,1,0,\nb.png,p1,,s2,,1,0,1\nc.png,p2,,s3,M,,,0\n"
@@ -532,10 +533,10 @@ def test_csv_bytes(tmp_path: Path) -> None:
 
 
 def test_write_refuses(tmp_path: Path) -> None:
-    m = read(own(tmp_path))
+    m = read_dataset(own(tmp_path))
     for out, part in (
         (tmp_path / "out.xlsx", ".csv or .parquet"),
-        (tmp_path / "c.png" / "out.csv", "cannot be written"),
+        (tmp_path / "c.png" / "out.csv", "cannot write it"),
     ):
         with pytest.raises(InputError, match=part):
             write_manifest(m, out)
@@ -547,9 +548,9 @@ def test_write_refuses(tmp_path: Path) -> None:
 def test_synthetic_goes_along_and_never_into_a_real_data_set(tmp_path: Path) -> None:
     own(tmp_path / "drawn")
     put(tmp_path / "drawn/dataset.json", '{"name": "phantoms", "synthetic": true}')
-    m = read(tmp_path / "drawn")
+    m = read_dataset(tmp_path / "drawn")
     write_manifest(m, tmp_path / "lists/out.csv")
-    assert read(tmp_path / "lists/out.csv").info["synthetic"] is True
+    assert read_dataset(tmp_path / "lists/out.csv").info["synthetic"] is True
     put(tmp_path / "real/dataset.json", '{"name": "real"}')
     with pytest.raises(InputError, match=r"dataset\.json says the data is real"):
         write_manifest(m, tmp_path / "real/out.csv")
@@ -589,7 +590,7 @@ def test_any_manifest_survives_the_file(tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("any")
     m = Manifest(**{**vars(m), "root": folder})
     write_manifest(m, folder / f"any{suffix}")
-    back = read(folder / f"any{suffix}", labels_only=True)
+    back = read_dataset(folder / f"any{suffix}", missing="unchecked")
     for name in ("name", "images", "groups", "views", "classes", "studies", "subgroups"):
         assert getattr(back, name) == getattr(m, name), name
     np.testing.assert_array_equal(back.labels, m.labels)
@@ -601,7 +602,7 @@ def test_parquet_cells_may_be_bool_float_or_null(tmp_path: Path) -> None:
 
     table = {"image": ["a", "b", "c"], "group": [1, 2, 3], "A": [True, False, None], "B": [1.0, float("nan"), 0.0]}
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
-    m = read(tmp_path / "m.parquet", labels_only=True)
+    m = read_dataset(tmp_path / "m.parquet", missing="unchecked")
     assert m.labels.tolist() == [[1, 1], [0, -1], [-1, 0]]
     assert m.groups == ("1", "2", "3")
 
@@ -610,7 +611,7 @@ def test_parquet_cells_may_be_bool_float_or_null(tmp_path: Path) -> None:
 
 
 def test_class_table_and_summary(tmp_path: Path) -> None:
-    m = read(own(tmp_path))
+    m = read_dataset(own(tmp_path))
     rows = class_table(m)
     assert [tuple(row) for row in rows] == [
         ("A", 2, pytest.approx(200 / 3), 1, 1),
@@ -627,7 +628,7 @@ def test_class_table_and_summary(tmp_path: Path) -> None:
 
 def test_labels_cannot_be_changed_in_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
-        read(own(tmp_path)).labels[0, 0] = 0
+        read_dataset(own(tmp_path)).labels[0, 0] = 0
 
 
 @pytest.mark.parametrize(
@@ -644,7 +645,7 @@ def test_labels_cannot_be_changed_in_place(tmp_path: Path) -> None:
     ],
 )
 def test_decade(age: str, said: str) -> None:
-    assert layouts.decade(age) == said
+    assert public_tables.decade(age) == said
 
 
 # -------------------------------------------------------------------------------------------- real data
@@ -653,7 +654,7 @@ def test_decade(age: str, said: str) -> None:
 def test_real_indiana_has_the_published_figures() -> None:
     folder = real("iu")
     start = time.perf_counter()
-    m = read(folder, labels_only=True)
+    m = read_dataset(folder, missing="unchecked")
     assert time.perf_counter() - start < 1
     told, table = summary(m), {row.name: row for row in class_table(m)}
     assert (told["images"], told["studies"], told["groups"]) == (7466, 3851, 3851)
@@ -676,15 +677,15 @@ def test_real_indiana_has_the_published_figures() -> None:
 
 
 def test_real_indiana_label_column_equals_the_headings() -> None:
-    computed = read(real("iu"), labels_only=True)
-    given_ = read(real("iu") / "indiana_reports_labelled.csv", labels_only=True)
+    computed = read_dataset(real("iu"), missing="unchecked")
+    given_ = read_dataset(real("iu") / "indiana_reports_labelled.csv", missing="unchecked")
     assert computed.images == given_.images
     np.testing.assert_array_equal(computed.labels, given_.labels)
 
 
 def test_real_openi_archive_equals_the_kaggle_copy() -> None:
-    kaggle = read(real("iu"), labels_only=True)
-    openi = read(real("iu") / "NLMCXR_reports.tgz", labels_only=True)
+    kaggle = read_dataset(real("iu"), missing="unchecked")
+    openi = read_dataset(real("iu") / "NLMCXR_reports.tgz", missing="unchecked")
     assert len(openi) == 7470
     row_of = {layouts.by_stem(image): row for row, image in enumerate(openi.images)}
     rows = [row_of[layouts.by_stem(image)] for image in kaggle.images]
@@ -700,19 +701,19 @@ def test_real_indiana_with_all_its_files(tmp_path: Path) -> None:
     for image in tables.read_csv(tmp_path / "indiana_projections.csv")["filename"]:
         (tmp_path / "images" / image).touch()
     start = time.perf_counter()
-    m = read(tmp_path)
+    m = read_dataset(tmp_path)
     assert time.perf_counter() - start < 1
     assert len(m) == 7466
     assert m.path(7465).is_file()
     for name in ("manifest.csv", "manifest.parquet"):
         write_manifest(m, tmp_path / name)
-        back = read(tmp_path / name)
+        back = read_dataset(tmp_path / name)
         assert back.images == m.images
         np.testing.assert_array_equal(back.labels, m.labels)
 
 
 def test_real_nih() -> None:
-    m = read(real("nih"))
+    m = read_dataset(real("nih"))
     told = summary(m)
     assert (told["images"], told["studies"], told["groups"], told["classes"]) == (550, 550, 129, 14)
     assert told["views"] == {"PA": 366, "AP": 184}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import InputError
+from ...system.files import write_csv, write_json
 from ..labels import NORMAL, classes_of_headings
+from ..layouts import CARD, PROJECTIONS, REPORTS
 from .anatomy import Field, Map, Patient, frontal, lateral, vessels
 from .findings import drawable, plant, reshape
 
@@ -54,9 +55,6 @@ HEADINGS: tuple[tuple[str, int], ...] = (
     ("Tuberculosis", 1), ("Bronchiolitis", 1),
 )  # fmt: skip
 
-REPORTS = "indiana_reports.csv"
-PROJECTIONS = "indiana_projections.csv"
-CARD = "dataset.json"
 # Present only while a folder is being written, so that a killed run is recognised and may be started again.
 UNFINISHED = "phantom.unfinished"
 REPORT_COLUMNS = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
@@ -252,10 +250,10 @@ def _write(out: Path, reports: Sequence[Row], projections: Sequence[Row], *, siz
         # Level 1: grain hardly compresses, and the default level takes three times as long for 3 % less.
         Image.fromarray(image).save(out / "images" / row["filename"], format="PNG", compress_level=1)
     kept = {row["uid"] for row in projections}
-    _write_csv(out / PROJECTIONS, PROJECTION_COLUMNS, projections)
-    _write_csv(out / REPORTS, REPORT_COLUMNS, [row for row in reports if row["uid"] in kept])
-    card = {"name": "phantom", "synthetic": True, "seed": seed, "about": ABOUT}
-    _replace(out / CARD, json.dumps(card, indent=1) + "\n")
+    written = [row for row in reports if row["uid"] in kept]
+    for name, columns, rows in ((PROJECTIONS, PROJECTION_COLUMNS, projections), (REPORTS, REPORT_COLUMNS, written)):
+        write_csv(out / name, columns, ([row.get(c, "") for c in columns] for row in rows), end="\n")
+    write_json(out / CARD, {"name": "phantom", "synthetic": True, "seed": seed, "about": ABOUT})
     (out / UNFINISHED).unlink()
     return len(projections)
 
@@ -322,16 +320,3 @@ def _read(path: Path, need: Iterable[str], what: str) -> list[Row]:
         if lacking := [name for name in need if name not in (reader.fieldnames or ())]:
             raise InputError(f"{path} has no column {', '.join(lacking)}: it is not {what} of an Indiana copy.")
         return list(reader)
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    with path.with_suffix(".part").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".part"), path)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.with_suffix(".part").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)

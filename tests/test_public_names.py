@@ -1,0 +1,118 @@
+"""The names that `from cxr_fast import ...` gives: complete, typed, free until used, each with an example that runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import json
+import pydoc
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cxr_fast
+
+TORCH = {"Sweep"}  # names whose module loads torch; all others must not
+UNDOCUMENTED = {"Cache"}  # a union of two classes has no docstring
+EXAMPLES = sorted(
+    name
+    for name in cxr_fast.__all__
+    if name not in UNDOCUMENTED and not (name.endswith("Error") or name == "Interrupted")
+)
+
+
+def in_new_process(code: str) -> list[str]:
+    """What a fresh interpreter prints as JSON after `code`, such as the modules it has loaded (LOADED)."""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return list(json.loads(result.stdout.splitlines()[-1]))
+
+
+LOADED = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+
+
+def test_the_list_of_names_is_sorted_and_what_dir_and_help_show() -> None:
+    assert cxr_fast.__all__ == sorted(cxr_fast.__all__)
+    assert set(cxr_fast.__all__) <= set(dir(cxr_fast))
+    text = pydoc.plain(pydoc.render_doc(cxr_fast))
+    for name in cxr_fast.__all__:
+        assert name in text, name
+    # pydoc lists what lies in the folder: the packages, never the modules inside them.
+    assert "predictor\n" not in text.partition("CLASSES")[0]
+
+
+def test_every_name_is_there_and_others_are_refused() -> None:
+    for name in cxr_fast.__all__:
+        value = getattr(cxr_fast, name)
+        assert value is getattr(importlib.import_module(f"cxr_fast.{cxr_fast._MODULE[name]}"), name)
+    with pytest.raises(AttributeError, match="has no attribute 'Predicter'"):
+        cxr_fast.Predicter  # noqa: B018
+    with pytest.raises(ImportError, match="Predicter"):
+        exec("from cxr_fast import Predicter", {})
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(cxr_fast.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.name == alias.asname, "without `as` a type checker does not hand the name on"
+            seen[alias.name] = node.module
+    assert seen == cxr_fast._MODULE
+    assert Path(cxr_fast.__file__).with_name("py.typed").is_file()
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    before = set(in_new_process(LOADED))
+    after = set(in_new_process("import cxr_fast" + LOADED))
+    of_importlib = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external", "warnings"}
+    assert after - before - of_importlib == {"cxr_fast"}
+
+
+def test_only_training_names_load_torch() -> None:
+    free = sorted(set(cxr_fast.__all__) - TORCH)
+    assert "torch" not in in_new_process(f"from cxr_fast import {', '.join(free)}" + LOADED)
+    for name in TORCH:
+        assert "torch" in in_new_process(f"from cxr_fast import {name}" + LOADED)
+
+
+def test_no_public_name_is_also_that_of_a_package() -> None:
+    """Importing cxr_fast.export.graph anywhere sets `cxr_fast.export` to the package, whatever __getattr__ gives."""
+    inside = {path.stem for path in Path(cxr_fast.__file__).parent.iterdir()}
+    assert inside.isdisjoint(cxr_fast.__all__)
+
+
+@pytest.fixture
+def desk(
+    toy_data: Path, toy_cache: Path, toy_run: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A working folder with a dataset, its cache, a run and its model under the names that the examples use."""
+    for folder in ("cache", "exports"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "indiana").symlink_to(toy_data)
+    (tmp_path / "cache" / "indiana.h5").symlink_to(toy_cache)
+    shutil.copytree(toy_run, tmp_path / "exports" / "indiana")
+    shutil.copy(toy_model, tmp_path / "exports" / "indiana" / "model.fp32.onnx")
+    shutil.copy(sorted((toy_data / "images").iterdir())[0], tmp_path / "film.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_name_runs(name: str, desk: Path) -> None:
+    value = getattr(cxr_fast, name)
+    names = {each: getattr(cxr_fast, each) for each in cxr_fast.__all__} | {"Path": Path}
+    text = inspect.getdoc(value) or ""
+    example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    assert example.examples, f"{name} shows no example"
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(example, out=said.append)
+    assert not runner.summarize(verbose=False).failed, "".join(said)
