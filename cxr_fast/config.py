@@ -66,15 +66,6 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         raise SchemaError(f"{cls.__name__} holds a value of the wrong type ({error}).") from error
 
 
-def from_json(cls: type[T], text: str) -> T:
-    """`from_dict` on a JSON object. Raises SchemaError on text that is not JSON."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise SchemaError(f"{cls.__name__}: not JSON ({error}).") from error
-    return from_dict(cls, values)
-
-
 def _coerce(hint: Any, value: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):

@@ -1,34 +1,20 @@
-"""BiomedCLIP's vision tower: load it, cut it in two, name its identity.
-
-Only the tensors under `visual.` are read; the text tower is never built. Weights are read with safetensors or
-`torch.load(weights_only=True)`; nothing else is unpickled.
-"""
+"""BiomedCLIP's vision tower: load it, cut it in two, hash each part. The text tower is never built."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import (
-    BIOMEDCLIP,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    OPENAI_MEAN,
-    OPENAI_STD,
-    digest,
-)
+from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
+from . import weights
+from .weights import short_reason, weights_sha256
 
-CONFIG_NAME = "open_clip_config.json"
-WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 RANDOM_ARCH = "vit_base_patch16_224"
 EMBEDDING_CUT = "embedding"
 
@@ -77,10 +63,11 @@ def load(source: str) -> Backbone:
     naming the files to fetch when the hub cannot be reached.
     """
     if source.startswith("random:"):
-        return _random(source)
-    if Path(source).is_dir():
-        return _local(source, Path(source))
-    return _hub(source)
+        config, visual = _draw(source)
+    else:
+        config, tensors = weights.read(source)
+        visual = assemble(config, tensors)
+    return Backbone(visual=visual, config=config, source=source, image_size=visual.trunk.patch_embed.img_size[0])
 
 
 def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
@@ -104,7 +91,9 @@ def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
                 proj_bias=vision.get("timm_proj_bias", False),
             )
         except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError) as error:
-            raise InputError(f"--weights: timm cannot build {name!r} as a vision tower: {_line(error)}") from error
+            raise InputError(
+                f"--weights: timm cannot build {name!r} as a vision tower: {short_reason(error)}"
+            ) from error
     _require_plain_vit(visual, name)
     if (width := _embedding_width(visual)) != config["embed_dim"]:
         raise InputError(f"--weights: {name!r} without projection gives {width} numbers, not {config['embed_dim']}.")
@@ -170,16 +159,6 @@ def prefix_names(visual: Any, unfreeze_blocks: int) -> list[str]:
     return [name for name in names if name.startswith(before)]
 
 
-def weights_sha256(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
-    """sha256 (hex) over name, dtype, shape and bytes of the named tensors, in sorted order."""
-    hasher = hashlib.sha256()
-    for name in sorted(names):
-        tensor = tensors[name].detach().cpu().contiguous()
-        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        hasher.update(tensor.numpy().data)
-    return hasher.hexdigest()
-
-
 def prefix_sha256(visual: Any, unfreeze_blocks: int) -> str:
     """Identity of the frozen part actually used."""
     return weights_sha256(visual.state_dict(), prefix_names(visual, unfreeze_blocks))
@@ -199,12 +178,8 @@ def identity(visual: Any, unfreeze_blocks: int) -> dict[str, str]:
     }
 
 
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Hash of the architecture part of a backbone's config."""
-    return digest({"embed_dim": config["embed_dim"], "vision_cfg": config["vision_cfg"]})
-
-
-def _random(source: str) -> Backbone:
+def _draw(source: str) -> tuple[dict[str, Any], Any]:
+    """Config and tower of `random:SEED[:timm_arch]`."""
     parts = re.fullmatch(r"random:([0-9]{1,18})(?::(.+))?", source)
     if parts is None:
         raise InputError(f"--weights: {source!r} is not random:SEED or random:SEED:TIMM_ARCH.")
@@ -221,9 +196,8 @@ def _random(source: str) -> Backbone:
         torch.default_generator.manual_seed(int(parts[1]))
         visual = build_visual(config)
         _spread(visual.trunk)
-    size = visual.trunk.patch_embed.img_size[0]
-    vision["image_size"] = size
-    return Backbone(visual=visual, config=config, source=source, image_size=size)
+    vision["image_size"] = visual.trunk.patch_embed.img_size[0]
+    return config, visual
 
 
 def _spread(trunk: Any) -> None:
@@ -234,127 +208,6 @@ def _spread(trunk: Any) -> None:
     for tensor in (trunk.cls_token, trunk.pos_embed):
         if tensor is not None:
             nn.init.normal_(tensor)
-
-
-def _local(source: str, folder: Path) -> Backbone:
-    config_path = folder / CONFIG_NAME
-    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-    if not config_path.is_file() or weights is None:
-        raise InputError(f"--weights: {folder} must hold {CONFIG_NAME} and {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]}.")
-    config = _read_config(config_path)
-    visual = assemble(config, _read_visual(weights))
-    size = visual.trunk.patch_embed.img_size[0]
-    return Backbone(visual=visual, config=config, source=source, image_size=size)
-
-
-def _hub(source: str) -> Backbone:
-    repo = (BIOMEDCLIP if source == "biomedclip" else source).removeprefix("hf-hub:")
-    if repo.count("/") != 1:
-        raise InputError(
-            f"--weights: {source!r} is neither biomedclip, a hub id (owner/name), an existing folder, nor random:SEED."
-        )
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()
-    nor_here = "" if source == "biomedclip" or source.startswith("hf-hub:") else f", and {source} is no folder here"
-    online = _hub_resolves()
-
-    def cached(name: str) -> bool:
-        try:
-            return isinstance(try_to_load_from_cache(repo, name), str)
-        except ValueError:  # not a name a hub could have; fetching it says so
-            return False
-
-    def fetch(name: str) -> Path:
-        try:
-            return Path(hf_hub_download(repo, name, local_files_only=not online or cached(name)))
-        except (EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                raise FileNotFoundError(name) from error
-            raise InputError(
-                f"--weights: cannot fetch {repo} from the Hugging Face hub ({type(error).__name__}){nor_here}.\n"
-                f"Fetch {CONFIG_NAME} and {WEIGHT_NAMES[1]} of {repo} elsewhere, then pass --weights FOLDER."
-            ) from error
-
-    try:
-        config_path = fetch(CONFIG_NAME)
-    except FileNotFoundError as error:
-        raise InputError(f"--weights: {repo} holds no {CONFIG_NAME}; is it an open_clip model?") from error
-    # Files already here come first: without a network, asking for the other name would fail.
-    for name in sorted(WEIGHT_NAMES, key=cached, reverse=True):
-        try:
-            weights = fetch(name)
-        except FileNotFoundError:
-            continue
-        config = _read_config(config_path)
-        visual = assemble(config, _read_visual(weights))
-        return Backbone(visual=visual, config=config, source=source, image_size=visual.trunk.patch_embed.img_size[0])
-    raise InputError(f"--weights: {repo} holds neither {WEIGHT_NAMES[0]} nor {WEIGHT_NAMES[1]}.")
-
-
-def _hub_resolves() -> bool:
-    """Whether the hub's name resolves; without this the client retries for 20 s before it says no."""
-    import os
-    import socket
-    from urllib.parse import urlparse
-
-    from huggingface_hub.constants import ENDPOINT
-
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    try:
-        socket.getaddrinfo(urlparse(ENDPOINT).hostname, None)
-    except OSError:
-        return False
-    return True
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model = raw["model_cfg"]
-        vision, embed_dim = dict(model["vision_cfg"]), int(model["embed_dim"])
-        preprocess = dict(raw.get("preprocess_cfg") or {})
-        mean, std = (
-            tuple(float(value) for value in preprocess.get(name) or openai)
-            for name, openai in (("mean", OPENAI_MEAN), ("std", OPENAI_STD))
-        )
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--weights: {path} is not an open_clip config ({_line(error)}).") from error
-    return {"embed_dim": embed_dim, "vision_cfg": vision, "mean": mean, "std": std}
-
-
-def _read_visual(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors under `visual.`, names without that prefix."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("visual.")}  # noqa: SIM118
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"--weights: cannot read {path}: {_line(error)}") from error
-    except Exception as error:  # the unpickler raises what the bytes make it; its own advice is to allow any code
-        raise InputError(
-            f"--weights: {path} is damaged, not fully downloaded, or holds more than tensors; nothing in it was run.\n"
-            f"Fetch it again, or convert it to {WEIGHT_NAMES[0]}."
-        ) from error
-    if isinstance(tensors, dict) and "state_dict" in tensors:
-        tensors = tensors["state_dict"]
-    visual = {
-        name.removeprefix("visual."): tensor
-        for name, tensor in (tensors.items() if isinstance(tensors, dict) else ())
-        if isinstance(name, str) and name.startswith("visual.") and isinstance(tensor, torch.Tensor)
-    }
-    if not visual:
-        raise InputError(f"--weights: {path} holds no tensor named visual.*; is it an open_clip checkpoint?")
-    return visual
 
 
 def _embedding_width(visual: Any) -> int:
@@ -382,8 +235,3 @@ def _require_plain_vit(visual: Any, name: str) -> None:
     )
     if not plain:
         raise InputError(f"--weights: {name!r} is not a plain ViT (class token or average pooling, GELU, layer norm).")
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

@@ -21,7 +21,7 @@ from ..system import hardware
 
 AMD, ZEN5 = "AuthenticAMD", 26
 # Fewer numbers in the weight, or rows, are left alone: oneDNN gains little there, and a head's step by hand
-# (`heads.HeadFold`) keeps the bits of its twin.
+# (`HeadFold`) keeps the bits of its twin.
 WEIGHTS, ROWS = 2**16, 64
 
 
@@ -36,11 +36,11 @@ class OneDnn(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and not kwargs and suits(*args[:2]):
-            return Linear.apply(*args, *(None,) * (3 - len(args)))
+            return OneDnnLinear.apply(*args, *(None,) * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
 
-class Linear(torch.autograd.Function):
+class OneDnnLinear(torch.autograd.Function):
     """x (..., D), weight (D', D), bias (D',) or None, float32, to (..., D'); `F.linear` within float32's rounding."""
 
     @staticmethod
@@ -79,12 +79,12 @@ def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def float32(device: torch.device) -> AbstractContextManager[Any]:
     """The context in which float32 layers run fastest on this device."""
-    return OneDnn() if device.type == "cpu" and here() else nullcontext()
+    return OneDnn() if device.type == "cpu" and onednn_is_faster() else nullcontext()
 
 
 @cache
-def here(root: Path = Path("/")) -> bool:
-    """Whether this is a CPU on which oneDNN is faster, and this torch has its call."""
+def onednn_is_faster(root: Path = Path("/")) -> bool:
+    """True on AMD Zen 5 and newer with AVX-512, if torch exposes its oneDNN linear."""
     info = hardware.cpu_info(root)
     newer = info.get("vendor_id") == AMD and int(info.get("cpu family", "0")) >= ZEN5
     usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -24,7 +24,7 @@ def part(weights: Weights, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-class Linear(torch.autograd.Function):
+class StackedLinear(torch.autograd.Function):
     """x (K, M, D), weight (K, D', D), bias (K, D') or None, of one dtype, to (K, M, D').
 
     Autograd's own gradient of a transposed matrix lies transposed in memory, and fused AdamW goes by memory alone.
@@ -47,7 +47,7 @@ def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
     """A linear layer of each fold, in its weight's precision: (K, ..., D) to (K, ..., D')."""
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
     flat = x.reshape(len(x), -1, x.shape[-1]).to(weight.dtype)
-    out: torch.Tensor = Linear.apply(flat, weight, None if bias is None else bias.to(weight.dtype))
+    out: torch.Tensor = StackedLinear.apply(flat, weight, None if bias is None else bias.to(weight.dtype))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -184,11 +184,6 @@ def _after_attention(block: Any, x: torch.Tensor, z: torch.Tensor) -> torch.Tens
     return out
 
 
-def block_parameters(width: int, mlp_width: int) -> int:
-    """Parameters of a plain ViT block: qkv, projection, two layer norms, MLP, all with biases."""
-    return 4 * width * width + 4 * width + 4 * width + 2 * width * mlp_width + width + mlp_width
-
-
 def head_parameters(embed_dim: int, classes: int) -> int:
     """Parameters of the MLP head; 404,515 for 512 dimensions and 35 classes."""
     total, width = 0, embed_dim

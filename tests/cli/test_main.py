@@ -506,7 +506,7 @@ CASES: list[tuple[list[object], str]] = [
 def test_a_mistake_is_one_line_and_leaves_nothing(
     pantry: Path, monkeypatch: pytest.MonkeyPatch, command: list[object], match: str
 ) -> None:
-    monkeypatch.setattr("cxr_fast.models.backbone._hub_resolves", lambda: False)
+    monkeypatch.setattr("cxr_fast.models.weights.hub_resolves", lambda: False)
     before = tree(pantry)
     text = refused(cxr(*command))
     assert re.search(match, text, re.DOTALL), text

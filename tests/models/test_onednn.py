@@ -34,7 +34,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(weight.shape))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(onednn, "here", lambda: True)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(onednn, "product", counted)
     return shapes
 
@@ -119,7 +119,7 @@ def test_training_is_that_without(
     ]
     ours = folds[0].run_epoch()
     assert {(576, 192), (768, 192), (192, 768)} <= set(taken)
-    monkeypatch.setattr(onednn, "here", lambda: False)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: False)
     taken.clear()
     theirs = folds[1].run_epoch()
     assert not taken
@@ -138,7 +138,7 @@ def test_a_cached_row_is_torchs_and_does_not_hang_on_its_neighbours(
         alone = np.zeros_like(pixels)
         alone[place] = pixels[place]
         assert np.array_equal(encoder(alone)[place], together[place])
-    monkeypatch.setattr(onednn, "here", lambda: False)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: False)
     np.testing.assert_allclose(encoder(pixels), together, rtol=0, atol=1e-5 * float(np.abs(together).max()))
 
 
@@ -157,7 +157,7 @@ def test_which_cpus(tmp_path: Path, vendor: str | None, family: str | None, flag
         (tmp_path / "proc").mkdir()
         text = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\n\n"
         (tmp_path / "proc" / "cpuinfo").write_text(text)
-    assert onednn.here(tmp_path) is expected
+    assert onednn.onednn_is_faster(tmp_path) is expected
 
 
 def test_a_gpu_keeps_its_own() -> None:

@@ -29,7 +29,7 @@ from cxr_fast.data.images import load
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import calibration
 from cxr_fast.models import backbone
-from cxr_fast.models.tail import Tail, block_parameters, head_parameters
+from cxr_fast.models.tail import Tail, head_parameters
 from cxr_fast.training import dataset, run_record, sweep
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.fold import Epoch, Fold, Snapshot
@@ -584,7 +584,9 @@ def test_the_tables_repeat_run_json(toy_run: Path) -> None:
 def test_what_is_trained_is_counted_and_stored(toy_run: Path, lively_weights: Path) -> None:
     """Two blocks of width 64 and the head; and those, and no others, differ from the tower they came from."""
     run = read_run(toy_run)
-    blocks, head = 2 * block_parameters(64, 192), head_parameters(512, 35)
+    # A plain ViT block: qkv and projection, two layer norms, an MLP of 192, all with biases.
+    block = (4 * 64 * 64 + 4 * 64) + 4 * 64 + (2 * 64 * 192 + 64 + 192)
+    blocks, head = 2 * block, head_parameters(512, 35)
     counts, own = run.info["trainable"], ("trunk.blocks.4.", "trunk.blocks.5.")
     tower, trained = backbone.load(str(lively_weights)).visual.state_dict(), run.visual.state_dict()
     assert {n for n in tower if not torch.equal(tower[n], trained[n])} == {n for n in tower if n.startswith(own)}
