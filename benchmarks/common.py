@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import cxr_fast
+from cxr_fast.bench import measure
 from cxr_fast.system import hardware
 
 HERE = Path(__file__).parent
-spread = hardware.spread
+spread = measure.spread
 
 
 def environment() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def main() -> None:
         "macro AUC alone, rows repeated": lambda: naive(labels, probs, groups, args.resamples, 0),
     }
     found: dict[str, list[float]] = {name: [] for name in arms}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(args.rounds):
             for name, work in arms.items():
                 found[name].append(seconds(work))

@@ -142,7 +142,7 @@ def arms(sources: Sequence[Path], args: argparse.Namespace, cores: Sequence[int]
     clusters: dict[str, list[float]] = {name: [] for name, nodes in ARMS.items() if nodes}
     bare: list[dict[str, float]] = []
     wanted: dict[int, np.ndarray] = {}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(args.rounds):
             for name, nodes in ARMS.items():
                 began = time.perf_counter()

@@ -101,7 +101,7 @@ def measure(run: Path, film: Path, rounds: int) -> dict[str, Any]:
     }
     apart = compare(arms, film)
     samples: dict[str, dict[str, list[float]]] = {name: {s: [] for s in (*STAGES, "whole")} for name in arms}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(rounds):
             for name, (code, model) in arms.items():
                 for stage, value in once(code, model, film)["seconds"].items():

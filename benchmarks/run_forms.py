@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from cxr_fast.bench import measure
 from cxr_fast.inference.predictor import golden_pixels
 from cxr_fast.models import device
 from cxr_fast.system import hardware
@@ -126,17 +127,17 @@ def main() -> None:
         apart = {n: float(np.abs(np.subtract(f["answer"], first[EXPORTED]["answer"])).max()) for n, f in first.items()}
         assert all(value <= AGREE for name, value in apart.items() if name != TANH), apart
         times: dict[str, list[float]] = {name: [] for name in arms}
-        with hardware.other_cpu_share() as noise:
+        with hardware.OtherCpu() as noise:
             for _ in range(args.rounds):
                 for name, arm in arms.items():
                     assert arm.stdin is not None
                     print(EACH, file=arm.stdin, flush=True)
-                    times[name].append(hardware.median(read(arm)))
+                    times[name].append(measure.median(read(arm)))
         for arm in arms.values():
             arm.stdin.close()  # type: ignore[union-attr]
             arm.wait(30)
     common.show(spreads := {name: common.spread(values) for name, values in times.items()}, "s/image")
-    ratios = {name: vars(hardware.ratio_interval(values, times[EXPORTED])) for name, values in times.items()}
+    ratios = {name: vars(measure.ratio_interval(values, times[EXPORTED])) for name, values in times.items()}
     for name, ratio in ratios.items():
         other = {op: n for op, n in first[name]["nodes"].items() if first[EXPORTED]["nodes"].get(op) != n}
         print(f"{name}: {ratio['median']:.3f} [{ratio['low']}, {ratio['high']}] of {EXPORTED}; other nodes: {other}")

@@ -86,7 +86,7 @@ def main() -> None:
         assert np.array_equal(activations.gather(torch.from_numpy(check), zeros), rows[check, 0].astype(np.float32))
         np.array(rows[:, 0, 0, 0])  # every page is warm: it was just written
         found: dict[str, list[float]] = {name: [] for name in arms}
-        with hardware.other_cpu_share() as noise:
+        with hardware.OtherCpu() as noise:
             for _ in range(args.rounds):
                 batches = rng.permutation(args.rows)[: args.rows // BATCH * BATCH].reshape(-1, BATCH)
                 for name, work in arms.items():

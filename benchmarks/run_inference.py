@@ -22,6 +22,7 @@ import common
 import models
 import numpy as np
 
+from cxr_fast.bench import measure
 from cxr_fast.data.images import load
 from cxr_fast.inference.predictor import Predictor, golden_pixels
 from cxr_fast.models import device
@@ -86,15 +87,15 @@ def single(folder: Path, rounds: int) -> dict[str, Any]:
     print(f"largest probability difference to torch: {apart}")
     assert all(apart[name] <= AGREE[name] for name in apart), apart
     medians: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(rounds):
             for arm in arms:
-                medians[arm.name].append(hardware.median(arm.turn(EACH)))
+                medians[arm.name].append(measure.median(arm.turn(EACH)))
     for arm in arms:
         arm.end()
     ratios = {
-        "fp32 of torch": hardware.ratio_interval(medians["fp32"], medians["torch"]),
-        "int8 of fp32": hardware.ratio_interval(medians["int8"], medians["fp32"]),
+        "fp32 of torch": measure.ratio_interval(medians["fp32"], medians["torch"]),
+        "int8 of fp32": measure.ratio_interval(medians["int8"], medians["fp32"]),
     }
     common.show(spreads := {name: common.spread(values) for name, values in medians.items()}, "s/image")
     for name, ratio in ratios.items():
@@ -116,7 +117,7 @@ def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
     predictor.run(pixels)
     rows: dict[str, list[float]] = {"decode": [], "model": [], "bound": [], "folder": [], "share": []}
     latencies = []
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(rounds):
             began = time.process_time()
             for path in paths:
@@ -138,10 +139,10 @@ def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
                 latencies.append(time.perf_counter() - began)
     spreads = {name: common.spread(values) for name, values in rows.items()}
     common.show(spreads, "s/image, and share")
-    verdict = hardware.verdict(latencies, TARGETS["p90 ms"] / 1000, 90)
+    verdict = measure.verdict(latencies, TARGETS["p90 ms"] / 1000, 90)
     bound = "-" if verdict.bound is None else f"{1000 * verdict.bound:.1f} ms"
     print(
-        f"file to probabilities, n {verdict.n}: p50 {1000 * hardware.percentile(latencies, 50):.1f} ms, p90 "
+        f"file to probabilities, n {verdict.n}: p50 {1000 * measure.percentile(latencies, 50):.1f} ms, p90 "
         f"{1000 * verdict.estimate:.1f} ms, 99 % bound {bound}: {verdict.result}"
     )
     if noise.noisy:
@@ -149,7 +150,7 @@ def whole(folder: Path, paths: list[str], rounds: int) -> dict[str, Any]:
     return {
         "films": len(paths),
         "folder": spreads | {"target_share": TARGETS["folder of its bound"]},
-        "file_to_probabilities": vars(verdict) | {"p50": hardware.percentile(latencies, 50)},
+        "file_to_probabilities": vars(verdict) | {"p50": measure.percentile(latencies, 50)},
         "threads": predictor.threads,
         "noise": {"share": noise.share, "noisy": noise.noisy},
     }

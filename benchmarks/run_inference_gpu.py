@@ -19,10 +19,10 @@ import common
 import models
 import numpy as np
 
+from cxr_fast.bench import measure
 from cxr_fast.inference import runtime
 from cxr_fast.inference.predictor import Predictor, golden_pixels
 from cxr_fast.inference.runtime import onnxruntime
-from cxr_fast.system import hardware
 
 BATCHES = (32, 64, 128, 256)
 AGREE = 0.02
@@ -71,7 +71,7 @@ def single(path: Path, rounds: int, slow: Callable[[np.ndarray], np.ndarray]) ->
         for _ in range(5):  # a graph is captured on the way
             apart = float(np.abs(call() - want).max())
         assert apart <= AGREE, f"{name} differs from torch by {apart:.1e}"
-    seconds = hardware.interleave(arms, rounds * 25, 10)
+    seconds = measure.interleave(arms, rounds * 25, 10)
     common.show(spreads := {name: common.spread(values) for name, values in seconds.items()}, "s/image")
     return {"seconds": spreads}
 
@@ -82,8 +82,8 @@ def batches(path: Path, rounds: int, peak: float) -> dict[str, Any]:
     rows = {}
     for batch in BATCHES:
         pixels = np.repeat(golden_pixels(224), batch, axis=0)
-        seconds = hardware.measure(lambda pixels=pixels: predictor.run(pixels), warmup=5, repeats=max(10, rounds))  # type: ignore[misc]
-        rate = batch / hardware.median(seconds)
+        seconds = measure.measure(lambda pixels=pixels: predictor.run(pixels), warmup=5, repeats=max(10, rounds))  # type: ignore[misc]
+        rate = batch / measure.median(seconds)
         share = rate * GFLOP_AN_IMAGE / 1000 / peak
         rows[str(batch)] = {"images_per_second": rate, "share_of_peak": share, "seconds": common.spread(seconds)}
         print(f"batch {batch}: {rate:,.0f} images/s, {share:.0%} of {peak:g} TFLOP/s")

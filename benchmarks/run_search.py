@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folds = make(visual, activations, labels, args, rows)
     stack = Stack(folds, compile=args.compile)
     capture = captured(stack)
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         epochs = [epoch(stack) for _ in range(args.epochs)]
         began = time.perf_counter()
         for fold in folds:

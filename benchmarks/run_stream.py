@@ -162,7 +162,7 @@ def bandwidth(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     check(array, {"stream": streamed.ahead, "map": mapped.ahead, "row by row": before})
     size = args.images * array[0, 0].nbytes
     found: dict[str, list[float]] = {}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for number in range(args.rounds):
             block, full = (order(args.images, kind, number) for kind in ("block", "full"))
             arms: dict[str, Callable[[], int]] = {
@@ -199,7 +199,7 @@ def readers(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     path = scratch / "rows"
     array = make(path, args.images)
     found: dict[str, list[float]] = {}
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for number in range(args.rounds):
             batches = {kind: order(args.images, kind, number) for kind in ("block", "full")}
             for count, kind, advised in (
@@ -300,7 +300,7 @@ def main() -> None:
     args.images = args.images or (10000 if args.part == "shuffle" else 8000)
     if args.part == "shuffle":
         torch.set_num_threads(1)
-        with hardware.other_cpu_share() as noise:
+        with hardware.OtherCpu() as noise:
             result = shuffles(args.seeds, args.images, args.epochs)
         common.save("stream-shuffle", result | {"noise": said(noise)}, args.json)
         return

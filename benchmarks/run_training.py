@@ -77,7 +77,7 @@ def heads(args: argparse.Namespace) -> dict[str, Any]:
 
     data: Any = Data(file=None, header=Header, rows=np.arange(n), labels=Header.labels, assignment=assignment)  # type: ignore[arg-type]
     seconds = []
-    with hardware.other_cpu_share() as noise:
+    with hardware.OtherCpu() as noise:
         for _ in range(args.search_rounds):
             search = Search(tower, Activations(array, CPU), data, spec, unfreeze_blocks=0)
             with tempfile.TemporaryDirectory() as scratch, Journal(Path(scratch) / "run", {}) as journal:
