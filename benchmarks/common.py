@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import cxr_fast
+from cxr_fast.bench import measure as timing
 from cxr_fast.system import hardware
 
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS = HERE.parent, HERE / "results"
-spread = hardware.spread
+spread = timing.spread
 # Any `cxrfast` command, with its largest resident size as the last line. Both homes of `main` are tried, so that an
 # older checkout runs too. VmHWM, because getrusage's figure outlives exec and would show the parent's.
 COMMAND = """
@@ -104,7 +105,7 @@ def save(result: dict[str, Any], out: Path | None) -> None:
 def turns(arms: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The figures that each arm returns, in interleaved rounds; and what other processes took of the machine."""
     samples: dict[str, list[Any]] = {name: [] for name in arms}
-    with hardware.other_cpu_share() as others:
+    with hardware.OtherCpu() as others:
         for _ in range(rounds):
             for name, arm in arms.items():
                 samples[name].append(arm())

@@ -34,11 +34,11 @@ from run_search import flops
 from cxr_fast.activations import encoder as encode
 from cxr_fast.activations import file
 from cxr_fast.bench import caching
+from cxr_fast.bench import measure as timing
 from cxr_fast.config import CacheSpec, PreprocessSpec, TrainSpec
 from cxr_fast.data.images import load
 from cxr_fast.data.phantom.dataset import draw
 from cxr_fast.models import backbone, device
-from cxr_fast.system import hardware
 
 FEW, MANY = 4, 8
 # (nodes, 0 without Ray) of each arm; runs as (films: 0 the fewer, 1 the more; shards).
@@ -156,7 +156,7 @@ def summary(found: dict[str, list[list[float]]], films: Sequence[int]) -> dict[s
 
 def repeated(work: Callable[[], object], count: int, repeats: int) -> dict[str, float | int]:
     """Seconds of each of the `count` images that a call of `work` takes."""
-    return common.spread([seconds / count for seconds in hardware.measure(work, warmup=1, repeats=repeats)])
+    return common.spread([seconds / count for seconds in timing.measure(work, warmup=1, repeats=repeats)])
 
 
 def decode_seconds(folder: Path, spec: PreprocessSpec, repeats: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from typing import Any
 import common
 import models
 
+from cxr_fast.bench import measure as timing
 from cxr_fast.data.phantom.dataset import write_dataset
-from cxr_fast.system import hardware
 
 SIDES = ("old", "new")
 TOY = "random:0:test_vit"
@@ -88,7 +88,7 @@ def processes(folder: Path, weights: str) -> dict[str, Callable[[Path], dict[str
         # A tenth of a second each, so the median of five makes a turn.
         shown = [common.cxrfast("--help", root=root)[0] for _ in range(5)]
         imported = [common.seconds(common.python, "import cxr_fast.predict", root=root) for _ in range(5)]
-        return {"--help": hardware.median(shown), "import cxr_fast.predict": hardware.median(imported)}
+        return {"--help": timing.median(shown), "import cxr_fast.predict": timing.median(imported)}
 
     def compare(root: Path) -> dict[str, float]:
         both = [folder / f"run/model.{form}.onnx" for form in ("fp32", "int8")]

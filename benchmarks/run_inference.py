@@ -20,6 +20,7 @@ import common
 import models
 import numpy as np
 
+from cxr_fast.bench import measure as timing
 from cxr_fast.bench.worker import Worker, working
 from cxr_fast.data.images import load
 from cxr_fast.inference.predictor import Predictor, golden_pixels
@@ -34,7 +35,7 @@ def single(run: Path, rounds: int) -> dict[str, Any]:
     """Seconds of one image in turns: torch eager float32, ONNX Runtime float32 and int8."""
 
     def turn(worker: Worker) -> float:
-        return hardware.median([worker.call("time", 0, 1) for _ in range(EACH)])
+        return timing.median([worker.call("time", 0, 1) for _ in range(EACH)])
 
     with contextlib.ExitStack() as stack:
         workers = {form: stack.enter_context(working(models.arm(run, form))) for form in ("torch", "fp32", "int8")}
@@ -47,7 +48,7 @@ def single(run: Path, rounds: int) -> dict[str, Any]:
         medians, noise = common.turns({form: partial(turn, worker) for form, worker in workers.items()}, rounds)
     spreads, ratios = common.spreads(medians, "s/image"), {}
     for name in ("fp32 of torch", "int8 of fp32"):
-        ratio = hardware.ratio_interval(*(medians[form] for form in name.split(" of ")))
+        ratio = timing.ratio_interval(*(medians[form] for form in name.split(" of ")))
         ratios[name] = vars(ratio) | {"target": TARGETS[name]}
         print(f"{name}: {ratio.median:.3f} [{ratio.low}, {ratio.high}], target at most {TARGETS[name]}")
     return {
@@ -73,7 +74,7 @@ def whole(run: Path, paths: list[str], rounds: int) -> dict[str, Any]:
             load(path, predictor.spec)
         decode = (time.process_time() - began) / len(paths)
         # Wall time on all cores, and not CPU time, which counts the spinning of ONNX Runtime's threads.
-        model = hardware.median([common.seconds(predictor.run, pixels) for _ in range(3)]) / len(pixels)
+        model = timing.median([common.seconds(predictor.run, pixels) for _ in range(3)]) / len(pixels)
         bound = decode / hardware.cpu_count() + model
         began = time.perf_counter()
         assert all(result.ok for result in predictor.stream(paths))
@@ -83,7 +84,7 @@ def whole(run: Path, paths: list[str], rounds: int) -> dict[str, Any]:
 
     samples, noise = common.turns({"folder": one_round}, rounds)
     spreads = common.spreads(common.by_key(samples["folder"]), "s/image, and share")
-    verdict, middle = hardware.verdict(latencies, TARGETS["p90 ms"] / 1000, 90), hardware.percentile(latencies, 50)
+    verdict, middle = timing.verdict(latencies, TARGETS["p90 ms"] / 1000, 90), timing.percentile(latencies, 50)
     print(
         f"file to probabilities, n {verdict.n}: p50 {1000 * middle:.1f} ms, p90 {1000 * verdict.estimate:.1f} ms, "
         f"99 % bound {'-' if verdict.bound is None else f'{1000 * verdict.bound:.1f} ms'}: {verdict.result}"

@@ -18,11 +18,11 @@ import common
 import models
 import numpy as np
 
+from cxr_fast.bench import measure as timing
 from cxr_fast.bench.worker import working
 from cxr_fast.inference import runtime
 from cxr_fast.inference.predictor import Predictor, golden_pixels
 from cxr_fast.inference.runtime import onnxruntime
-from cxr_fast.system import hardware
 
 BATCHES = (32, 64, 128, 256)
 AGREE = 0.02
@@ -66,7 +66,7 @@ def single(path: Path, predictor: Predictor, rounds: int) -> dict[str, Any]:
         for _ in range(5):  # a graph is captured on the way
             apart = float(np.abs(call() - want).max())
         assert apart <= AGREE, f"{name} differs from torch by {apart:.1e}"
-    return {"seconds": common.spreads(hardware.interleave(arms, rounds * 25, 10), "s/image")}
+    return {"seconds": common.spreads(timing.interleave(arms, rounds * 25, 10), "s/image")}
 
 
 def batches(predictor: Predictor, rounds: int, peak: float) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def batches(predictor: Predictor, rounds: int, peak: float) -> dict[str, Any]:
     rows = {}
     for batch in BATCHES:
         work = partial(predictor.run, np.repeat(golden_pixels(224), batch, axis=0))
-        seconds = hardware.measure(work, warmup=5, repeats=max(10, rounds))
-        rate = batch / hardware.median(seconds)
+        seconds = timing.measure(work, warmup=5, repeats=max(10, rounds))
+        rate = batch / timing.median(seconds)
         share = rate * GFLOP_AN_IMAGE / 1000 / peak
         rows[str(batch)] = {"images_per_second": rate, "share_of_peak": share, "seconds": common.spread(seconds)}
         print(f"batch {batch}: {rate:,.0f} images/s, {share:.0%} of {peak:g} TFLOP/s")

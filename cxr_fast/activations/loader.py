@@ -9,12 +9,12 @@ import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import InputError
+from ..system import hardware
 from .rows import Rows
 from .stream import Stream
 
@@ -49,7 +49,7 @@ class Activations:
         if self.residency == "device":
             self.resident = _upload(array, device)
         elif self.residency == "stream":
-            self.stream = _stream(array, device, window or int(min(WINDOW, WINDOW_SHARE * host_free())))
+            self.stream = _stream(array, device, window or int(min(WINDOW, WINDOW_SHARE * hardware.memory_available())))
 
     @property
     def where(self) -> str:
@@ -139,17 +139,7 @@ def choose(size: int, device: torch.device, mapped: bool) -> str:
     """
     if device.type == "cuda" and size < SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    return "host" if not mapped or size < SHARE * host_free() else "stream"
-
-
-def host_free(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes of host memory that a page cache may fill; infinity where the system does not say."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return float("inf")
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return float(found[0]) if found else float("inf")
+    return "host" if not mapped or size < SHARE * hardware.memory_available() else "stream"
 
 
 def _upload(array: np.ndarray | Rows, device: torch.device, *, chunk: int = 256) -> torch.Tensor:

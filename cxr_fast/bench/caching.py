@@ -28,6 +28,7 @@ from ..system.text import duration, table
 from . import results
 from .baseline import Films, loader
 from .latency import RATIOS, describe_noise, films, ratio_text
+from .measure import median, ratio_interval
 
 # Images of the main job: Indiana, each with as many views as were measured.
 INDIANA = 7466
@@ -180,7 +181,7 @@ def measure(
     On a CPU the parts share the cores, so the bound of the whole is their CPU seconds over the cores; on a GPU it is
     the slower part. The files are warm: what a cold disk costs is not in it.
     """
-    before, difference, n = results.gpus(), parts.compare(), len(parts.paths)
+    before, difference, n = hardware.gpu_states(), parts.compare(), len(parts.paths)
     samples: dict[str, list[float]] = {name: [] for name in (*PARTS, "bound")}
     with results.Watch() as watch:
         for done in range(rounds):
@@ -193,8 +194,8 @@ def measure(
             if on_round is not None:
                 on_round(done + 1)
     ratios = {
-        "bound over whole": hardware.ratio_interval(samples["bound"], samples["whole"]),
-        "plain over whole": hardware.ratio_interval(samples["plain"], samples["whole"]),
+        "bound over whole": ratio_interval(samples["bound"], samples["whole"]),
+        "plain over whole": ratio_interval(samples["plain"], samples["whole"]),
     }
     return {
         **results.turns(results.CACHE, samples, watch, before),
@@ -206,7 +207,7 @@ def measure(
         "bound_is": "CPU seconds of the parts / cores" if parts.device.type == "cpu" else "slower part",
         "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
         **difference,
-        "extrapolated": {"whole": cache_seconds(hardware.median(samples["whole"]))},
+        "extrapolated": {"whole": cache_seconds(median(samples["whole"]))},
     }
 
 

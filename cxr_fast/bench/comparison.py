@@ -19,7 +19,7 @@ from ..errors import ImageError, InputError, ParityError
 from ..metrics import drift
 from ..system import hardware
 from ..system.text import number, table
-from . import results
+from . import measure, results
 from .latency import RATIOS, describe_noise, films, ratio_text
 from .worker import About, Arm, Worker, working
 
@@ -46,7 +46,7 @@ def compare(
     labels give AUCs. Raises InputError for models of other classes, ParityError, before anything is timed, where two
     float32 roads of the same weights differ.
     """
-    say, before = on_progress or (lambda text, done, total: None), results.gpus()
+    say, before = on_progress or (lambda text, done, total: None), hardware.gpu_states()
     with (
         results.Watch() as watch,  # closed last: a worker counts as our own once it was waited for
         working(one) as a,
@@ -71,7 +71,7 @@ def compare(
         "images": {"answered": len(labels), "left_out": left_out, "source": _source(images, manifest)},
         "batch_size": batch_size,
         "rounds": rounds,
-        "ratio": asdict(hardware.ratio_interval(samples["b"], samples["a"])),
+        "ratio": asdict(measure.ratio_interval(samples["b"], samples["a"])),
         "difference": far,
     }
 

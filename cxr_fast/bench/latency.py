@@ -17,7 +17,7 @@ from ..data.paths import expand
 from ..inference.predictor import Predictor
 from ..system import hardware
 from ..system.text import table
-from . import results
+from . import measure, results
 
 STAGES = ("read", "decode", "resize", "model", "post")
 WHOLE, MODEL_ONLY = "file to probabilities", "model only"
@@ -41,7 +41,7 @@ def latency(
     Images are cycled. Without `images` phantoms are drawn at acquisition size. The verdict holds the one-sided 99 %
     bound of the percentile against the budget: MLPerf-style early stopping, not MLPerf.
     """
-    before, began = results.gpus(), time.perf_counter()
+    before, began = hardware.gpu_states(), time.perf_counter()
     predictor = Predictor(model, device=device, threads=threads)
     load = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,13 +66,13 @@ def latency(
         "verdict": {**results.verdict(samples[WHOLE], limit), "slowest_stage": slowest(samples)},
         "noise": watch.noise(),
         "quiet": _quiet(samples[WHOLE], watch),
-        "gpus": {"before": before, "after": results.gpus()},
+        "gpus": {"before": before, "after": hardware.gpu_states()},
     }
 
 
 def slowest(samples: dict[str, list[float]]) -> str:
     """The stage with the largest median: what to attack first."""
-    return max(STAGES, key=lambda stage: hardware.percentile(samples[stage], 50))
+    return max(STAGES, key=lambda stage: measure.percentile(samples[stage], 50))
 
 
 def _quiet(values: list[float], watch: results.Watch) -> dict[str, Any] | None:
@@ -125,7 +125,7 @@ def _timed(fn: Callable[[], Any]) -> tuple[float, Any]:
 
 def describe_latency(result: dict[str, Any]) -> str:
     """The result as a table a person reads; beside each percentile the bound that it keeps with 99 % confidence."""
-    shown = [q for q in hardware.PERCENTILES if str(q) in result["summary"][WHOLE]["percentiles"]]
+    shown = [q for q in measure.PERCENTILES if str(q) in result["summary"][WHOLE]["percentiles"]]
     columns = [name for q in shown for name in (f"p{q}", "99 % bound")]
     rows = [[f"  {name}" if name in STAGES else name, *_cells(result["summary"][name], shown)]
             for name in (WHOLE, MODEL_ONLY, *STAGES)]  # fmt: skip
@@ -139,7 +139,7 @@ def describe_latency(result: dict[str, Any]) -> str:
         *describe_setup(result),
         f"cold start: load {1000 * cold['load']:.0f} ms, first run {1000 * cold['first_run']:.0f} ms",
     ]
-    if missing := [f"p{q}" for q in hardware.PERCENTILES if q not in shown]:
+    if missing := [f"p{q}" for q in measure.PERCENTILES if q not in shown]:
         lines.append(f"not shown, n is too small: {', '.join(missing)}")
     lines += describe_noise(result)
     if quiet := result["quiet"]:

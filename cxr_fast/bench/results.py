@@ -6,7 +6,6 @@ import datetime
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from ..errors import InputError, SchemaError
 from ..inference.predictor import Predictor
 from ..system import hardware
 from ..system.files import file_sha256
+from . import measure
 
 LATENCY, THROUGHPUT = "cxr-fast latency", "cxr-fast throughput"
 COMPARISON, CACHE, TRAINING = "cxr-fast comparison", "cxr-fast cache benchmark", "cxr-fast training benchmark"
@@ -36,10 +36,6 @@ UNSTEADY = 0.10
 DISTRIBUTIONS = (
     *("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "pydicom", "pylibjpeg"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas"),
-)
-GPU_FIELDS = (
-    *("index", "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem"),
-    *("clocks.max.mem", "temperature.gpu", "power.draw", "persistence_mode"),
 )
 PACKAGE = Path(__file__).parents[1]
 
@@ -116,29 +112,6 @@ class Watch:
         }
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Driver, memory (MiB), clocks (MHz), temperature and power of each GPU now, as nvidia-smi tells them."""
-    tool = shutil.which("nvidia-smi")
-    if not tool:
-        return []
-    command = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if done.returncode == 0]
-    return [dict(zip(GPU_FIELDS, map(_cell, row), strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
-
-
-def _cell(text: str) -> str | float | None:
-    if text.startswith("["):  # [N/A], [Not Supported]
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def commit(package: Path = PACKAGE) -> dict[str, Any] | None:
     """Revision of the checkout the package runs from, and whether the package differs from it; None without one."""
     # A virtual environment inside somebody's checkout is not that checkout: the file itself must be tracked.
@@ -204,11 +177,11 @@ def about(predictor: Predictor, device: str) -> dict[str, Any]:
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Percentiles that n supports, each with its one-sided 99 % bound, and the medians of three windows."""
-    held = hardware.supported(len(values))
+    held = measure.supported(len(values))
     return {
         "n": len(values),
-        "percentiles": {str(q): hardware.percentile(values, q) for q in hardware.PERCENTILES if q == 50 or q in held},
-        "bounds": {str(q): hardware.bound(values, q) for q in hardware.PERCENTILES if q in held},
+        "percentiles": {str(q): measure.percentile(values, q) for q in measure.PERCENTILES if q == 50 or q in held},
+        "bounds": {str(q): measure.bound(values, q) for q in measure.PERCENTILES if q in held},
         "window_medians": window_medians(values),
     }
 
@@ -218,16 +191,16 @@ def turns(kind: str, samples: dict[str, list[float]], watch: Watch, before: list
     return {
         **head(kind),
         "samples": samples,
-        SPREADS[kind]: {name: hardware.spread(values) for name, values in samples.items()},
+        SPREADS[kind]: {name: measure.spread(values) for name, values in samples.items()},
         "window_medians": {name: window_medians(values) for name, values in samples.items()},
         "noise": watch.noise(),
-        "gpus": {"before": before, "after": gpus()},
+        "gpus": {"before": before, "after": hardware.gpu_states()},
     }
 
 
 def window_medians(values: Sequence[float]) -> list[float]:
     """The median of each window."""
-    return [hardware.percentile(part, 50) for part in windows(values)]
+    return [measure.percentile(part, 50) for part in windows(values)]
 
 
 def windows(values: Sequence[float]) -> list[Sequence[float]]:
@@ -240,7 +213,7 @@ def windows(values: Sequence[float]) -> list[Sequence[float]]:
 
 def spread(values: Sequence[float]) -> float:
     """Largest less smallest, as a share of the median."""
-    return (max(values) - min(values)) / hardware.median(values)
+    return (max(values) - min(values)) / measure.median(values)
 
 
 def budget(seconds: float, percentile: int) -> dict[str, Any]:
@@ -250,7 +223,7 @@ def budget(seconds: float, percentile: int) -> dict[str, Any]:
 
 def verdict(values: Sequence[float], limit: dict[str, Any]) -> dict[str, Any]:
     """The verdict of `timing.verdict`, JSON-ready."""
-    return asdict(hardware.verdict(values, limit["seconds"], limit["percentile"]))
+    return asdict(measure.verdict(values, limit["seconds"], limit["percentile"]))
 
 
 def writable(out: Path | None, flag: str, suffix: str = "") -> None:
@@ -393,7 +366,7 @@ def _check_turns(result: dict[str, Any], name: str) -> None:
     told = result.get(SPREADS[result["kind"]])
     for arm, values in result["samples"].items():
         seconds = _seconds(values, name)
-        sound = isinstance(told, dict) and told.get(arm) == hardware.spread(seconds)
+        sound = isinstance(told, dict) and told.get(arm) == measure.spread(seconds)
         if not sound or result["window_medians"].get(arm) != window_medians(seconds):
             raise InputError(f"{name}: damaged, the figures of {arm} are not those of its samples.")
 
@@ -411,7 +384,7 @@ def _check_point(point: Any, name: str) -> None:
         rates = point[arm].get("rates")
         if not isinstance(rates, list) or len(rates) != WINDOWS or min(_seconds(rates, name)) <= 0:
             raise InputError(f"{name}: damaged, batch {point['batch']} {arm} has no {WINDOWS} rates.")
-        if point[arm].get("rate") != hardware.median(rates):
+        if point[arm].get("rate") != measure.median(rates):
             raise InputError(f"{name}: damaged, batch {point['batch']} {arm} is not the median of its rates.")
 
 

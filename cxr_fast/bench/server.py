@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..inference.predictor import Predictor
-from ..system import hardware
 from ..system.text import table
-from . import results
+from . import measure, results
 from .latency import WHOLE, unsteady, verdict_line
 
 PERCENTILE = {"single-stream": 90, "server": 99}  # MLPerf's own
@@ -137,7 +136,7 @@ class Simulated:
     def passing(self, rate: float) -> float:
         """Share of runs of n requests that end in PASS."""
         late = queue(self.service, self.gaps / rate)[:, -self.n :] > self.limit["seconds"]
-        return float((late.sum(axis=1) <= hardware.spare(self.n, self.limit["percentile"])).mean())
+        return float((late.sum(axis=1) <= measure.spare(self.n, self.limit["percentile"])).mean())
 
     def holds(self, rate: float) -> bool:
         """Whether the percentile keeps the budget in one run as long as all of them."""
@@ -169,7 +168,7 @@ def server(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say
     """
     began = now()
     service = _service(worker, SERVICE * seconds, say)
-    capacity, least = len(service) / sum(service), hardware.least(limit["percentile"])
+    capacity, least = len(service) / sum(service), measure.least(limit["percentile"])
     out: dict[str, Any] = {"service": service, "capacity": capacity, "budget": limit, "trials": [], "rate": None}
     alone = results.verdict(service, limit)
     if alone["result"] == "FAIL":
@@ -216,7 +215,7 @@ def _trial(worker: Worker, rate: float, n: int, limit: dict[str, Any], seed: Seq
         if not counted or counted[-1] <= limit["seconds"]:
             return False
         rest = [0.0] * (n - len(counted))
-        return hardware.verdict(counted + rest, limit["seconds"], limit["percentile"]).result == "FAIL"
+        return measure.verdict(counted + rest, limit["seconds"], limit["percentile"]).result == "FAIL"
 
     samples = serve(worker, arrivals(rate, fill + n, seed), lost)[fill:]
     return {
@@ -232,7 +231,7 @@ def _trial(worker: Worker, rate: float, n: int, limit: dict[str, Any], seed: Seq
 def needed_seconds(result: dict[str, Any]) -> int:
     """About how long it takes to settle: service times, and two runs at the rate to be tried or at half of capacity."""
     rate = result["trials"][-1]["rate"] if result["trials"] else result["capacity"] / 2
-    return round(2 * cost(rate, hardware.least(result["budget"]["percentile"])) / (1 - SERVICE)) + 1
+    return round(2 * cost(rate, measure.least(result["budget"]["percentile"])) / (1 - SERVICE)) + 1
 
 
 # The text.

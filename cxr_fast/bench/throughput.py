@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ..errors import ImageError, InputError
 from ..inference.predictor import Predictor, Result
 from ..system import hardware
 from ..system.text import table
+from . import measure
 from . import results as record
 from .latency import MODEL_ONLY, describe_noise, describe_setup, films, unsteady
 from .server import (
@@ -59,7 +59,7 @@ def throughput(
     arrivals whose percentile keeps the budget. Each point of `offline` has at least one call in each of three
     windows, so that a slow model takes longer than asked. Raises ImageError for an image that cannot be read.
     """
-    before = record.gpus()
+    before = hardware.gpu_states()
     predictor = Predictor(model, device=device, threads=threads)
     with tempfile.TemporaryDirectory() as scratch, record.Watch() as watch:
         paths = expand([str(images)]) if images is not None else films(Path(scratch))
@@ -81,7 +81,7 @@ def throughput(
         "images": {"given": images is not None, "files": len(paths)},
         **found,
         "noise": watch.noise(),
-        "gpus": {"before": before, "after": record.gpus()},
+        "gpus": {"before": before, "after": hardware.gpu_states()},
     }
 
 
@@ -123,7 +123,7 @@ def offline(
         point["noisy_windows"] += noisy
     for point in points:
         for arm in (MODEL_ONLY, FROM_FILES):
-            point[arm]["rate"] = hardware.median(point[arm]["rates"])
+            point[arm]["rate"] = measure.median(point[arm]["rates"])
             point[arm]["spread"] = record.spread(point[arm]["rates"])
     best = max(points, key=lambda point: point[FROM_FILES]["rate"])
     return {
@@ -145,7 +145,7 @@ def _warm(
     """Each batch size once, the smallest first, with the memory it took; and the one that did not run, with why."""
     points: list[dict[str, Any]] = []
     for batch in batches:
-        own = reset_peak()
+        own = hardware.reset_peak()
         try:
             _from_files(predictor, paths, batch, 0, workers, {})
         except InputError as error:  # ImageError is no InputError: a broken file is not a batch too large
@@ -154,7 +154,7 @@ def _warm(
             return points, {"batch": batch, "why": str(error)}
         arms = {arm: {"rates": [], "images": 0} for arm in (MODEL_ONLY, FROM_FILES)}
         arms[FROM_FILES]["waited"] = {}
-        memory = {"peak_rss": peak_rss(), "peak_rss_own": own, "gpu_mib": _gpu_mib(predictor, before)}
+        memory = {"peak_rss": hardware.peak_rss(), "peak_rss_own": own, "gpu_mib": _gpu_mib(predictor, before)}
         points.append({"batch": batch, **memory, "noisy_windows": 0, **arms})
     return points, None
 
@@ -194,34 +194,13 @@ def _require(results: Sequence[Result]) -> int:
     return len(results)
 
 
-# Memory.
-
-
-def reset_peak(proc: Path = Path("/proc/self")) -> bool:
-    """Begin a new peak of resident memory; False where the system cannot, and the peak is that of the process."""
-    try:
-        (proc / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss(proc: Path = Path("/proc/self")) -> int | None:
-    """Bytes of the largest resident memory since `reset_peak`; None where it is not known."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^VmHWM:\s*(\d+) kB", (proc / "status").read_text(), re.MULTILINE):
-            return int(found[1]) * 1024
-    return None
-
-
 def _gpu_mib(predictor: Predictor, before: Sequence[dict[str, Any]]) -> float | None:
     """Memory taken on the fullest card since before the model was loaded. ONNX Runtime keeps what it once took."""
     if predictor.provider == "CPUExecutionProvider":
         return None
     then = {gpu["index"]: gpu["memory.used"] for gpu in before}
-    taken = [
-        gpu["memory.used"] - (then.get(gpu["index"]) or 0) for gpu in record.gpus() if gpu["memory.used"] is not None
-    ]
+    now_used = {gpu["index"]: gpu["memory.used"] for gpu in hardware.gpu_states()}
+    taken = [used - (then.get(index) or 0) for index, used in now_used.items() if used is not None]
     return max(taken, default=None)
 
 

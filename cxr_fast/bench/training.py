@@ -29,6 +29,7 @@ from . import results
 from .baseline import Films, Model, Trainer, loader
 from .caching import pixels_apart, readable
 from .latency import RATIOS, describe_noise, ratio_text
+from .measure import median, ratio_interval
 
 CLASSES, BATCH = 35, 16
 # Four folds train while one validates: a sample's share of an epoch holds a quarter of a validation pass.
@@ -249,7 +250,7 @@ def _apart(found: torch.Tensor, want: torch.Tensor) -> float:
 
 def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Seconds a sample of each arm in interleaved rounds, after a check that they train alike; JSON-ready."""
-    before, difference = results.gpus(), arms.compare()
+    before, difference = hardware.gpu_states(), arms.compare()
     work: dict[str, Callable[[], float]] = {PLAIN: arms.whole, DECODED: arms.decoded}
     work |= {name: lambda name=name: arms.cached(name) for name in arms.folds}  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in work}
@@ -264,8 +265,8 @@ def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None =
                 on_round(done + 1)
     best = next(iter(arms.folds))
     ratios = {
-        "whole": hardware.ratio_interval(samples[PLAIN], samples[best]),
-        "float32": hardware.ratio_interval(samples[DECODED], samples["cached, float32"]),
+        "whole": ratio_interval(samples[PLAIN], samples[best]),
+        "float32": ratio_interval(samples[DECODED], samples["cached, float32"]),
     }
     return {
         **results.turns(results.TRAINING, samples, watch, before),
@@ -277,7 +278,7 @@ def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None =
         "fastest": best,
         "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
         **difference,
-        "extrapolated": {name: search_seconds(hardware.median(values)) for name, values in samples.items()},
+        "extrapolated": {name: search_seconds(median(values)) for name, values in samples.items()},
     }
 
 

@@ -240,9 +240,7 @@ def _needs(state: str, name: str) -> str:
 
 def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
     yield Finding(name="CPU", state=OK, text=f"{machine['cpu'] or 'unknown'}, {machine['os']}")
-    devices = _devices()
-    flags = set() if isinstance(devices, str) else devices.cpu_flags(root)
-    int8 = [] if isinstance(devices, str) else devices.int8_flags(root)
+    flags, int8 = hardware.cpu_flags(root), hardware.int8_flags(root)
     if int8:
         yield Finding(name="int8", state=OK, text=f"{', '.join(int8)}: int8 files run fast here")
     else:
@@ -260,38 +258,10 @@ def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
     yield Finding(name="cores to use", state=OK, text=text)
 
 
-def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes this process may have: the machine's, or the tightest limit of its control groups; None where untold."""
-    limits = [_number(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemTotal:")]
-    base = root / "sys/fs/cgroup"
-    paths = [Path()]
-    for line in _lines(root / "proc/self/cgroup"):
-        _, names, own = [*line.split(":", 2), "", "", ""][:3]
-        if names == "" or "memory" in names.split(","):
-            inside = Path(own.strip().lstrip("/"))
-            paths += [inside, *inside.parents]
-    for path in paths:
-        for file in (base / path / "memory.max", base / "memory" / path / "memory.limit_in_bytes"):
-            limits += [_number(line) for line in _lines(file)[:1]]
-    # Version 1 writes "no limit" as a number near 2^63.
-    return min((limit for limit in limits if 0 < limit < 2**60), default=None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _number(text: str) -> int:
-    return int(text) if text.strip().isdigit() else 0
-
-
 def _room(folder: Path, root: Path) -> Iterator[Finding]:
-    limit = memory_limit(root)
+    limit = hardware.memory_limit(root)
     if limit is None:
-        yield Finding(name="memory", state=OK, text="not told by this system")
+        yield Finding(name="memory", state=OK, text="this system does not say")
     elif limit < LEAST_MEMORY:
         text = f"{limit / 1e9:.1f} GB; training wants {LEAST_MEMORY / 1e9:.0f} GB and --residency stream"
         yield Finding(name="memory", state=ABSENT, text=text)

@@ -227,9 +227,10 @@ def echo_plan(plan: Any, spec: SweepSpec) -> None:
 
 def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
     """A hint where each epoch will read a cache larger than memory in an order that no disk likes."""
-    from ..activations.loader import SHARE, host_free
+    from ..activations.loader import SHARE
+    from ..system import hardware
 
-    if residency != "stream" or "full" not in shuffles or size < SHARE * host_free():
+    if residency != "stream" or "full" not in shuffles or size < SHARE * hardware.memory_available():
         return []
     return [
         "every epoch reads rows from all over a cache larger than memory; --shuffle block reads neighbours together, "

@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import io
 import os
-import platform
 import re
 import sys
 import warnings
@@ -44,8 +43,6 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 SAID = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 PIP_CUDA = "pip install 'cxr-fast[gpu]'"
 REINSTALL = f"pip uninstall onnxruntime onnxruntime-gpu; {PIP_CUDA}"
-# 8-bit dot products in hardware. Without them int8 gains 10-20 % and may saturate: other values on another CPU.
-INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
@@ -55,24 +52,6 @@ def parse(device: str) -> tuple[str, int]:
     if not found or (found[2] and found[1] in ("auto", "cpu")):
         raise DeviceError(f"--device: {device!r} is not auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N.")
     return found[1], int(found[2] or 0)
-
-
-def cpu_flags(root: Path = Path("/")) -> set[str]:
-    """What the CPU can do, by Linux's names; empty where it cannot be told."""
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return {"asimddp"}  # every Apple CPU of that name
-    try:
-        text = (root / "proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return set()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
-def int8_flags(root: Path = Path("/")) -> list[str]:
-    """Which of the CPU's flags make int8 worth it."""
-    present = cpu_flags(root)
-    return [flag for flag in INT8_FLAGS if flag in present]
 
 
 # The GPU.

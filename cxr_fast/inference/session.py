@@ -122,7 +122,7 @@ def choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
 def _preference(target: str) -> tuple[Sequence[str], str]:
     if target != "cpu":
         return RUNS[target], "float16 is the fastest on a GPU"
-    if flags := runtime.int8_flags():
+    if flags := hardware.int8_flags():
         return RUNS["cpu"], f"this CPU has {flags[0]}, which int8 is fast with"
     return ("fp32", "int8"), "this CPU has neither VNNI nor AMX, without which int8 gains little and may saturate"
 

@@ -34,7 +34,6 @@ LIMITS = (
     ("flips_per_10000", "limit_flips_per_10000", "decisions in 10,000 that change sides"),
     ("macro_auc_drop", "limit_macro_auc_drop", AUC_TEXT),
 )
-INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +275,8 @@ def _machines(predictor: Predictor, pair: dict[str, Any], ok: bool) -> str:
     if ok and not integer:
         return ""
     here = hardware.machine()
-    lacks = integer and platform.machine() in ("x86_64", "AMD64") and INT8_FLAGS.isdisjoint(here["cpu_flags"])
+    slow = set(hardware.INT8_FLAGS).isdisjoint(here["cpu_flags"])
+    lacks = integer and platform.machine() in ("x86_64", "AMD64") and slow
     why = "; this CPU has neither VNNI nor AMX, without which int8 sums may saturate" * lacks
     if ok:
         return why

@@ -24,7 +24,6 @@ from ..errors import InputError, Interrupted
 from ..metrics import calibration as calibrate
 from ..models.backbone import Backbone, load, tower_sha256
 from ..models.tail import Tail, count_trainable
-from ..system import hardware
 from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
@@ -222,9 +221,10 @@ class Sweep:
         some = draws.steps[2 : 4 if warm_up > 1 else 12] or draws.steps[:2]
         step = seconds(some) / sum(b - a for a, b in some)
         few = fold.valid_rows[:64]
-        score = min(
-            hardware.measure(lambda: predict(fold.tail, self.activations, few, kind=fold.kind), warmup=1, repeats=1)
-        )
+        predict(fold.tail, self.activations, few, kind=fold.kind)  # the first call warms up
+        began = time.perf_counter()
+        predict(fold.tail, self.activations, few, kind=fold.kind)
+        score = time.perf_counter() - began
         epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
         trained = sum(len(data.train(k)) for k in folds)
         scored = sum(len(data.valid(k)) for k in folds)

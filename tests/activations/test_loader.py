@@ -22,12 +22,12 @@ from cxr_fast.activations.loader import (
     SHARE,
     Activations,
     choose,
-    host_free,
     in_file,
 )
 from cxr_fast.activations.rows import Rows
 from cxr_fast.config import digest
 from cxr_fast.errors import InputError
+from cxr_fast.system import hardware
 from cxr_fast.training.fold import Fold
 from cxr_fast.training.head_fold import HeadFold
 from tests.helpers import toys
@@ -284,7 +284,7 @@ def test_a_device_too_small_is_an_error_with_its_flag(monkeypatch: pytest.Monkey
 @given(size=st.integers(0, 2**40), host=st.integers(0, 2**40), gpu=st.integers(0, 2**40), in_file=st.booleans())
 def test_the_first_place_of_which_four_fifths_suffice_is_taken(size: int, host: int, gpu: int, in_file: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "host_free", lambda: host)
+        patch.setattr(hardware, "memory_available", lambda: host)
         patch.setattr(loader.torch.cuda, "mem_get_info", lambda _: (gpu, 2**41))
         rest = "host" if not in_file or size < SHARE * host else "stream"
         assert choose(size, CPU, in_file) == rest
@@ -294,21 +294,11 @@ def test_the_first_place_of_which_four_fifths_suffice_is_taken(size: int, host: 
 def test_auto_is_what_choose_says(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     array = files[SHAPES[0], "float16"].activations
     for free, want, where in ((1e12, "host", "memory map"), (10.0, "stream", "read ahead from the file")):
-        monkeypatch.setattr(loader, "host_free", lambda free=free: free)
+        monkeypatch.setattr(hardware, "memory_available", lambda free=free: free)
         source = Activations(array, CPU)
         assert (source.residency, source.where) == (want, where)
     assert Activations(np.asarray(array), CPU).residency == "host"
     assert Activations(array, CPU, residency="device").where == "copied to cpu"
-
-
-def test_free_memory_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal:  100 kB\nMemFree:   1 kB\nMemAvailable:      42 kB\nBuffers: 3 kB\n")
-    assert host_free(path) == 42 * 1024
-    path.write_text("MemTotal:  100 kB\n")
-    assert host_free(path) == float("inf")
-    assert host_free(tmp_path / "missing") == float("inf")
-    assert host_free() > 0
 
 
 # Training.

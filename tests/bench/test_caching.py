@@ -19,6 +19,7 @@ from cxr_fast.bench import caching
 from cxr_fast.bench.latency import (
     RATIOS,
 )
+from cxr_fast.bench.measure import median, spread
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec
 from cxr_fast.data import manifest as datasets
@@ -92,14 +93,12 @@ def test_every_part_is_timed_in_every_round(parts: caching.Parts, tmp_path: Path
     assert seen == [1, 2]
     assert set(found["samples"]) == {"decode", "forward", "whole", "plain", "bound"}
     assert all(len(values) == 2 and min(values) > 0 for values in found["samples"].values())
-    assert found["seconds_per_image"]["whole"] == hardware.spread(found["samples"]["whole"])
-    assert found["extrapolated"]["whole"] == 7466 * hardware.median(found["samples"]["whole"])
+    assert found["seconds_per_image"]["whole"] == spread(found["samples"]["whole"])
+    assert found["extrapolated"]["whole"] == 7466 * median(found["samples"]["whole"])
     assert json.loads(json.dumps(found), parse_constant=pytest.fail)["images"] == 10
     assert len(list(tmp_path.glob("*.h5"))) == 1, "a file a round would fill the disk"
     assert file.ActivationFile(next(tmp_path.glob("*.h5"))).ok.all()
-    text = caching.describe(
-        {**found, "seconds_per_image": found["seconds_per_image"] | {"whole": hardware.spread([0.4])}}
-    )
+    text = caching.describe({**found, "seconds_per_image": found["seconds_per_image"] | {"whole": spread([0.4])}})
     assert "EXTRAPOLATED: 7,466 images x 400.0 ms = 49 min 46 s with 2 view(s), once" in text
     assert RATIOS in text
     assert "NOISY" not in caching.describe({**found, "noise": {"share": 0.0, "noisy": False}})

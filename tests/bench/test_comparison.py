@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxr_fast.bench import comparison
+from cxr_fast.bench import comparison, measure
 from cxr_fast.bench import worker as bench_worker
 from cxr_fast.bench.comparison import About, Arm, difference
 from cxr_fast.bench.latency import (
@@ -27,7 +27,6 @@ from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics import drift, figures
-from cxr_fast.system import hardware
 from tests.helpers.model_edits import changed, put, weights
 
 ALL = {"device": "cpu", "threads": 1}
@@ -81,7 +80,7 @@ def test_both_are_timed_in_turn(result: dict[str, Any]) -> None:
     a, b = result["samples"]["a"], result["samples"]["b"]
     assert len(a) == len(b) == 6
     assert min(a + b) > 0
-    ratio = hardware.ratio_interval(b, a)
+    ratio = measure.ratio_interval(b, a)
     assert (result["ratio"]["median"], result["ratio"]["low"], result["ratio"]["n"]) == (ratio.median, ratio.low, 6)
     assert json.loads(json.dumps(result), parse_constant=pytest.fail)["models"]["b"]["variant"] == "int8"
 

@@ -12,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_fast.bench import info as bench_info
-from cxr_fast.bench import results
-from cxr_fast.cli import info, main
+from cxr_fast.bench import measure, results
+from cxr_fast.cli import info
+from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
-from cxr_fast.system import hardware
 from tests.bench.test_results import latency, offline, server
 
 SAMPLES = {"a": [0.1, 0.3, 0.2], "b": [0.05, 0.15, 0.1]}
-RATIO = asdict(hardware.ratio_interval(SAMPLES["b"], SAMPLES["a"]))
+RATIO = asdict(measure.ratio_interval(SAMPLES["b"], SAMPLES["a"]))
 
 
 def turns(kind: str, **more: Any) -> dict[str, Any]:

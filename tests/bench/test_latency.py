@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fast.bench import latency, results
+from cxr_fast.bench import latency, measure, results
 from cxr_fast.errors import DeviceError, ImageError, InputError
-from cxr_fast.system import hardware
 from tests.helpers.clocks import Clock
 
 ALL = ("file to probabilities", "model only", *latency.STAGES)
@@ -54,10 +53,10 @@ def test_the_summary_is_of_the_samples(result: dict[str, Any]) -> None:
     for name, found in result["summary"].items():
         samples = result["samples"][name]
         assert found["n"] == 64
-        assert found["percentiles"] == {str(q): hardware.percentile(samples, q) for q in (50, 90)}, "64 speak of no p95"
-        assert found["bounds"] == {str(q): hardware.bound(samples, q) for q in (50, 90)}
+        assert found["percentiles"] == {str(q): measure.percentile(samples, q) for q in (50, 90)}, "64 speak of no p95"
+        assert found["bounds"] == {str(q): measure.bound(samples, q) for q in (50, 90)}
         thirds = (samples[:22], samples[22:43], samples[43:])
-        assert found["window_medians"] == [hardware.percentile(part, 50) for part in thirds]
+        assert found["window_medians"] == [measure.percentile(part, 50) for part in thirds]
 
 
 def test_the_result_is_json(result: dict[str, Any], tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_warm_up_is_not_counted_and_images_take_turns(
 
 def test_a_generous_budget_passes(result: dict[str, Any]) -> None:
     assert result["verdict"]["result"] == "PASS"
-    assert result["verdict"]["bound"] == hardware.bound(result["samples"]["file to probabilities"], 90)
+    assert result["verdict"]["bound"] == measure.bound(result["samples"]["file to probabilities"], 90)
     assert results.EXIT["PASS"] == 0
 
 

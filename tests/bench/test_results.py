@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 import cxr_fast
-from cxr_fast.bench import results
+from cxr_fast.bench import measure, results
 from cxr_fast.errors import CxrFastError, InputError, SchemaError
-from cxr_fast.system import hardware
 from tests.helpers import states
 
 WHOLE = "file to probabilities"
@@ -200,19 +199,19 @@ def test_a_summary_shows_only_what_n_supports() -> None:
     for n, held in ((1, []), (11, [50]), (63, [50]), (64, [50, 90]), (130, [50, 90, 95]), (662, [50, 90, 95, 99])):
         samples = [float(k) for k in range(n)]
         found = results.summary(samples)
-        assert found["bounds"] == {str(q): hardware.bound(samples, q) for q in held}
+        assert found["bounds"] == {str(q): measure.bound(samples, q) for q in held}
         assert list(found["percentiles"]) == [str(q) for q in (held or [50])]
 
 
 def test_least_and_spare_are_the_verdicts_own() -> None:
     for q in (50, 90, 95, 99):
-        n = hardware.least(q)
-        assert q in hardware.supported(n)
-        assert q not in hardware.supported(n - 1)
+        n = measure.least(q)
+        assert q in measure.supported(n)
+        assert q not in measure.supported(n - 1)
         for more in (n, 3 * n):
-            spare = hardware.spare(more, q)
-            assert hardware.verdict([1.0] * (more - spare) + [3.0] * spare, 2.0, q).result == "PASS"
-            assert hardware.verdict([1.0] * (more - spare - 1) + [3.0] * (spare + 1), 2.0, q).result != "PASS"
+            spare = measure.spare(more, q)
+            assert measure.verdict([1.0] * (more - spare) + [3.0] * spare, 2.0, q).result == "PASS"
+            assert measure.verdict([1.0] * (more - spare - 1) + [3.0] * (spare + 1), 2.0, q).result != "PASS"
 
 
 # ------------------------------------------------------------------------------------------------------- noise
@@ -325,30 +324,3 @@ def test_the_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert results.commit(package) == {"revision": head, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert results.commit(package) is None, "no git"
-
-
-ROW = "0, Some GPU, 555.1, 81559, 1024, 1980, 1980, 2619, 2619, 41, 120.5, Enabled"
-
-
-@pytest.mark.parametrize(
-    ("script", "count"),
-    [(f"echo '{ROW}'", 1), (f"echo '{ROW}'; exit 9", 0), ("echo 'No devices were found'", 0), (None, 0)],
-)
-def test_clocks_of_gpus(script: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if script is not None:
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(f"#!/bin/sh\n{script}\n")
-        tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = results.gpus()
-    assert len(found) == count
-    if found:
-        assert (found[0]["name"], found[0]["clocks.sm"], found[0]["persistence_mode"]) == (
-            "Some GPU",
-            1980.0,
-            "Enabled",
-        )
-
-
-def test_what_a_card_does_not_tell_is_none() -> None:
-    assert [results._cell(text) for text in ("[N/A]", "[Not Supported]", "12.5", "A100")] == [None, None, 12.5, "A100"]

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_fast.bench import results
+from cxr_fast.bench import measure, results
 from cxr_fast.bench import server as serving
 from cxr_fast.inference.predictor import Predictor
-from cxr_fast.system import hardware
 from tests.helpers.clocks import Clock
 
 
@@ -186,10 +185,8 @@ def test_a_trial_that_ends_early_would_have_failed_whole(clock: Clock) -> None:
     lost = serving._trial(worker(clock, [0.1]), 20.0, 300, limit, (0, 0))
     assert lost["verdict"]["result"] == "FAIL"
     padded = lost["samples"] + [0.0] * (lost["n"] - lost["served"])
-    assert hardware.verdict(padded, 0.5, 90).result == "FAIL"
-    assert (
-        hardware.verdict([*lost["samples"][:-1], *[0.0] * (lost["n"] - lost["served"] + 1)], 0.5, 90).result != "FAIL"
-    )
+    assert measure.verdict(padded, 0.5, 90).result == "FAIL"
+    assert measure.verdict([*lost["samples"][:-1], *[0.0] * (lost["n"] - lost["served"] + 1)], 0.5, 90).result != "FAIL"
 
 
 def test_latencies_behind_a_queue_are_not_independent() -> None:
@@ -197,7 +194,7 @@ def test_latencies_behind_a_queue_are_not_independent() -> None:
     dice = np.random.default_rng(1)
     true = np.quantile(serving.queue(np.ones(400_000), dice.exponential(1 / 0.7, 400_000)), 0.99)
     runs = serving.queue(np.ones((300, 728)), dice.exponential(1 / 0.7, (300, 728)))[:, -662:]
-    bounds = [hardware.bound(run.tolist(), 99) or 0 for run in runs]
+    bounds = [measure.bound(run.tolist(), 99) or 0 for run in runs]
     assert np.mean(np.array(bounds) >= true) < 0.9
 
 

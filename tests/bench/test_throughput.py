@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from cxr_fast.bench import charts, results, throughput
 from cxr_fast.errors import ImageError, InputError
 from cxr_fast.inference.predictor import Result
+from cxr_fast.system import hardware
 from tests.helpers.clocks import Clock
 
 WHOLE = "file to probabilities"
@@ -144,30 +144,9 @@ def test_an_image_that_cannot_be_read_is_no_throughput(toy_model: Path, films: P
             throughput.throughput(toy_model, images=tmp_path, scenario=scenario, seconds=0.1, device="cpu", threads=1)
 
 
-def test_peak_memory_is_that_since_the_reset(tmp_path: Path) -> None:
-    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t   2048 kB\n")
-    assert throughput.peak_rss(tmp_path) == 2 * 2**20
-    assert throughput.peak_rss(tmp_path / "gone") is None
-    assert throughput.reset_peak(tmp_path / "gone") is False
-    if not throughput.reset_peak():
-        pytest.skip("this system does not reset the peak")
-    low = throughput.peak_rss()
-    block = mmap.mmap(-1, 2**26)  # the allocator may keep what other tests freed
-    block[:] = b"1" * len(block)
-    high = throughput.peak_rss()
-    assert low is not None
-    assert high is not None
-    assert high - low > 0.8 * len(block)
-    block.close()
-    throughput.reset_peak()
-    again = throughput.peak_rss()
-    assert again is not None
-    assert again < high - 2**25
-
-
 def test_gpu_memory_is_what_was_taken_since_before(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [{"index": 0.0, "memory.used": 500.0}, {"index": 1.0, "memory.used": 9000.0}]
-    monkeypatch.setattr(results, "gpus", lambda: cards)
+    monkeypatch.setattr(hardware, "gpu_states", lambda: cards)
     before = [{"index": 0.0, "memory.used": 500.0}, {"index": 1.0, "memory.used": 1000.0}]
     there: Any = type("P", (), {"provider": "CUDAExecutionProvider"})
     assert throughput._gpu_mib(there, before) == 8000

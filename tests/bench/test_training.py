@@ -18,6 +18,7 @@ from cxr_fast.bench.latency import (
     RATIOS,
     results,
 )
+from cxr_fast.bench.measure import median, spread
 from cxr_fast.bench.training import DECODED, EPOCHS, PLAIN, Arms, Material
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
@@ -95,9 +96,9 @@ def test_every_arm_is_timed_in_every_round(result: dict[str, Any]) -> None:
     assert result["fastest"] == names[2]
     for name in names:
         assert len(result["samples"][name]) == 2
-        assert result["seconds_per_sample"][name] == hardware.spread(result["samples"][name])
+        assert result["seconds_per_sample"][name] == spread(result["samples"][name])
     both = zip(result["samples"][PLAIN], result["samples"][names[2]], strict=True)
-    assert result["ratios"]["whole"]["median"] == hardware.median([a / b for a, b in both])
+    assert result["ratios"]["whole"]["median"] == median([a / b for a, b in both])
     assert json.loads(json.dumps(result), parse_constant=pytest.fail)["machine"]["cores"] >= 1
 
 
@@ -142,7 +143,7 @@ def test_the_extrapolation_is_the_arithmetic_it_says(result: dict[str, Any]) -> 
     assert "EXTRAPOLATED: 5 folds x 100 epochs x 4,779 training images x 28.70 ms = 19 h 02 min" in text
     assert "345 epochs for 100: its search is 3.45 times what its row says" in text
     for name, value in result["extrapolated"].items():
-        assert value == training.search_seconds(hardware.median(result["samples"][name]))
+        assert value == training.search_seconds(median(result["samples"][name]))
 
 
 def test_images_that_are_gone_or_changed_are_not_trained_on(toy_cache: Path, toy_data: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cxr_fast.errors import DeviceError, InputError
 from cxr_fast.inference import runtime, session
 from cxr_fast.inference.runtime import onnxruntime
 from cxr_fast.inference.session import open_model
+from cxr_fast.system import hardware
 from tests.helpers.model_edits import changed, put
 
 GPU = runtime.gpu_present()
@@ -64,7 +65,7 @@ class Fake:
         patch.setattr(runtime, "gpu_present", lambda: self.gpus > 0)
         patch.setattr(runtime, "gpu_count", lambda: self.gpus)
         patch.setattr(runtime, "loads", lambda library: library not in self.lost)
-        patch.setattr(runtime, "int8_flags", lambda: ["avx512_vnni"])
+        patch.setattr(hardware, "int8_flags", lambda: ["avx512_vnni"])
         patch.setattr(runtime, "loader_message", lambda name: "libx.so.1: cannot open" if self.falls else "")
 
     def session(self, path: Path, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
@@ -332,7 +333,7 @@ def test_of_a_folder_the_right_file_is_taken(
     why: str,
 ) -> None:
     if not flags:
-        monkeypatch.setattr(runtime, "int8_flags", list)
+        monkeypatch.setattr(hardware, "int8_flags", list)
     found = open_model(variants(*there.split()), device)
     assert (found.path.name, found.variant) == (f"model.{taken}.onnx", taken)
     assert why in found.why
@@ -412,26 +413,6 @@ def test_a_variant_of_tomorrow_is_refused(toy_model: Path, tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------ the parts
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("processor : 0\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n\nflags : avx_vnni\n", ["avx512_vnni", "amx_int8"]),
-        ("Features\t: fp asimd asimddp i8mm\n", ["i8mm", "asimddp"]),
-        ("flags : avx2 avx512f xavx_vnni\n", []),
-        ("", []),
-        (None, []),
-    ],
-)
-def test_flags_that_int8_is_fast_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: list[str]
-) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    (tmp_path / "proc").mkdir()
-    if text is not None:
-        (tmp_path / "proc" / "cpuinfo").write_text(text)
-    assert runtime.int8_flags(tmp_path) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_fast.activations import loader
 from cxr_fast.activations.loader import (
     Activations,
 )
@@ -24,6 +23,7 @@ from cxr_fast.cli.main import (
     main,
 )
 from cxr_fast.config import TrainSpec
+from cxr_fast.system import hardware
 from cxr_fast.training.fold import Fold, by_block, draw
 from cxr_fast.training.head_fold import HeadFold
 from cxr_fast.training.stacked_folds import Stack
@@ -161,14 +161,14 @@ def test_a_sweep_with_block_shuffle_says_so_in_its_run(toy_cache: Path, tmp_path
 def test_the_plan_hints_at_block_shuffle_where_a_disk_would_suffer(
     residency: str, size: int, shuffles: set[str], said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "host_free", lambda: 1000.0)
+    monkeypatch.setattr(hardware, "memory_available", lambda: 1000.0)
     notes = training.streaming_notes(residency, size, shuffles)
     assert bool(notes) is said
     assert all("--shuffle block" in note and "\n" not in note for note in notes)
 
 
 def test_a_sweep_prints_the_hint_once(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "host_free", lambda: 1000.0)
+    monkeypatch.setattr(hardware, "memory_available", lambda: 1000.0)
     flags = ["--epochs", "1", "--folds", "2", "--device", "cpu", "--lr", "1e-3", "--out", str(tmp_path / "run")]
     found = CliRunner().invoke(main, ["sweep", str(toy_cache), *flags])
     assert found.exit_code == 0, found.output
