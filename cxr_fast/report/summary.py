@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..metrics.figures import HEADLINE
-from .html import brackets, number, of_classes
+from ..system.text import Figure
 
+PARTS = {"train": "Training", "out_of_fold": "Validation (out of fold)", "holdout": "Hold-out"}
 # The headline figures as rows of a table.
 FIGURES = {key: name if name == "mAP" else name[0].upper() + name[1:] for key, name in HEADLINE.items()}
 FIGURES |= {key: f"{FIGURES[key]}, lower is better" for key in ("brier", "ece")}
@@ -22,6 +23,17 @@ TIERS = {
     "insufficient data": "no positive or no negative",
 }
 LACKING = "insufficient data"
+
+
+def as_figure(found: Mapping[str, Any] | None, digits: int = 3) -> Figure:
+    """A figure of an evaluation (value, and perhaps low and high) as a cell of a table; None is undefined."""
+    found = found or {"value": None}
+    return Figure(value=found["value"], low=found.get("low"), high=found.get("high"), digits=digits)
+
+
+def of_classes(part: Mapping[str, Any]) -> str:
+    """`33 of 35`: how many classes a mean is taken over."""
+    return f"{part['classes_defined']} of {part['classes_total']}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +115,9 @@ class Material:
             return "The saved predictions could not be judged, so there are no figures."
         figures = part["figures"]
         named = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1"}
-        said = [f"{name} is {number(figures[key]['value'])} {brackets(figures[key])}" for key, name in named.items()]
-        said[0] = f"{said[0].strip()} over {of_classes(part)} classes"
-        return f"{start} {', '.join(each.strip() for each in said[:-1])} and {said[-1].strip()}."
+        found = [f"{name} is {as_figure(figures[key])}" for key, name in named.items()]
+        found[0] += f" over {of_classes(part)} classes"
+        return f"{start} {_listed(found)}."
 
     def _trust(self) -> str:
         if not self.rows:
@@ -117,7 +129,8 @@ class Material:
             return f"Of {len(self.rows)} classes, {self._tiers()}; none has {FEW} positives there, too few to judge."
         rare = len(self.rows) - len(few)
         other = f", and {rare} {'have' if rare > 1 else 'has'} too few to judge alone" if rare else ""
-        mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is {number(self.frequent_auc())}"
+        mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is "
+        mean += str(Figure(value=self.frequent_auc()))
         return f"Of {len(self.rows)} classes, {self._tiers()}; {mean}{other}."
 
     def _tiers(self) -> str:
