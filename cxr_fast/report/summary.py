@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..metrics import calibration
 from ..metrics.figures import HEADLINE
 from ..system.text import Figure
 
@@ -67,6 +68,31 @@ class Material:
     def parts(self) -> Mapping[str, Any]:
         """Figures of training, validation and hold-out, those that are there."""
         return {} if self.evaluation is None else self.evaluation["parts"]
+
+    @property
+    def named_parts(self) -> Mapping[str, Any]:
+        """`parts` in the order of PARTS, by their titles."""
+        return {title: self.parts[name] for name, title in PARTS.items() if self.parts.get(name)}
+
+    @property
+    def groupings(self) -> Mapping[str, Any]:
+        """Figures of each view and of each subgroup, by what they are divided by."""
+        if self.evaluation is None:
+            return {}
+        found = {"View": self.evaluation["views"], **self.evaluation["subgroups"]}
+        return {title: parts for title, parts in found.items() if parts}
+
+    @property
+    def groups_are_studies(self) -> bool:
+        """Whether every group counts as one study."""
+        studies = {} if self.evaluation is None else self.evaluation["studies"]["parts"]
+        return all(part["n"] == part["groups"] for part in studies.values())
+
+    @property
+    def calibrated(self) -> str:
+        """How the probabilities were calibrated; empty where they were not."""
+        fitted = self.run["calibration"]
+        return calibration.describe(fitted, len(self.run["classes"])) if fitted else ""
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -132,6 +158,11 @@ class Material:
         mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is "
         mean += str(Figure(value=self.frequent_auc()))
         return f"Of {len(self.rows)} classes, {self._tiers()}; {mean}{other}."
+
+    def tier_counts(self) -> list[str]:
+        """How many classes are in each tier: `6 excellent (AUC 0.85 or more)`."""
+        tiers = [row["tier"] for row in self.rows]
+        return [f"{tiers.count(tier)} {tier} ({meaning})" for tier, meaning in TIERS.items()]
 
     def _tiers(self) -> str:
         """`6 are excellent, 8 good and 7 without the positives or negatives for an AUC`."""
