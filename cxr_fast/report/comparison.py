@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,14 @@ import numpy as np
 from ..errors import InputError
 from ..metrics import figures as metrics
 from ..metrics.figures import Interval
+from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
+from .charts import excludes_zero
 from .evaluation import LEVEL, bootstrap_key, enough_groups
+from .summary import FIGURES, as_figure, of_classes
+
+Row = Mapping[str, Any]
 
 SCHEMA = 1
 TABLED = ("auc", "ap")
@@ -138,3 +144,78 @@ def _difference(a: float, b: float, interval: Interval | None) -> dict[str, floa
     if interval is not None and float(interval.low) - ROUNDING <= b - a <= float(interval.high) + ROUNDING:
         low, high = float(interval.low), float(interval.high)
     return {"a": a, "b": b, "difference": b - a, "low": low, "high": high}
+
+
+# ---------------------------------------------------------------------------------------------------- its tables
+
+
+def runs_table(runs: Mapping[str, Row], evaluations: Mapping[str, Row | None]) -> Table:
+    """Each run's own figures, on its own images: its hold-out, or out of fold where it has none."""
+    words = {"holdout": "hold-out", "out_of_fold": "out of fold"}
+    parts: list[Row | None] = []
+    kinds = []
+    for name in runs:
+        found = (evaluations[name] or {}).get("parts", {})
+        kind = next((kind for kind in words if found.get(kind)), None)
+        kinds.append(words[kind] if kind else NONE)
+        parts.append(found[kind] if kind else None)
+    rows: list[list[Cell]] = [
+        ["Dataset", *(str(run["cache"]["dataset"]["name"]) for run in runs.values())],
+        ["Final model", *(str(run["final"]["kind"]) for run in runs.values())],
+        ["Epochs chosen", *(run["chosen"]["epochs"] for run in runs.values())],
+        ["Figures on", *kinds],
+        ["Images", *(part["n"] if part else None for part in parts)],
+        ["Classes with an AUC", *(of_classes(part) if part else NONE for part in parts)],
+    ]
+    for key, name in FIGURES.items():
+        rows.append([name, *(as_figure(part["figures"].get(key) if part else None) for part in parts)])
+    return Table(title="Figures of each run", columns=["figure", *runs], rows=rows)
+
+
+def comparison_table(pair: Row, names: Sequence[str], digits: int = 3) -> Table:
+    """The headline figures of two runs (`names`: A's and B's) and their differences.
+
+    Chosen: rows whose interval holds no 0.
+    """
+    found = {key: pair["figures"][key] for key in FIGURES if key in pair["figures"]}
+    return Table(
+        title=f"Differences in the figures, {names[1]} minus {names[0]}",
+        columns=["figure", *names, "difference"],
+        rows=[[FIGURES[key], *_sides(each, digits)] for key, each in found.items()],
+        chosen=[row for row, each in enumerate(found.values()) if excludes_zero(each)],
+    )
+
+
+def class_comparison_table(rows: Sequence[Row], names: Sequence[str], key: str = "auc", digits: int = 3) -> Table:
+    """AUC, or average precision for the key `ap`, of each class in two runs, from the rows of `per_class`.
+
+    Chosen: rows whose interval holds no 0.
+    """
+    word = {"auc": "AUC", "ap": "AP"}[key]
+    return Table(
+        title=f"Differences in {word} by class, {names[1]} minus {names[0]}",
+        columns=["class", "positives", *(f"{word}, {name}" for name in names), "difference"],
+        rows=[[str(row["class"]), row["positives"], *_sides(row[key], digits)] for row in rows],
+        chosen=[place for place, row in enumerate(rows) if excludes_zero(row[key])],
+        sortable=True,
+    )
+
+
+def difference_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    """`class_comparison_table` of the AUC, with one more column: the differences in average precision."""
+    table = class_comparison_table(rows, names)
+    return replace(
+        table,
+        title=f"Differences by class, {names[1]} minus {names[0]}",
+        columns=[*table.columns, "difference in AP"],
+        rows=[[*cells, as_difference(row["ap"])] for cells, row in zip(table.rows, rows, strict=True)],
+    )
+
+
+def _sides(found: Row, digits: int) -> list[Figure]:
+    return [*(Figure(value=found[side], digits=digits) for side in "ab"), as_difference(found, digits)]
+
+
+def as_difference(found: Row, digits: int = 3) -> Figure:
+    """The difference of two runs in a figure, with its interval."""
+    return Figure(value=found["difference"], low=found["low"], high=found["high"], digits=digits, signed=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from ..metrics import curves, subgroups
 from ..metrics import figures as metrics
 from ..metrics.figures import Interval
 from ..system.files import AnyPath
+from ..system.text import Table
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_info
+from .summary import as_figure
+
+Row = Mapping[str, Any]
 
 SCHEMA = 1
 LEVEL = 0.95
@@ -248,3 +253,61 @@ def cooccurrence(labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def csv_tables(evaluation: Row) -> dict[str, Table]:
+    """The evaluation in full precision by file name, for CSV; a table without rows is left out."""
+    co = evaluation["cooccurrence"]
+    records = {
+        "figures.csv": _figure_records(evaluation),
+        "per_class.csv": evaluation["per_class"],
+        "confusion.csv": evaluation["confusion"],
+        "curves.csv": _curve_records(evaluation["curves"]),
+        "reliability.csv": _bin_records(evaluation["reliability"]),
+        "cooccurrence.csv": (
+            {"class": name, **dict(zip(co["classes"], counts, strict=True))}
+            for name, counts in zip(co["classes"], co["counts"], strict=True)
+        ),
+    }
+    lists = {name: list(rows) for name, rows in records.items()}
+    return {name: _record_table(rows) for name, rows in lists.items() if rows}
+
+
+def _record_table(records: Sequence[Row]) -> Table:
+    """Rows of equal keys as rows; a value with an interval as a Figure."""
+    return Table(
+        columns=list(records[0]),
+        rows=[
+            [as_figure(value) if isinstance(value, Mapping) else value for value in record.values()]
+            for record in records
+        ],
+    )
+
+
+def _figure_records(evaluation: Row) -> Iterator[Row]:
+    """One record a figure of a part: training, out of fold, hold-out, their studies, each view, each subgroup."""
+    places = [(part, name, "image", "", "") for name, part in evaluation["parts"].items()]
+    studies = evaluation["studies"]
+    places += [(part, name, f"study ({studies['pool']})", "", "") for name, part in studies["parts"].items()]
+    for by, parts in {"view": evaluation["views"], **evaluation["subgroups"]}.items():
+        places += [(part, evaluation["per_class_of"], "image", by, group) for group, part in parts.items()]
+    for part, *place in places:
+        counts = {key: part[key] for key in ("n", "groups", "classes_defined", "classes_total")}
+        for name, figure in part["figures"].items():
+            ends = {key: figure[key] for key in ("value", "low", "high")}
+            yield {**dict(zip(("part", "level", "by", "group"), place, strict=True)), "figure": name, **ends, **counts}
+
+
+def _curve_records(curves: Row) -> Iterator[Row]:
+    """The points of every curve: `roc` false positive rate and sensitivity, `pr` recall and precision."""
+    for name, curve in curves.items():
+        for kind, points in curve.items():
+            yield from ({"class": name, "curve": kind, "x": x, "y": y} for x, y in points)
+
+
+def _bin_records(bins: Row | None) -> Iterator[Row]:
+    """One record a bin of predicted probability."""
+    if bins is None:
+        return
+    for k, (low, high) in enumerate(itertools.pairwise(bins["edges"])):
+        yield {"from": low, "to": high, **{key: bins[key][k] for key in ("count", "confidence", "frequency")}}

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..metrics import calibration
 from ..metrics.figures import HEADLINE
-from .html import brackets, number, of_classes
+from ..system.text import Figure
 
+PARTS = {"train": "Training", "out_of_fold": "Validation (out of fold)", "holdout": "Hold-out"}
 # The headline figures as rows of a table.
 FIGURES = {key: name if name == "mAP" else name[0].upper() + name[1:] for key, name in HEADLINE.items()}
 FIGURES |= {key: f"{FIGURES[key]}, lower is better" for key in ("brier", "ece")}
@@ -22,6 +24,17 @@ TIERS = {
     "insufficient data": "no positive or no negative",
 }
 LACKING = "insufficient data"
+
+
+def as_figure(found: Mapping[str, Any] | None, digits: int = 3) -> Figure:
+    """A figure of an evaluation (value, and perhaps low and high) as a cell of a table; None is undefined."""
+    found = found or {"value": None}
+    return Figure(value=found["value"], low=found.get("low"), high=found.get("high"), digits=digits)
+
+
+def of_classes(part: Mapping[str, Any]) -> str:
+    """`33 of 35`: how many classes a mean is taken over."""
+    return f"{part['classes_defined']} of {part['classes_total']}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,31 @@ class Material:
     def parts(self) -> Mapping[str, Any]:
         """Figures of training, validation and hold-out, those that are there."""
         return {} if self.evaluation is None else self.evaluation["parts"]
+
+    @property
+    def named_parts(self) -> Mapping[str, Any]:
+        """`parts` in the order of PARTS, by their titles."""
+        return {title: self.parts[name] for name, title in PARTS.items() if self.parts.get(name)}
+
+    @property
+    def groupings(self) -> Mapping[str, Any]:
+        """Figures of each view and of each subgroup, by what they are divided by."""
+        if self.evaluation is None:
+            return {}
+        found = {"View": self.evaluation["views"], **self.evaluation["subgroups"]}
+        return {title: parts for title, parts in found.items() if parts}
+
+    @property
+    def groups_are_studies(self) -> bool:
+        """Whether every group counts as one study."""
+        studies = {} if self.evaluation is None else self.evaluation["studies"]["parts"]
+        return all(part["n"] == part["groups"] for part in studies.values())
+
+    @property
+    def calibrated(self) -> str:
+        """How the probabilities were calibrated; empty where they were not."""
+        fitted = self.run["calibration"]
+        return calibration.describe(fitted, len(self.run["classes"])) if fitted else ""
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -103,9 +141,9 @@ class Material:
             return "The saved predictions could not be judged, so there are no figures."
         figures = part["figures"]
         named = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1"}
-        said = [f"{name} is {number(figures[key]['value'])} {brackets(figures[key])}" for key, name in named.items()]
-        said[0] = f"{said[0].strip()} over {of_classes(part)} classes"
-        return f"{start} {', '.join(each.strip() for each in said[:-1])} and {said[-1].strip()}."
+        found = [f"{name} is {as_figure(figures[key])}" for key, name in named.items()]
+        found[0] += f" over {of_classes(part)} classes"
+        return f"{start} {_listed(found)}."
 
     def _trust(self) -> str:
         if not self.rows:
@@ -117,8 +155,14 @@ class Material:
             return f"Of {len(self.rows)} classes, {self._tiers()}; none has {FEW} positives there, too few to judge."
         rare = len(self.rows) - len(few)
         other = f", and {rare} {'have' if rare > 1 else 'has'} too few to judge alone" if rare else ""
-        mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is {number(self.frequent_auc())}"
+        mean = f"over the {len(few)} with at least {FEW} positives there the mean AUC is "
+        mean += str(Figure(value=self.frequent_auc()))
         return f"Of {len(self.rows)} classes, {self._tiers()}; {mean}{other}."
+
+    def tier_counts(self) -> list[str]:
+        """How many classes are in each tier: `6 excellent (AUC 0.85 or more)`."""
+        tiers = [row["tier"] for row in self.rows]
+        return [f"{tiers.count(tier)} {tier} ({meaning})" for tier, meaning in TIERS.items()]
 
     def _tiers(self) -> str:
         """`6 are excellent, 8 good and 7 without the positives or negatives for an AUC`."""

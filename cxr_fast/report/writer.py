@@ -13,12 +13,13 @@ from typing import Any
 
 from ..errors import InputError
 from ..system.files import write_bytes
+from ..system.text import Table, to_csv
 from ..training import predictions
 from ..training.predictions import Pool
 from ..training.run_folder import read_info
-from . import charts, comparison, evaluation, flat, versus
+from . import charts, comparison, evaluation, settings, tables
+from .html import render_page
 from .model_card import card
-from .page import page
 from .summary import FIGURES, Material
 
 RESAMPLES = 1000
@@ -74,7 +75,7 @@ def write_all(
         except InputError as error:
             missing.append(f"the comparison of {title} with {titles[0]}: {error}")
     path = out or folders[0] / COMPARISON
-    write_bytes(path, versus.page(runs, found, pairs, missing))
+    write_bytes(path, comparison_page(runs, found, pairs, missing))
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
 
 
@@ -94,16 +95,59 @@ def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool
     InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
     """
     material, whole = gather(folder, resamples=resamples, seed=seed, pool=pool)
-    files = {**material.plots, CARD: card(material).encode(), PAGE: page(material)}
+    files = {**material.plots, CARD: card(material), PAGE: page(material)}
     if material.evaluation is not None:
-        tables = {name: flat.to_csv(rows) for name, rows in flat.tables(material.evaluation).items()}
-        files = {EVALUATION: _json(material.evaluation), **tables, **files}
+        # Line ends as of Python's csv module and of every report before.
+        full = {name: to_csv(table, "\r\n") for name, table in evaluation.csv_tables(material.evaluation).items()}
+        files = {
+            EVALUATION: _json(material.evaluation),
+            **{name: text.encode() for name, text in full.items()},
+            **files,
+        }
     for name in set(OWN) - set(files):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     for name, data in files.items():
         write_bytes(folder / name, data)
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
+
+
+def page(material: Material) -> bytes:
+    """The page of one run."""
+    return render_page(
+        "report.html.j2", material=material, tables=tables, settings=settings, confusions=_largest_confusions(material)
+    )
+
+
+def _largest_confusions(material: Material) -> Table:
+    rows = charts.largest(dict(material.evaluation)) if material.evaluation is not None else []
+    title = "Counts of the six largest classes" if len(rows) == charts.LARGEST else "Counts of the classes"
+    return tables.confusion_table(rows, title)
+
+
+def comparison_page(
+    runs: Mapping[str, Any],
+    evaluations: Mapping[str, Mapping[str, Any] | None],
+    pairs: Mapping[str, Mapping[str, Any]],
+    missing: Sequence[str],
+) -> bytes:
+    """The page of several runs, by their names; `pairs` holds what `compare` says of each other run and the first."""
+    first = next(iter(runs))
+    plots = {
+        name: charts.differences(pair["per_class"], (first, name))
+        for name, pair in pairs.items()
+        if any(row["auc"]["difference"] is not None for row in pair["per_class"])
+    }
+    return render_page(
+        "comparison.html.j2",
+        runs=runs,
+        evaluations=evaluations,
+        pairs=pairs,
+        missing=missing,
+        plots=plots,
+        comparison=comparison,
+        settings=settings,
+    )
 
 
 def read_whole(folder: Path) -> dict[str, Any]:

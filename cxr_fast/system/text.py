@@ -15,12 +15,16 @@ NONE = "–"  # a figure that is undefined, on a page and in Markdown
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A value with its interval, shown with `digits` decimals; None or NaN where it is undefined."""
+    """A value with its interval, shown with `digits` decimals; None or NaN where it is undefined.
+
+    `signed` is for differences: a plus stands before what is not negative.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     digits: int = 3
+    signed: bool = False
 
     def __str__(self) -> str:
         return f"{self.text} {self.interval}".strip()
@@ -33,17 +37,32 @@ class Figure:
     @property
     def text(self) -> str:
         """`0.812`, or a dash."""
-        return f"{self.value:.{self.digits}f}" if self.defined else NONE
+        return self._shown(self.value) if self.value is not None and self.defined else NONE
 
     @property
     def interval(self) -> str:
         """`[0.779, 0.843]`; empty where there is none."""
         if not self.defined or self.low is None or self.high is None:
             return ""
-        return f"[{self.low:.{self.digits}f}, {self.high:.{self.digits}f}]"
+        return f"[{self._shown(self.low)}, {self._shown(self.high)}]"
+
+    def _shown(self, value: float) -> str:
+        return f"{value:{'+' if self.signed else ''}.{self.digits}f}"
 
 
-Cell = str | int | float | Figure | None
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Text that sorts by a value (None: last), as a duration does by its seconds; `alarm` shows it in red on a page."""
+
+    text: str
+    value: float | None = None
+    alarm: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | int | float | Figure | Label | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +110,16 @@ def to_plain(table: Table, mark: str = "chosen") -> str:
 def to_markdown(table: Table) -> str:
     """As a Markdown table, its notes below it."""
     rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.texts()]
-    lines = ["| " + " | ".join(c.replace("|", "\\|").replace("<", "&lt;") for c in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(_in_markdown(text) for text in row) + " |" for row in rows]
     return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
 
 
-def to_csv(table: Table) -> str:
+def _in_markdown(text: str) -> str:
+    """One line that is neither markup nor the end of a cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def to_csv(table: Table, end: str = "\n") -> str:
     """As CSV in full precision without the foot: a column that holds Figures becomes value, `_low` and `_high`."""
     wide = [any(isinstance(row[i], Figure) for row in table.rows) for i in range(len(table.columns))]
 
@@ -104,8 +128,8 @@ def to_csv(table: Table) -> str:
             return [value]
         return [value.value, value.low, value.high] if isinstance(value, Figure) else [value, None, None]
 
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator=end)
     pairs = zip(table.columns, wide, strict=True)
     writer.writerow([name for c, w in pairs for name in ([c, f"{c}_low", f"{c}_high"] if w else [c])])
     for row in table.rows:
@@ -126,10 +150,10 @@ def table(head: list[str], rows: list[list[str]], *, mark: int | None = None, na
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 10 s`, `2 h 05 min`."""
+    """`4.2 s`, `42 s`, `3 min 10 s`, `2 h 05 min`."""
     s = round(seconds)
     if s < 60:
-        return f"{s} s"
+        return f"{seconds:.1f} s" if s < 10 else f"{s} s"
     return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
-from cxr_fast.report import versus
 from cxr_fast.report.comparison import compare
 from cxr_fast.report.evaluation import evaluate
+from cxr_fast.report.writer import comparison_page
 from tests.helpers import made
 
 Arrays = dict[str, np.ndarray]
@@ -209,6 +209,13 @@ def test_the_command_says_what_the_figures_are_worth(tmp_path: Path) -> None:
     assert "*" not in text.split("* the interval")[0], "nothing differs"
 
 
+# What a page of several runs says of each.
+SAID: dict[str, Any] = {
+    **made.description(2, preprocess={}, train={}, device="cpu", precision="float32", unfreeze_blocks=2),
+    "cache": {"dataset": {"name": "data"}, "weights": "w", "fingerprint": "f", "labels_from": "l"},
+}
+
+
 def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     arrays = made.arrays(240, 2)
     arrays["labels"][:] = 0
@@ -217,7 +224,10 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     text = CliRunner().invoke(main, ["compare", *runs, "--resamples", "100"]).output
     assert "2 of 2 classes are in too few groups for an interval.\n* the interval holds no 0; 100 paired" in text
     assert "by chance" not in text
-    page = versus.against("a", "b", compare(*map(Path, runs), resamples=100), 1)
+    pair = compare(*map(Path, runs), resamples=100)
+    page = " ".join(
+        comparison_page(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
+    )
     assert "No class is in enough groups for an interval." in page
     assert "by chance" not in page
 

@@ -23,9 +23,10 @@ from PIL import Image
 
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
-from cxr_fast.report import charts, comparison, evaluation, flat, writer
-from cxr_fast.report.html import PARTS, duration, number, table, with_interval
-from cxr_fast.report.summary import FIGURES, Material
+from cxr_fast.report import charts, comparison, evaluation, writer
+from cxr_fast.report.html import environment
+from cxr_fast.report.summary import FIGURES, PARTS, Material, as_figure
+from cxr_fast.system.text import Figure, Label, Table, duration
 from tests.helpers.pages import Page, browse
 
 SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "search", "data", "recipe", "made"]
@@ -89,6 +90,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def with_interval(figure: dict[str, Any]) -> str:
+    return str(as_figure(figure))
+
+
+def number(value: float | None) -> str:
+    return str(Figure(value=value))
 
 
 def cxr(*words: Any) -> Result:
@@ -751,7 +760,7 @@ def test_the_browser_check_can_fail(made: Path, tmp_path: Path) -> None:
 def test_report_needs_no_torch(made: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom cxr_fast.report import writer\n"
-        "writer.gather(Path(sys.argv[1]), resamples=0, seed=0, pool='mean')\n"
+        "material, _ = writer.gather(Path(sys.argv[1]), resamples=0, seed=0, pool='mean')\nwriter.page(material)\n"
         "print([m for m in ('torch', 'open_clip', 'timm', 'onnx', 'h5py') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]
@@ -774,22 +783,58 @@ def test_numbers_as_text() -> None:
     assert with_interval({"value": 0.8, "low": None, "high": None}) == "0.800"
     assert with_interval({"value": None, "low": None, "high": None}) == "–"
     assert [duration(s) for s in (1.23, 42.4, 190, 7500)] == ["1.2 s", "42 s", "3 min 10 s", "2 h 05 min"]
-    assert 'data-v="0.25"' in table(["a", "b"], [["x", report_cell()]], caption="t")
 
 
-def report_cell() -> Any:
-    from cxr_fast.report.html import value_cell
+def drawn(table: Table, **named: Any) -> str:
+    """A table as the page has it, without line ends."""
+    macros: Any = environment().get_template("macros.html.j2").module
+    return str(macros.table(table, **named)).replace("\n", "")
 
-    return value_cell(0.25)
+
+def test_a_cell_says_what_it_sorts_by() -> None:
+    cells = {
+        "text <b>": "<td>text &lt;b&gt;</td>",
+        1234: '<td data-v="1234">1,234</td>',
+        None: '<td data-v="">–</td>',
+        Figure(value=0.25): '<td data-v="0.25">0.250</td>',
+        Figure(value=float("nan")): '<td data-v="">–</td>',
+        Figure(value=0.5, low=0.4, high=0.6): '<td data-v="0.5">0.500 <span class="ci">[0.400, 0.600]</span></td>',
+        Figure(value=-0.5, low=-1, high=0.25, signed=True): '<td data-v="-0.5">−0.500 '
+        '<span class="ci">[−1.000, +0.250]</span></td>',
+        Label(text="12 s", value=12.5): '<td data-v="12.5">12 s</td>',
+        Label(text="<0>", alarm=True): '<td data-v="" class="alarm">&lt;0&gt;</td>',
+    }
+    for cell, shown in cells.items():
+        table = drawn(Table(title="t", columns=["a", "b"], rows=[["x", cell]]))
+        assert f'<tr><th scope="row">x</th>{shown}</tr>' in table
+
+
+def test_a_table_has_a_region_a_caption_a_foot_and_marked_rows() -> None:
+    table = Table(
+        title="T & U", columns=["a", "b"], rows=[["x", 1], ["y", 2]], chosen=[1], foot=[["mean", 1.5]], notes=["<read>"]
+    )
+    assert drawn(table, mark="best") == (
+        '<div class="scroll" role="region" aria-label="T &amp; U" tabindex="0"><table class="full">'
+        '<caption>T &amp; U</caption><thead><tr><th scope="col">a</th><th scope="col">b</th></tr></thead><tbody>'
+        '<tr><th scope="row">x</th><td data-v="1">1</td></tr>'
+        '<tr class="chosen"><th scope="row">y (best)</th><td data-v="2">2</td></tr></tbody>'
+        '<tfoot><tr><th scope="row">mean</th><td data-v="1.5">1.5</td></tr></tfoot></table></div>'
+        '<p class="note">&lt;read&gt;</p>'
+    )
+    assert "chosen" not in drawn(table, chosen=False)
+    plain = drawn(Table(title="T", columns=["", ""], rows=[["x", "y"]], sortable=True), css="", caption=False)
+    assert '<table class="sortable"><tbody>' in plain
+    assert "<caption>" not in plain
 
 
 def test_every_csv_opens_as_a_table(made: Path) -> None:
-    found = flat.tables(read_json(made / "evaluation.json"))
+    found = evaluation.csv_tables(read_json(made / "evaluation.json"))
     assert set(found) == {name for name in writer.OWN if name.endswith(".csv")} | {"per_class.csv"}
-    for name, rows in found.items():
+    for name, table in found.items():
         lines = read_csv(made / name)
-        assert len(lines) == len(rows)
-        assert list(lines[0]) == list(rows[0])
+        assert len(lines) == len(table.rows)
+        assert [column for column in lines[0] if column in table.columns] == list(table.columns)
+        assert (made / name).read_bytes().count(b"\r\n") == len(lines) + 1, "line ends of every report so far"
 
 
 def test_lines_about_a_figure_use_its_name() -> None:

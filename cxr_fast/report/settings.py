@@ -1,0 +1,104 @@
+"""Tables of how a run was set and made: against the published recipe, against other runs, and its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, reference_value
+from ..system.text import Label, Table, duration
+
+Record = Mapping[str, Any]
+
+
+def choice_table(run: Record) -> Table:
+    """Everything that was set differently from the published recipe, and why."""
+    differ = [row for row in run["recipe"]["differences"] if row["here"] != row["published"]]
+    return Table(
+        title="Choices",
+        columns=["choice", "here", "published", "why"],
+        rows=[
+            *([str(row[key]) for key in ("field", "here", "published", "why")] for row in differ),
+            *([name, setting(here), setting(published), "by flag"] for name, here, published in _by_flag(run)),
+        ],
+    )
+
+
+def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any]]:
+    """What a flag changed against the published recipe: field, value here, published value."""
+    explained = {row["field"] for row in run["recipe"]["differences"]}
+    given = ((CacheSpec, run["cache"]["spec"]), (PreprocessSpec, run["preprocess"]), (SweepSpec, run["spec"]))
+    for spec, values in (*given, (TrainSpec, run["train"])):
+        for name, here in values.items():
+            # The size is the backbone's, the seed nobody's choice.
+            if name in explained or name in ("train", "preprocess", "size", "seed"):
+                continue
+            published = reference_value(spec, name)
+            published = list(published) if isinstance(published, tuple) else published  # as run.json holds it
+            if here != published:
+                yield name, here, published
+
+
+def setting(value: Any) -> str:
+    """A setting as text: `30,50,75` for a list."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def fact_table(run: Record) -> Table:
+    """Weights, fingerprints, hardware, versions and time; what is unknown is left out."""
+    machine, cache, spec, count = run["machine"], run["cache"], run["spec"], run["trainable"]
+    weights = f"{cache['weights']} (RANDOM, not BiomedCLIP)" if run["random_weights"] else cache["weights"]
+    norm = f", norm {count['norm']:,}" if count.get("norm") else ""
+    versions = {**run["toolchain"], "Python": machine.get("python")}
+    facts = {
+        "weights": Label(text=weights, alarm=run["random_weights"]),
+        "cache fingerprint": cache["fingerprint"],
+        "model": run["model_sha256"],
+        "trained parameters": f"{count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{norm}",
+        "final model": f"{run['final']['kind']}: {run['final']['rule']}",
+        "arithmetic": f"{run['precision']}, activations {run['residency']}",
+        "split": f"{spec['folds']} folds by {spec['split_by']}, hold-out {100 * spec['holdout']:g} %, "
+        f"seed {spec['seed']}",
+        "labels from": cache["labels_from"],
+        "hardware": _hardware(run),
+        "system": machine.get("os"),
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+        "time": duration(run["seconds"]),
+        "written": f"{run['written_by']}, {run['created']}",
+    }
+    return Table(title="Facts", columns=["", ""], rows=[[name, value] for name, value in facts.items() if value])
+
+
+def _hardware(run: Record) -> str:
+    machine = run["machine"]
+    gpus = (gpu.get("name", gpu) if isinstance(gpu, Mapping) else gpu for gpu in machine.get("gpus") or [])
+    memory = machine.get("memory_gib")
+    parts = [
+        f"trained on {run['device']}",
+        machine.get("cpu") or "unknown CPU",
+        f"{machine.get('cores', '?')} cores, threads: {run['threads']}",
+        f"{memory:.0f} GiB memory" if memory else "",
+        *map(str, gpus),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def settings_table(runs: Mapping[str, Record]) -> Table:
+    """What was set differently in the runs, by their names; no row where nothing was."""
+    settings = {name: _settings(run) for name, run in runs.items()}
+    keys = dict.fromkeys(key for each in settings.values() for key in each)
+    rows = [[key, *(each.get(key) for each in settings.values())] for key in keys]
+    return Table(
+        title="Settings that differ",
+        columns=["setting", *runs],
+        rows=[row for row in rows if len(set(row[1:])) > 1],
+    )
+
+
+def _settings(run: Record) -> dict[str, str]:
+    spec = {key: value for key, value in run["spec"].items() if key != "train"}
+    cache = run["cache"]
+    out = {"weights": cache["weights"], "cache": cache["fingerprint"][:16], "labels from": cache["labels_from"]}
+    out |= {**spec, **run["train"], "device": run["device"], "precision used": run["precision"]}
+    out |= {"unfreeze_blocks": run["unfreeze_blocks"], **run["preprocess"], "written by": run["written_by"]}
+    return {key: str(value) for key, value in out.items()}
