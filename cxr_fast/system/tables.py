@@ -1,16 +1,15 @@
-"""Columns of text to and from CSV and Parquet, strictly.
+"""Read and write columns of text as CSV or Parquet, strictly.
 
-UTF-8, every row as long as the header, no column twice: a table read half is a model trained on wrong
-labels. Nothing is guessed as missing, which is why this is not pandas: the word "None" stays a word.
+UTF-8, every row as long as the header, no column twice: a table of which half is read trains a model on wrong labels.
+No cell is guessed to be missing, which is why this is not pandas: the word "None" stays a word.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import importlib
-import os
+import io
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import InputError
+from .files import atomic
 
 Cells = dict[str, list[str]]
 KNOWN_OR_NOT = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
@@ -141,32 +141,25 @@ def read_parquet(path: Path) -> Cells:
     return {name.strip(): [_cell(value) for value in values] for name, values in columns.items()}
 
 
-def _write_csv(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+def _write_csv(columns: Mapping[str, Sequence[Any]], file: IO[bytes], path: Path) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    text.detach()
 
 
-def _write_parquet(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    pyarrow("pyarrow.parquet", path).write_table(pyarrow("pyarrow", path).table(dict(columns)), path)
+def _write_parquet(columns: Mapping[str, Sequence[Any]], file: IO[bytes], path: Path) -> None:
+    pyarrow("pyarrow.parquet", path).write_table(pyarrow("pyarrow", path).table(dict(columns)), file)
 
 
 def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
+    """Write columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
 
-    Raises InputError for another suffix, and where the folder cannot be written.
+    Raises InputError for another suffix, and where the file cannot be written.
     """
     writers = {".csv": _write_csv, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise InputError(f"{path}: a manifest is written as .csv or .parquet.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writers[path.suffix](columns, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with atomic(path, folders=True) as file:
+        writers[path.suffix](columns, file, path)

@@ -535,7 +535,7 @@ def test_write_refuses(tmp_path: Path) -> None:
     m = read(own(tmp_path))
     for out, part in (
         (tmp_path / "out.xlsx", ".csv or .parquet"),
-        (tmp_path / "c.png" / "out.csv", "cannot be written"),
+        (tmp_path / "c.png" / "out.csv", "cannot write"),
     ):
         with pytest.raises(InputError, match=part):
             write_manifest(m, out)
