@@ -1,4 +1,7 @@
-"""One writer a file and no reader beside it: locks that die with their holder; and signals as an event."""
+"""File locks (one writer or many readers) that the kernel releases when the process dies; signals as an event.
+
+Not the filelock package: its Unix lock has no shared form and does not name its holder, and ours must do both.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import InputError
 
@@ -21,38 +23,40 @@ TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 def share(fd: int) -> bool:
-    """Take the kernel's shared lock on an open file, or False while a writer has it.
+    """Take the kernel's shared lock on an open file; False while another process holds the exclusive one.
 
-    Kept until every copy of `fd`, a memory map's own included, is closed or its process dies. True as well where the
-    file system has no locks: nothing can be known there.
+    The lock lasts until every copy of `fd` (a memory map holds one) is closed or the process dies. True as well on a
+    file system without locks: nothing can be known there.
     """
-    return _flock(fd, fcntl.LOCK_SH)
+    return _flock(fd, fcntl.LOCK_SH) is not False
 
 
 def exclude(fd: int) -> bool:
-    """Take the kernel's exclusive lock on a file open for writing, or False while anybody reads or writes it."""
-    return _flock(fd, fcntl.LOCK_EX)
+    """Take the kernel's exclusive lock on a file open for writing; False while any other process holds a lock."""
+    return _flock(fd, fcntl.LOCK_EX) is not False
 
 
-def _flock(fd: int, kind: int) -> bool:
+def _flock(fd: int, kind: int) -> bool | None:
+    """Whether the lock was taken, without waiting; None where the file system has no locks."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, *TAKEN):
             raise
-        return error.errno in UNSUPPORTED
+        return None if error.errno in UNSUPPORTED else False
     return True
 
 
 class HeldError(InputError):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 class FileLock:
-    """Hold `NAME.lock` beside `path` while in the `with` block.
+    """Hold `NAME.lock` beside `path` during the `with` block; the file names the holder's pid and host.
 
-    The kernel drops the lock when its process dies, so a dead holder never blocks. Raises HeldError naming the
-    holder's pid and host when another process has it. Where the file system has no locks, the pid in the file decides.
+    The kernel drops the lock when the process dies, so a dead holder never blocks. Raises HeldError, which names the
+    holder, while another process has it, and InputError where the lock file cannot be written (a full disk). On a
+    file system without locks the pid in the file decides.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,77 +68,66 @@ class FileLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while self._fd < 0:
                 self._fd = self._try()
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         except OSError as error:
+            if self._fd >= 0:
+                self.__exit__()
             raise InputError(f"--out: cannot write {self.path}: {error.strerror or error}.") from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)  # while still held: whoever opened it meanwhile sees it gone and tries again
         os.close(self._fd)
         self._fd = -1
 
     def _try(self) -> int:
-        """A locked descriptor of the file now at `path`, or -1 when it was taken away meanwhile."""
+        """Open and lock the file now at `path`; -1 where its last holder removed it meanwhile."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 4096, 0)
-            if error.errno not in (*UNSUPPORTED, *TAKEN):
-                os.close(fd)
-                raise
-            if error.errno not in UNSUPPORTED or _alive(holder):
-                os.close(fd)
+            locked, (pid, host) = _flock(fd, fcntl.LOCK_EX), _holder(os.pread(fd, 4096, 0))
+            if locked is False or (locked is None and _may_run(pid, host)):
+                name = f"process {pid} on {host}" if pid else "another process"
                 raise HeldError(
-                    f"{self.path.with_suffix('')} is being written by {_name(holder)}; wait for it, or give another "
+                    f"{self.path.with_suffix('')} is being written by {name}; wait for it, or give another "
                     f"--out. If that process is gone, remove {self.path}."
-                ) from None
-        try:
-            same = os.fstat(fd).st_ino == os.stat(self.path).st_ino
+                )
+            if os.fstat(fd).st_ino == os.stat(self.path).st_ino:
+                return fd
         except FileNotFoundError:
-            same = False
-        if same:
-            return fd
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
         return -1
 
 
-def _parse(holder: bytes) -> tuple[int, str]:
+def _holder(text: bytes) -> tuple[int, str]:
+    """The pid and host that a lock file names; 0 and "" where it names none."""
     try:
-        found = json.loads(holder)
+        found = json.loads(text)
         return int(found["pid"]), str(found["host"])
     except (ValueError, KeyError, TypeError):
         return 0, ""
 
 
-def _name(holder: bytes) -> str:
-    pid, host = _parse(holder)
-    return f"process {pid} on {host}" if pid else "another process"
-
-
-def _alive(holder: bytes) -> bool:
-    """Whether the process written into the file may still run; only this host's can be asked."""
-    pid, host = _parse(holder)
-    if not pid:
-        return False
-    if host != socket.gethostname():
-        return True
+def _may_run(pid: int, host: str) -> bool:
+    """Whether a process may still run; only this host can be asked about its own."""
+    if not pid or host != socket.gethostname():
+        return bool(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
 @contextmanager
 def graceful() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event; a second signal kills. Outside the main thread nothing is caught."""
+    """Turn the first SIGINT or SIGTERM into an event; a second one acts as usual. Only the main thread can do so."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

@@ -361,7 +361,7 @@ CASES: list[tuple[list[object], str]] = [
     (["prepare", "no_rows.csv"], "no rows"),
     (["prepare", "latin.csv"], "UTF-8"),
     (["prepare", "good.csv", "--out", "m.xlsx"], r"m\.xlsx.*\.csv or \.parquet"),
-    (["prepare", "good.csv", "--out", "file/m.csv"], "cannot be written"),
+    (["prepare", "good.csv", "--out", "file/m.csv"], "cannot write"),
     (["prepare", "good.csv", "--images", "gone"], "--images: gone is not a folder"),
     (["cache", "gone", *W], "gone"),
     (["cache", "empty", *W], "empty"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -15,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cxr_fast.errors import InputError
-from cxr_fast.system.locks import FileLock, graceful
+from cxr_fast.system.locks import FileLock, HeldError, graceful
 
 HOLD = """
 import sys
@@ -84,6 +87,44 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"), FileLock(tmp_path / "file" / "a.h5"):
         pass
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite"])
+def test_a_full_disk_is_one_line_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(InputError, match=r"^--out: cannot write .*a\.h5\.lock: No space left on device\.$"):
+            FileLock(tmp_path / "a.h5").__enter__()
+    assert list(tmp_path.iterdir()) == []
+    with FileLock(tmp_path / "a.h5"):
+        pass
+
+
+@pytest.mark.parametrize(("pid", "host", "held"), [(0, None, True), (2**22 + 1, None, False), (1, "other", True)])
+def test_without_kernel_locks_the_pid_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int, host: str | None, held: bool
+) -> None:
+    """0 is this process; no Linux has a pid above 2**22; another host cannot be asked."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    holder = {"pid": pid or os.getpid(), "host": host or socket.gethostname()}
+    (tmp_path / "a.h5.lock").write_text(json.dumps(holder))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    if held:
+        with (
+            pytest.raises(HeldError, match=f"process {holder['pid']} on {holder['host']}"),
+            FileLock(tmp_path / "a.h5"),
+        ):
+            pass
+    else:
+        with FileLock(tmp_path / "a.h5"):
+            pass
+    assert (tmp_path / "a.h5.lock").exists() == held
 
 
 @pytest.fixture
