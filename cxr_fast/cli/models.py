@@ -196,17 +196,10 @@ def predict(
             )
             click.echo(f"cluster: {joined}", err=True)
         bar = Progress()
-        summary = batch.write(
-            predictor,
-            wanted,
-            out,
-            batch_size=batch_size,
-            workers=workers,
-            decide=decide,
-            pool=study_pool,
-            overwrite=overwrite,
-            on_batch=show,
+        spec = batch.BatchSpec(
+            batch_size=batch_size, workers=workers, decide=decide, pool=study_pool, overwrite=overwrite
         )
+        summary = batch.write(predictor, wanted, out, spec, show)
     bar.done()
     _say_predicted(summary, predictor.where, out)
     click.echo(f"device: {predictor.why}", err=True)

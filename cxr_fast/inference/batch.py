@@ -1,4 +1,4 @@
-"""Predictions as files: a table that a second run completes, pooled by study where asked, and what made it."""
+"""Batch prediction to CSV, Parquet or JSON lines, resumable, with a JSON record of how it was made."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ..data.images import self_check
 from ..data.paths import Inputs
 from ..errors import InputError, Interrupted
 from ..system import hardware
-from ..system.files import file_sha256
+from ..system.files import atomic, file_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
-from .checkpoint import Resume, beside
+from .checkpoint import WAL, Checkpoint, beside
 from .outputs import WRITERS, Columns, Row, shown
 from .predictor import BATCH, Result
 
@@ -67,6 +67,22 @@ class Answerer(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """How images are predicted into a table, and what the table says.
+
+    `batch_size` images are one call of the model; `workers` threads decode (default: usable cores); `decide` adds the
+    findings over their thresholds; `pool` also writes NAME.studies.csv, the images of a study as one; `overwrite`
+    drops what the table holds.
+    """
+
+    batch_size: int = BATCH
+    workers: int | None = None
+    decide: bool = False
+    pool: Pool | None = None
+    overwrite: bool = False
+
+
 @dataclass(kw_only=True)
 class State:
     """How far a run is: images answered of `total`, `reused` of them by an earlier run, and where time went."""
@@ -83,55 +99,47 @@ class State:
         return max(self.seconds, key=lambda stage: self.seconds[stage])
 
 
-def write(
-    predictor: Answerer,
-    inputs: Inputs,
-    out: Path,
-    *,
-    batch_size: int = BATCH,
-    workers: int | None = None,
-    decide: bool = False,
-    pool: Pool | None = None,
-    overwrite: bool = False,
-    on_batch: Callable[[State], None] | None = None,
-) -> dict[str, Any]:
-    """Predict `inputs` into `out` (.csv, .parquet or .jsonl, a row an image), and say what made it in NAME.run.json.
+OnBatch = Callable[[State], None]
 
-    What `out` holds of the same model and the same files is not done again; failed files are tried again. Rows are
-    kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. With `pool` the studies
-    of a manifest are written beside it, NAME.studies.csv. `predictor` may be a cluster's. Returns what
+
+def write(
+    predictor: Answerer, inputs: Inputs, out: Path, spec: BatchSpec | None = None, on_batch: OnBatch | None = None
+) -> dict[str, Any]:
+    """Predict `inputs` into `out` (.csv, .parquet or .jsonl, a row an image), and record how in NAME.run.json.
+
+    What `out` holds of the same model and the same files is not predicted again; failed files are tried again. Answers
+    are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. Returns what
     NAME.run.json says.
 
     Raises InputError for an `out` that cannot be written, holds something else, or is an input; Interrupted after
     SIGINT or SIGTERM, when the batch at hand is kept.
     """
-    began, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    _check(predictor, inputs, out, pool)
-    before = _earlier(out, pool, overwrite)
+    began, clock, spec = datetime.datetime.now(datetime.UTC), time.perf_counter(), spec or BatchSpec()
+    _check(predictor, inputs, out, spec.pool)
+    before = _earlier(out, spec)
     identity = {"model_sha256": _model_sha256(predictor.path), "pixel_check": self_check()}
     state = State(total=len(inputs.paths))
-    try:
-        with FileLock(out), Resume(out, identity, overwrite=overwrite) as kept:
-            _predict(predictor, inputs.paths, kept, state, batch_size, workers, on_batch)
-            tables = _write_tables(predictor, inputs, kept, out, state, decide, pool)
-            summary = {
-                **_request(predictor, out, batch_size, workers, decide),
-                **identity,
-                "images": state.total,
-                "reused": state.reused,
-                "failed": state.failed,
-                **tables,
-                **predictor.describe(),
-                "began": began.isoformat(timespec="seconds"),
-                "seconds": time.perf_counter() - clock,
-                "stages": state.seconds,
-            }
-            _replace(run_path(out), lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
-            if before.get("study_pool") and not pool:  # of other answers than the table has now
-                studies_path(out).unlink(missing_ok=True)
-    except OSError as error:
-        kept_so_far = "; what is predicted so far is kept, the same command goes on" if beside(out).exists() else ""
-        raise InputError(f"--out: cannot write {out}: {error.strerror or error}{kept_so_far}.") from error
+    with FileLock(out), _kept_so_far(out), Checkpoint(out, identity, overwrite=spec.overwrite) as kept:
+        _predict(predictor, inputs.paths, kept, state, spec, on_batch)
+        writing = time.perf_counter()
+        tables = _write_tables(predictor, inputs, kept, out, spec)
+        state.seconds["write"] += time.perf_counter() - writing
+        summary = {
+            **_request(predictor, out, spec),
+            **identity,
+            "images": state.total,
+            "reused": state.reused,
+            "failed": state.failed,
+            **tables,
+            **predictor.describe(),
+            "began": began.isoformat(timespec="seconds"),
+            "seconds": time.perf_counter() - clock,
+            "stages": state.seconds,
+        }
+        with _replacing(run_path(out)) as file:
+            file.write((json.dumps(summary, indent=1) + "\n").encode())
+        if before.get("study_pool") and not spec.pool:  # of other answers than the table has now
+            studies_path(out).unlink(missing_ok=True)
     return summary
 
 
@@ -146,9 +154,10 @@ def studies_path(out: Path) -> Path:
 
 
 def pooled(results: Iterable[Result], studies: Sequence[str], pool: Pool) -> Iterator[Row]:
-    """Rows of STUDY_KEYS and (C,) float32, in the order in which the studies begin; one of no readable image failed.
+    """Yield one row per study: STUDY_KEYS and (C,) float32, or None where no image could be read.
 
-    A study is held until its last image has come, and until those that began before it are out.
+    Studies come in the order of their first images; one is held until its last image has come, and until those that
+    began before it are out.
     """
     left = Counter(studies)
     open_ones: OrderedDict[str, _Study] = OrderedDict()
@@ -165,7 +174,7 @@ class _Study:
         self.values = np.zeros(0)
 
     def add(self, result: Result, pool: Pool) -> None:
-        """One more image."""
+        """Add one image."""
         if result.probabilities is None:
             self.failed[result.reason] += 1
             return
@@ -175,7 +184,7 @@ class _Study:
         self.good += 1
 
     def row(self, study: str, pool: Pool) -> Row:
-        """All images as one."""
+        """One row for all images of the study."""
         images, lost = self.good + self.failed.total(), self.failed.total()
         reason = f"{lost} of {images} images failed: {', '.join(sorted(self.failed))}" if lost else ""
         values = self.values / self.good if self.good and pool == "mean" else self.values
@@ -188,12 +197,12 @@ class _Study:
 
 
 def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) -> None:
-    """Everything that is wrong with the request, before hours of predicting and not after."""
+    """Refuse a request that cannot be fulfilled before hours of predicting, not after."""
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a file.")
     _protect(predictor, inputs, out)
     if out.suffix not in WRITERS:
-        raise InputError(f"--out: {out} is to end in {', '.join(WRITERS)}.")
+        raise InputError(f"--out: {out} must end in {', '.join(WRITERS)}.")
     if out.suffix == ".parquet":
         pyarrow("pyarrow.parquet", out)
     if taken := {*KEYS, *STUDY_KEYS, "findings"} & set(predictor.labels):
@@ -210,9 +219,11 @@ def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) ->
 
 
 def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
-    """No file that is written may be one that is read."""
-    own = (out, run_path(out), studies_path(out), beside(out), *map(_partial, (out, run_path(out), studies_path(out))))
-    written = {_identity(path): path for path in (*own, out.with_name(out.name + ".lock")) if path.exists()}
+    """Refuse to write a file that is also read."""
+    tables = (out, run_path(out), studies_path(out))
+    own = [*tables, *(path.with_name(path.name + ".partial") for path in tables)]
+    own += [beside(out), *(out.with_name(out.name + suffix) for suffix in (WAL, ".lock"))]
+    written = {_identity(path): path for path in own if path.exists()}
     if not written:
         return
     model = predictor.path
@@ -226,8 +237,8 @@ def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
             raise InputError(f"--out: {written[identity]} is {what}; give another name.")
 
 
-def _earlier(out: Path, pool: Pool | None, overwrite: bool) -> dict[str, Any]:
-    """What an earlier run said of `out`, {} for none. InputError where a file beside it is not of ours."""
+def _earlier(out: Path, spec: BatchSpec) -> dict[str, Any]:
+    """Read NAME.run.json of an earlier run, {} for none. InputError where a file beside `out` is not ours."""
     try:
         found = json.loads(run_path(out).read_bytes())
     except (FileNotFoundError, NotADirectoryError):  # the latter is refused by what writes
@@ -236,10 +247,12 @@ def _earlier(out: Path, pool: Pool | None, overwrite: bool) -> dict[str, Any]:
         found = None
     ours = isinstance(found, dict) and found.get("kind", KIND) == KIND
     foreign = [] if ours else [run_path(out)]
-    if pool and studies_path(out).exists() and not (ours and found.get("study_pool")):
+    if spec.pool and studies_path(out).exists() and not (ours and found.get("study_pool")):
         foreign.append(studies_path(out))
-    if foreign and not overwrite:
-        raise InputError(f"--out: {foreign[0]} is there and not of ours; give another --out, or pass --overwrite.")
+    if foreign and not spec.overwrite:
+        raise InputError(
+            f"--out: {foreign[0]} exists and predict did not write it; give another --out, or pass --overwrite."
+        )
     return found if ours else {}
 
 
@@ -259,8 +272,8 @@ def _model_sha256(path: Path) -> str:
     return hashlib.sha256("".join(f"{file_sha256(path / name)} {name}\n" for name in names).encode()).hexdigest()
 
 
-def _request(predictor: Answerer, out: Path, batch_size: int, workers: int | None, decide: bool) -> dict[str, Any]:
-    """What was asked of which model by which code, as NAME.run.json says it."""
+def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
+    """The part of NAME.run.json that is known before the first answer."""
     own = {"cxr-fast": __version__, "onnxruntime": onnxruntime.__version__}
     return {
         "kind": KIND,
@@ -271,11 +284,11 @@ def _request(predictor: Answerer, out: Path, batch_size: int, workers: int | Non
         "provenance": predictor.warning,
         "provider": predictor.provider,
         "threads": predictor.threads,
-        "workers": workers or hardware.cpu_count(),
-        "batch_size": batch_size,
+        "workers": spec.workers or hardware.cpu_count(),
+        "batch_size": spec.batch_size,
         "labels": list(predictor.labels),
         "thresholds": predictor.thresholds.tolist(),
-        "decide": decide,
+        "decide": spec.decide,
         "versions": own | {"numpy": np.__version__, "pillow": PIL.__version__},
     }
 
@@ -283,11 +296,10 @@ def _request(predictor: Answerer, out: Path, batch_size: int, workers: int | Non
 def _predict(
     predictor: Answerer,
     paths: Sequence[str],
-    kept: Resume,
+    kept: Checkpoint,
     state: State,
-    batch_size: int,
-    workers: int | None,
-    on_batch: Callable[[State], None] | None,
+    spec: BatchSpec,
+    on_batch: OnBatch | None,
 ) -> None:
     """Answer what is not held yet, each batch kept before the next one runs.
 
@@ -296,11 +308,11 @@ def _predict(
     """
     todo = [i for i, path in enumerate(paths) if not kept.holds(path)]
     state.done = state.reused = len(paths) - len(todo)
-    batches = [[paths[i] for i in part] for _, part in itertools.groupby(todo, key=lambda i: i // batch_size)]
+    batches = [[paths[i] for i in part] for _, part in itertools.groupby(todo, key=lambda i: i // spec.batch_size)]
     by = f"{predictor.provider}, onnxruntime {onnxruntime.__version__}"
     with graceful() as stopped:
-        answers = predictor.stream_batches(batches, workers=workers, seconds=state.seconds, stop=stopped.is_set)
-        with contextlib.closing(answers), _told(state):
+        answers = predictor.stream_batches(batches, workers=spec.workers, seconds=state.seconds, stop=stopped.is_set)
+        with contextlib.closing(answers), _progress_in_interrupt(state):
             for results in answers:
                 began = time.perf_counter()
                 kept.append(results, by)
@@ -312,8 +324,8 @@ def _predict(
 
 
 @contextlib.contextmanager
-def _told(state: State) -> Iterator[None]:
-    """Interrupted with how far the run is."""
+def _progress_in_interrupt(state: State) -> Iterator[None]:
+    """Make an Interrupted say how far the run is."""
     try:
         yield
     except Interrupted:
@@ -321,30 +333,23 @@ def _told(state: State) -> Iterator[None]:
         raise Interrupted(f"{said}; the same command goes on from there.") from None
 
 
-def _write_tables(
-    predictor: Answerer,
-    inputs: Inputs,
-    kept: Resume,
-    out: Path,
-    state: State,
-    decide: bool,
-    pool: Pool | None,
-) -> dict[str, Any]:
-    """All rows in input order, under the final names; what answered them, and how they were pooled."""
-    began = time.perf_counter()
-    of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": decide}
+def _write_tables(predictor: Answerer, inputs: Inputs, kept: Checkpoint, out: Path, spec: BatchSpec) -> dict[str, Any]:
+    """Write all rows in input order under the final names; return what answered them, and how they were pooled."""
+    of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": spec.decide}
     by: Counter[str] = Counter()
     found: dict[str, Any] = {"answered_by": by, "study_pool": None}
-    _write_table(out, Columns(keys=KEYS, **of_model), map(_image_row, _answers(kept, inputs.paths, by)))
-    if pool:
-        rows = pooled(_answers(kept, inputs.paths, Counter()), inputs.studies, pool)
-        _write_table(studies_path(out), Columns(keys=STUDY_KEYS, **of_model), rows)
-        found["study_pool"] = {"how": pool, "column": inputs.by, "studies": len(set(inputs.studies))}
-    state.seconds["write"] += time.perf_counter() - began
+    with _replacing(out) as file:
+        images = map(_image_row, _answers(kept, inputs.paths, by))
+        WRITERS[out.suffix](file, Columns(keys=KEYS, **of_model), images)
+    if spec.pool:
+        with _replacing(studies_path(out)) as file:
+            studies = pooled(_answers(kept, inputs.paths, Counter()), inputs.studies, spec.pool)
+            WRITERS[out.suffix](file, Columns(keys=STUDY_KEYS, **of_model), studies)
+        found["study_pool"] = {"how": spec.pool, "column": inputs.by, "studies": len(set(inputs.studies))}
     return found
 
 
-def _answers(kept: Resume, paths: Iterable[str], by: Counter[str]) -> Iterator[Result]:
+def _answers(kept: Checkpoint, paths: Iterable[str], by: Counter[str]) -> Iterator[Result]:
     for path in paths:
         result, who = kept.row(path)
         by[who] += 1
@@ -357,21 +362,19 @@ def _image_row(result: Result) -> Row:
     return [shown(result.path), "ok", ""], result.probabilities
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")  # one name, for the lock is held: what a kill leaves is replaced
+def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open a file that appears when it is whole and on the disk; what a kill left of it is written over."""
+    return atomic(path, "--out", sync=True, locked=True)
 
 
-def _replace(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """A file that is there when it is whole and on disk, and not before."""
+@contextlib.contextmanager
+def _kept_so_far(out: Path) -> Iterator[None]:
+    """Make an error of the disk one line, which says whether answers are kept."""
     try:
-        with open(_partial(path), "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(_partial(path), path)
-    finally:
-        _partial(path).unlink(missing_ok=True)
-
-
-def _write_table(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
-    _replace(path, lambda file: WRITERS[path.suffix](file, columns, rows))
+        yield
+    except (OSError, InputError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; what is predicted so far is kept, the same command goes on" if beside(out).exists() else ""
+        raise InputError(f"--out: cannot write {out}: {cause.strerror or cause}{kept}.") from error

@@ -1,177 +1,175 @@
-"""What a prediction has answered so far: one line a batch in `NAME.resume`, so that a second run does only the rest."""
+"""Answers of an unfinished or finished prediction, kept beside its table in one SQLite file, `NAME.resume`."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
+import sqlite3
 import stat
 import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..errors import InputError
 from ..system.files import file_sha256
 from .predictor import Result, changed_ns
 
-SUFFIX = ".resume"
-KIND, SCHEMA = "cxr-fast predictions so far", 1
-LINES = 16  # parsed ones kept: what is read in input order comes from a few runs, each in order
-HEADER = 1 << 16
-SYNC_SECONDS = 1.0  # a killed process loses nothing it wrote; this is what a power cut may take
+SUFFIX, WAL = ".resume", ".resume-wal"
+# A file with any other tables than these is refused: to change what a row means, change a name here.
+TABLES = (
+    "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+    "CREATE TABLE answers (path BLOB PRIMARY KEY, size INT, mtime_ns INT, sha256 TEXT, reason TEXT, message BLOB,"
+    " probabilities BLOB, provider TEXT, crc INT) WITHOUT ROWID",
+)
+# No other process has the file open (the table's lock is held), so SQLite needs neither locks, which some network
+# file systems lack, nor shared memory. WAL: a batch is one write without a wait for the disk. cell_size_check and
+# trusted_schema are SQLite's own advice for files that may be damaged.
+SETTINGS = ("locking_mode=EXCLUSIVE", "synchronous=NORMAL", "cell_size_check=ON", "trusted_schema=OFF")
+SYNC_SECONDS = 1.0  # a killed process loses no batch that it kept; a power cut may lose those of this time
+MEND = "give another --out, or pass --overwrite"
+
+Row = tuple[bytes, int, int, str, str, bytes, bytes | None, str]
 
 
-class Resume:
-    """The rows answered so far, beside `out`; kept when it is finished, so that more can follow.
+class Checkpoint:
+    """Answers by path, kept beside `out` so that a second run predicts only what is missing or has changed.
 
-    Appended batch by batch, each a line with its checksum; a line cut short by a kill is cut off when opened next.
-    `model` says what the answers are of (JSON): InputError where the file says otherwise, or where `out` is there
-    without it, unless `overwrite`. Use as a context manager, under the lock of `out`.
+    `model` holds `model_sha256` and `pixel_check`, of which the answers are. Raises InputError where the file holds
+    answers of another model, is damaged or is not ours, and where `out` exists without it, unless `overwrite`; OSError
+    where the disk is full or cannot be written. Use as a context manager, under the lock of `out`.
     """
 
-    def __init__(self, out: Path, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, model: Mapping[str, str], *, overwrite: bool = False) -> None:
         self.out, self.path = out, beside(out)
-        self._offsets: dict[str, int] = {}
-        self._lines: OrderedDict[int, dict[str, tuple[Result, str]]] = OrderedDict()
-        self._header = {"kind": KIND, "schema": SCHEMA, "written_by": f"cxr-fast {__version__}", **model}
-        if out.exists() and not self.path.exists() and not overwrite:
+        if overwrite:
+            self.path.unlink(missing_ok=True)  # SQLite removes a WAL without its file
+        elif out.exists() and not self.path.exists():
             raise InputError(
-                f"--out: {out} is there, and {self.path.name}, which would say what it is of, is not; "
-                "give another --out, or pass --overwrite."
+                f"--out: {out} exists but {self.path.name} is missing, so it is unknown which model wrote {out.name}; "
+                f"{MEND}."
             )
-        self._file = open(self.path, "w+b" if overwrite or not self.path.exists() else "r+b")  # noqa: SIM115
-        self._synced = time.monotonic()
+        with self._errors():
+            self.db = sqlite3.connect(f"{self.path.absolute().as_uri()}?vfs=unix-none", uri=True)
         try:
-            self._read()
+            with self._errors():
+                self._open(dict(model))
         except BaseException:
-            self._file.close()
+            self.db.close()
             raise
+        self._synced = time.monotonic()
 
-    def __enter__(self) -> Resume:
+    def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sync()
-        self._file.close()
+    def __exit__(self, *_: object) -> None:
+        self.db.close()  # moves the WAL into the file
 
     def holds(self, path: str) -> bool:
-        """Whether there are probabilities of this very file; where its time cannot tell, its content does."""
-        if path not in self._offsets or not (known := self.row(path)[0]).ok:
-            return False
+        """Whether there are probabilities of this very file: of its size and time, else of its content."""
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
+            known, status = self.row(path)[0], os.stat(path)
+            if not known.ok or not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
                 return False
             return changed_ns(status) == known.mtime_ns or file_sha256(Path(path)) == known.sha256
-        except (OSError, ValueError):
+        except (KeyError, OSError, ValueError):
             return False
 
     def row(self, path: str) -> tuple[Result, str]:
-        """The newest answer to a path, and who gave it. KeyError where there is none."""
-        offset = self._offsets[path]
-        if offset not in self._lines:
-            self._file.seek(offset)
-            self._remember(offset, json.loads(_content(self._file.readline())))
-        return self._lines[offset][path]
+        """The newest answer to a path, and which provider gave it. KeyError where there is none that is sound."""
+        with self._errors():
+            found = self.db.execute("SELECT * FROM answers WHERE path = ?", (_bytes(path),)).fetchone()
+        if found is None or found[-1] != _crc(found[:-1]):
+            raise KeyError(path)
+        _, size, mtime_ns, sha256, reason, message, values, provider, _ = found
+        result = Result(
+            path=path,
+            size=size,
+            mtime_ns=mtime_ns,
+            sha256=sha256,
+            reason=reason,
+            message=message.decode("utf-8", "surrogatepass"),
+            probabilities=None if values is None else np.frombuffer(values, "<f4"),
+        )
+        return result, provider
 
-    def append(self, results: Sequence[Result], by: str) -> None:
-        """Write a batch, all of it or nothing. A file that fails as it did before is not written again."""
-        fresh = [result for result in results if not self._same_failure(result)]
-        if not fresh:
-            return
-        offset = self._write({"by": by, "rows": [_packed(result) for result in fresh]})
-        self._offsets |= dict.fromkeys((result.path for result in fresh), offset)
+    def append(self, results: Sequence[Result], provider: str) -> None:
+        """Keep a batch, all of it or nothing."""
+        rows = [_row(result, provider) for result in results]
+        with self._errors(), self.db:
+            self.db.executemany("REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", [(*row, _crc(row)) for row in rows])
         if time.monotonic() - self._synced > SYNC_SECONDS:
-            self._sync()
+            with self._errors():
+                self.db.execute("PRAGMA wal_checkpoint")
+            self._synced = time.monotonic()
 
-    def _same_failure(self, result: Result) -> bool:
-        if result.ok or result.path not in self._offsets:
-            return False
-        known = self.row(result.path)[0]
-        return (known.reason, known.message) == (result.reason, result.message)
-
-    def _write(self, value: Any) -> int:
-        offset = self._file.seek(0, os.SEEK_END)
-        text = json.dumps(value, separators=(",", ":")).encode()  # ASCII: names of any bytes come back as they were
-        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
-        self._file.flush()
-        return offset
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def _read(self) -> None:
-        """Find where each answer lies, and cut off what a kill left half written."""
-        head = self._file.readline(HEADER)
-        if not head.endswith(b"\n") and len(head) < HEADER:  # nothing, or killed in its first line
-            self._file.truncate(0)
-            self._write(self._header)
-            return
-        self._compare(_content(head))
-        offset = self._file.tell()
-        while text := _content(line := self._file.readline()):
-            self._offsets |= dict.fromkeys((row[0] for row in json.loads(text)["rows"]), offset)
-            offset += len(line)
-        self._file.truncate(offset)
-
-    def _compare(self, text: bytes) -> None:
-        mend = "give another --out, or pass --overwrite"
-        try:
-            old = json.loads(text)
-        except ValueError:
-            old = {}
-        if old.get("kind") != KIND:
-            raise InputError(f"--out: {self.path} is damaged or not of ours; {mend}.")
-        if old["schema"] != SCHEMA:
-            raise InputError(f"--out: {self.path} was written by {old['written_by']}; {mend}.")
-        if old["model_sha256"] != self._header["model_sha256"]:
-            one, two = old["model_sha256"][:12], self._header["model_sha256"][:12]
-            raise InputError(f"--out: {self.out} holds another model's answers ({one}, this is {two}); {mend}.")
-        if old["pixel_check"] != self._header["pixel_check"]:
+    def _open(self, model: dict[str, str]) -> None:
+        """Make the tables, or refuse those found before anything is written."""
+        for setting in SETTINGS:
+            self.db.execute(f"PRAGMA {setting}")
+        found = tuple(sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master ORDER BY name"))
+        if found and found != TABLES:
+            raise self._unreadable()
+        self.db.execute("PRAGMA journal_mode=WAL")
+        if not found:  # new, or killed before it was made
+            with self.db:
+                for statement in ("BEGIN", *TABLES):
+                    self.db.execute(statement)
+                self.db.executemany("INSERT INTO about VALUES (?, ?)", model.items())
+        about = dict(self.db.execute("SELECT name, value FROM about"))
+        if about.keys() != model.keys():
+            raise self._unreadable()
+        one, two = about["model_sha256"], model["model_sha256"]
+        if one != two:
             raise InputError(
-                f"--out: {self.out} was made where Pillow decodes or resizes a picture to other pixels; {mend}."
+                f"--out: {self.out} holds another model's answers ({one[:12]}, this is {two[:12]}); {MEND}."
+            )
+        if about != model:
+            raise InputError(
+                f"--out: {self.out} was made where Pillow decodes or resizes a picture to other pixels; {MEND}."
             )
 
-    def _remember(self, offset: int, line: dict[str, Any]) -> None:
-        self._lines[offset] = {row[0]: (_unpacked(row), line["by"]) for row in line["rows"]}
-        if len(self._lines) > LINES:
-            self._lines.popitem(last=False)
+    def _unreadable(self) -> InputError:
+        return InputError(
+            f"--out: {self.path} is damaged, or another version of cxr-fast or another program wrote it; {MEND} to "
+            "predict all images again."
+        )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise what SQLite says of the disk as OSError, and of the file's content as InputError."""
+        try:
+            yield
+        except sqlite3.ProgrammingError:
+            raise
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter where its message quotes damaged text
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from error
+            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+                raise OSError(errno.EIO, str(error), str(self.path)) from error
+            raise self._unreadable() from error
 
 
 def beside(out: Path) -> Path:
-    """Where the rows of `out` are kept."""
+    """Where the answers of `out` are kept."""
     return out.with_name(out.name + SUFFIX)
 
 
-def _content(line: bytes) -> bytes:
-    """What a whole line says; nothing for one that was cut short or damaged."""
-    text = line[9:-1]
-    return text if line[-1:] == b"\n" and line[:9] == b"%08x " % zlib.crc32(text) else b""
+def _bytes(text: str) -> bytes:
+    """A name as bytes; those of names that are no UTF-8 too, and by no locale."""
+    return text.encode("utf-8", "surrogatepass")
 
 
-def _packed(result: Result) -> list[Any]:
-    values = None if result.probabilities is None else [float(str(p)) for p in result.probabilities.astype(np.float32)]
-    return [result.path, result.size, result.mtime_ns, result.sha256, result.reason, result.message, values]
+def _row(result: Result, provider: str) -> Row:
+    values = None if result.probabilities is None else result.probabilities.astype("<f4").tobytes()
+    head = (_bytes(result.path), result.size, result.mtime_ns, result.sha256, result.reason)
+    return (*head, _bytes(result.message), values, provider)
 
 
-def _unpacked(row: list[Any]) -> Result:
-    path, size, mtime_ns, sha256, reason, message, values = row
-    return Result(
-        path=path,
-        size=size,
-        mtime_ns=mtime_ns,
-        sha256=sha256,
-        reason=reason,
-        message=message,
-        probabilities=None if values is None else np.array(values, np.float32),
-    )
+def _crc(row: Row) -> int:
+    """SQLite does not see a flipped bit in a value: a row that has one is predicted again."""
+    return zlib.crc32(repr(row).encode("utf-8", "surrogatepass"))

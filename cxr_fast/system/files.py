@@ -18,14 +18,17 @@ AnyPath = str | os.PathLike[str]  # what a user may pass for a path
 
 
 @contextlib.contextmanager
-def atomic(path: Path, flag: str = "", *, sync: bool = False, folders: bool = False) -> Iterator[IO[bytes]]:
+def atomic(
+    path: Path, flag: str = "", *, sync: bool = False, folders: bool = False, locked: bool = False
+) -> Iterator[IO[bytes]]:
     """Open a file that gets the name `path` when the `with` block ends well, and leaves nothing where it does not.
 
     `sync` waits until the bytes are on the disk before the name changes; `folders` makes the folders above it. What a
-    kill leaves is NAME.partial.PID. Raises InputError, which names `flag` if one is given, where the file cannot be
+    kill leaves is NAME.partial.PID; with `locked`, for a caller that holds the lock of `path`, it is NAME.partial and
+    the next writer replaces it. Raises InputError, which names `flag` if one is given, where the file cannot be
     written. An OSError raised by the block itself counts as such.
     """
-    scratch = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    scratch = path.with_name(f"{path.name}.partial" + ("" if locked else f".{os.getpid()}"))
     try:
         if folders:
             path.parent.mkdir(parents=True, exist_ok=True)

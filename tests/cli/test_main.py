@@ -215,16 +215,16 @@ def test_predict_goes_on_where_it_stopped(toy_model: Path, toy_data: Path, here:
 def test_predict_interrupted_says_how_to_go_on(
     toy_model: Path, toy_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cxr_fast.inference.checkpoint import Resume
+    from cxr_fast.inference.checkpoint import Checkpoint
 
-    command, real = ["predict", toy_model, toy_data, "--out", "p.csv", "--device", "cpu"], Resume.append
+    command, real = ["predict", toy_model, toy_data, "--out", "p.csv", "--device", "cpu"], Checkpoint.append
 
-    def append(self: Resume, results: Any, by: str) -> None:
+    def append(self: Checkpoint, results: Any, by: str) -> None:
         real(self, results, by)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Resume, "append", append)
+        patch.setattr(Checkpoint, "append", append)
         said = done(cxr(*command), 130).stderr
     assert re.search(r"interrupted after 8 of \d+ images; the same command goes on from there", said)
     assert not Path("p.csv").exists()
@@ -456,7 +456,7 @@ CASES: list[tuple[list[object], str]] = [
     (["predict", "model.onnx", "one_image", "--out", "file/p.csv"], "--out: cannot write file/p.csv"),
     (["predict", "model.onnx", "one_image", "--out", "empty"], "--out: empty is a folder"),
     (["predict", "model.onnx", "one_image", "--out", "p.txt"], r"--out: p\.txt is to end in \.csv, \.parquet, \.jsonl"),
-    (["predict", "model.onnx", "one_image", "--out", "good.csv"], r"good\.csv\.resume, .* is not; .* --overwrite"),
+    (["predict", "model.onnx", "one_image", "--out", "good.csv"], r"good\.csv\.resume is missing, .* --overwrite"),
     (["predict", "model.onnx", "good.csv", "--out", "good.csv", "--overwrite"], "good.csv is the manifest or list"),
     (["predict", "model.onnx", "one_image", "--out", "p.csv", "--study-pool", "mean"], "--study-pool: .* has no study"),
     (["predict", "model.onnx", "@gone.txt", "--out", "p.csv"], "@gone.txt: No such file"),

@@ -442,6 +442,8 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
 
 # Predictions.
 
+PREDICTED = answers.BatchSpec(batch_size=3, workers=1, decide=True)
+
 
 def rows(out: Path) -> tuple[bytes, dict[str, Any]]:
     """The table, and what NAME.run.json says but for times and what only a cluster's has."""
@@ -456,7 +458,7 @@ def table(toy_model: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFact
     """What one machine answers: 80 images, one of them broken, in batches of 3."""
     out = tmp_path_factory.mktemp("predictions") / "local.csv"
     predictor = Predictor(toy_model, device="cpu", threads=1)
-    answers.write(predictor, inputs.read([str(toy_data)]), out, batch_size=3, workers=1, decide=True)
+    answers.write(predictor, inputs.read([str(toy_data)]), out, PREDICTED)
     return out
 
 
@@ -476,7 +478,7 @@ def test_predictions_that_lose_workers_are_those_of_one_machine(
     remote = Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
     monkeypatch.setattr(predict, "answer", partial(tasks.held_answer, gate))
     with losing(gate, nodes.kill_worker, nodes.kill_worker) as killed:
-        summary = answers.write(remote, wanted, out, batch_size=3, workers=1, decide=True)
+        summary = answers.write(remote, wanted, out, PREDICTED)
     assert len(killed) == 2
     assert rows(out) == rows(table)
     assert summary["failed"] == 1
@@ -496,7 +498,7 @@ def test_nodes_without_the_model_and_names_without_a_folder(
     remote = Remote(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
     own.rename(tmp_path / "moved.onnx")  # now no node finds it by its name
     monkeypatch.setattr(answers, "_model_sha256", lambda _: answers.file_sha256(toy_model))
-    answers.write(remote, wanted, tmp_path / "cluster.csv", batch_size=3, workers=1, decide=True)
+    answers.write(remote, wanted, tmp_path / "cluster.csv", PREDICTED)
     near = (tmp_path / "cluster.csv").read_text().splitlines()
     far = table.read_text().splitlines()
     assert near == [far[0], *(line.replace(f"{toy_data / 'images'}/", "") for line in far[1:])]
@@ -528,11 +530,9 @@ def test_an_interrupted_prediction_is_finished_by_one_machine(
     with pytest.raises(
         Interrupted, match=r"^interrupted after \d+ of 80 images; the same command goes on from there.$"
     ):
-        answers.write(remote, wanted, out, batch_size=3, workers=1, decide=True, on_batch=hit)
+        answers.write(remote, wanted, out, PREDICTED, hit)
     assert not out.exists()
-    summary = answers.write(
-        Predictor(toy_model, device="cpu", threads=1), wanted, out, batch_size=3, workers=1, decide=True
-    )
+    summary = answers.write(Predictor(toy_model, device="cpu", threads=1), wanted, out, PREDICTED)
     assert 0 < summary["reused"] < 80
     assert rows(out)[0] == rows(table)[0]
 

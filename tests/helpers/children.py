@@ -18,7 +18,8 @@ from cxr_fast.config import CacheSpec, SweepSpec
 from cxr_fast.data import manifest, paths
 from cxr_fast.errors import Interrupted
 from cxr_fast.inference import batch as answers
-from cxr_fast.inference.checkpoint import Resume
+from cxr_fast.inference import checkpoint
+from cxr_fast.inference.checkpoint import Checkpoint
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.models import backbone
 from cxr_fast.training.fold import Epoch
@@ -66,16 +67,18 @@ def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: 
 def predict_all(model: str, data: str, out: str, number: int, after: int, part: float, told: Any) -> None:
     """Predictions of a folder that tell each batch and send themselves a signal after so many; 130 when interrupted.
 
-    With a `part` the signal is SIGKILL, and comes when that part of the next batch's line is in the file.
+    With a `part` the signal is SIGKILL, and comes when that part of the next batch is in SQLite's log.
     """
-    count, write = 0, Resume._write
+    count, append = 0, Checkpoint.append
+    checkpoint.SYNC_SECONDS = 1e9  # else the log may start again at its beginning and not grow
 
-    def torn(self: Resume, value: Any) -> int:
-        offset = write(self, value)
+    def torn(self: Checkpoint, results: Any, provider: str) -> None:
+        log = Path(out + checkpoint.WAL)
+        size = log.stat().st_size
+        append(self, results, provider)
         if count == after:
-            os.truncate(self.path, offset + int(part * (self.path.stat().st_size - offset)))
+            os.truncate(log, size + int(part * (log.stat().st_size - size)))
             os.kill(os.getpid(), signal.SIGKILL)
-        return offset
 
     def batch(state: answers.State) -> None:
         nonlocal count
@@ -85,10 +88,11 @@ def predict_all(model: str, data: str, out: str, number: int, after: int, part: 
             os.kill(os.getpid(), number)
 
     if part:
-        Resume._write = torn  # type: ignore[method-assign]
+        Checkpoint.append = torn  # type: ignore[method-assign]
     predictor = Predictor(Path(model), device="cpu", threads=1)
+    spec = answers.BatchSpec(batch_size=2, workers=1, decide=True)
     try:
-        answers.write(predictor, paths.read([data]), Path(out), batch_size=2, workers=1, decide=True, on_batch=batch)
+        answers.write(predictor, paths.read([data]), Path(out), spec, batch)
     except Interrupted as error:
         told.send(str(error))
         sys.exit(error.exit_code)

@@ -10,7 +10,9 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from cxr_fast.data.images import self_check
 from cxr_fast.data.paths import Inputs, read
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.inference import batch
-from cxr_fast.inference.batch import State, pooled, run_path, studies_path, write
-from cxr_fast.inference.checkpoint import Resume, beside
+from cxr_fast.inference.batch import BatchSpec, State, pooled, run_path, studies_path
+from cxr_fast.inference.checkpoint import Checkpoint, beside
 from cxr_fast.inference.outputs import shown
 from cxr_fast.inference.predictor import Predictor, Result
 from cxr_fast.system.files import file_sha256
@@ -59,6 +61,10 @@ def counted(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Predictor, "_decode", decode)
     return seen
+
+
+def write(predictor: Predictor, inputs: Inputs, out: Path, *, on_batch: Any = None, **choices: Any) -> dict[str, Any]:
+    return batch.write(predictor, inputs, out, BatchSpec(**choices), on_batch)
 
 
 def named(paths: Iterable[str]) -> Inputs:
@@ -259,7 +265,10 @@ def test_parquet_without_pyarrow_is_named_before_predicting(
 
 @pytest.mark.parametrize(
     "name",
-    ["p.csv", "p.run.json", "p.csv.resume", "p.csv.partial", "p.csv.lock", "p.studies.csv", "p.run.json.partial"],
+    [
+        *("p.csv", "p.run.json", "p.csv.resume", "p.csv.resume-wal", "p.csv.partial", "p.csv.lock", "p.studies.csv"),
+        "p.run.json.partial",
+    ],
 )
 @pytest.mark.parametrize("how", ["image", "hard link", "manifest"])
 def test_no_input_is_written_over(predictor: Predictor, files: list[str], tmp_path: Path, name: str, how: str) -> None:
@@ -408,22 +417,22 @@ def test_a_signal_ends_after_the_batch_and_says_how_to_go_on(
         write(predictor, named(files[:9]), tmp_path / "p.csv", batch_size=2, workers=1, on_batch=hit)
     assert caught.value.exit_code == 130
     identity = {"model_sha256": file_sha256(predictor.path), "pixel_check": self_check()}
-    with Resume(tmp_path / "p.csv", identity) as kept:
+    with Checkpoint(tmp_path / "p.csv", identity) as kept:
         assert [kept.holds(file) for file in files[:5]] == [True, True, True, False, False]
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_there_is(
     predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Resume.append
+    real = Checkpoint.append
 
-    def append(self: Resume, results: Any, by: str) -> None:
+    def append(self: Checkpoint, results: Any, by: str) -> None:
         if any(result.path == files[6] for result in results):
             raise OSError(28, "No space left on device")
         real(self, results, by)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Resume, "append", append)
+        patch.setattr(Checkpoint, "append", append)
         with pytest.raises(InputError, match="No space left on device; what is predicted so far is kept"):
             write(predictor, named(files[:9]), tmp_path / "p.csv", batch_size=2)
     assert write(predictor, named(files[:9]), tmp_path / "p.csv", batch_size=2)["reused"] == 5
@@ -455,8 +464,8 @@ def ran(
 def test_killed_at_random_moments_no_byte_differs(
     server: Any, predictor: Predictor, toy_model: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    """Half the kills come right after a batch, half when a part of the next one's line is written; every batch that was
-    told is kept."""
+    """Half the kills come right after a batch, half when a part of the next one is in SQLite's log; every batch that
+    was kept before stays."""
     expected, out = tmp_path / "whole.csv", tmp_path / "p.csv"
     write(predictor, read([str(toy_data)]), expected, batch_size=2, workers=1, decide=True)
     moments, counts = random.Random(3), [0]
@@ -464,11 +473,8 @@ def test_killed_at_random_moments_no_byte_differs(
         after, part = moments.randint(1, 4), 0 if kill % 2 else moments.uniform(0.01, 0.99)
         code, done = ran(server, toy_model, toy_data, out, signal.SIGKILL, after, part)
         assert code in (-signal.SIGKILL, 0), "a writer failed by itself"
-        lines = beside(out).read_bytes().split(b"\n")
-        assert all(len(line) > 9 for line in lines[:-1])
-        held = sum(len(json.loads(line[9:])["rows"]) for line in lines[1:-1])
-        assert held >= max(counts[-1], done[-1] - 1 if done else 0), "a batch that was told is lost"
-        counts.append(held)
+        counts.append(rows_kept(out))
+        assert counts[-1] >= max(counts[-2], done[-1] - 1 if done else 0), "a batch that was kept is lost"
         if out.exists():
             assert out.read_bytes() == expected.read_bytes()
             break
@@ -476,6 +482,17 @@ def test_killed_at_random_moments_no_byte_differs(
     assert ran(server, toy_model, toy_data, out)[0] == 0
     assert out.read_bytes() == expected.read_bytes()
     assert sorted(path.name for path in tmp_path.glob("p.*")) == ["p.csv", "p.csv.resume", "p.run.json"]
+
+
+def rows_kept(out: Path) -> int:
+    """Answers, good and bad, that the file and its log hold; copied, for reading changes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in ("", "-wal"):
+            if (path := Path(f"{beside(out)}{suffix}")).exists():
+                shutil.copy(path, folder)
+        with contextlib.closing(sqlite3.connect(Path(folder) / beside(out).name)) as db:
+            made = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            return db.execute("SELECT count(*) FROM answers").fetchone()[0] if made else 0
 
 
 def test_what_a_kill_leaves_stands_in_nobodys_way(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
@@ -575,13 +592,13 @@ def test_pooled_rows_never_lie_beside_newer_ones(predictor: Predictor, files: li
     studies_path(out).write_text("mine")
     write(predictor, wanted, out)
     assert studies_path(out).read_text() == "mine"
-    with pytest.raises(InputError, match=r"p\.studies\.csv is there and not of ours"):
+    with pytest.raises(InputError, match=r"p\.studies\.csv exists and .* did not write it"):
         write(predictor, wanted, out, pool="mean")
     write(predictor, wanted, out, pool="mean", overwrite=True)
     assert len(rows(studies_path(out))) == 2
     for foreign in ('{"kind": "another"}', "[]", "{"):
         run_path(out).write_text(foreign)
-        with pytest.raises(InputError, match=r"p\.run\.json is there and not of ours"):
+        with pytest.raises(InputError, match=r"p\.run\.json exists and .* did not write it"):
             write(predictor, wanted, out)
         assert run_path(out).read_text() == foreign
 

@@ -1,9 +1,11 @@
-"""Rows kept batch by batch: only what is missing or has changed is done again, and no torn line is ever read."""
+"""Rows kept batch by batch: only what is missing or has changed is done again, and no torn or damaged row is read."""
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_fast.errors import InputError
-from cxr_fast.inference.checkpoint import LINES, Resume, beside
+from cxr_fast.inference.checkpoint import WAL, Checkpoint, beside
 from cxr_fast.inference.predictor import Result, changed_ns
 from cxr_fast.system.files import file_sha256
 from tests.helpers.states import wait_until
@@ -50,11 +52,10 @@ def test_rows_come_back_to_the_last_bit(out: Path) -> None:
         for i, row in enumerate(values)
     ]
     results += [Result(path="bad.png", reason="truncated", message="bad.png: ü\n")]
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         for start in range(0, len(results), 2):
             kept.append(results[start : start + 2], "CPU")
-    with Resume(out, MODEL) as kept:
-        assert len(results) > 2 * LINES
+    with Checkpoint(out, MODEL) as kept:
         for result in reversed(results):
             found, by = kept.row(result.path)
             assert by == "CPU"
@@ -68,11 +69,16 @@ def test_rows_come_back_to_the_last_bit(out: Path) -> None:
 @given(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=5, unique=True))
 def test_names_of_any_bytes_come_back(tmp_path_factory: pytest.TempPathFactory, names: list[bytes]) -> None:
     out, paths = tmp_path_factory.mktemp("names") / "p.csv", list(map(os.fsdecode, names))
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([answer(path) for path in paths], "CPU")
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         assert [kept.row(path)[0].path for path in paths] == paths
-    assert beside(out).read_bytes().count(b"\n") == 2
+
+
+# The first line of a file of version 0.1, lines of JSON.
+EARLIER = (
+    b'1f2e3d4c {"kind":"cxr-fast predictions so far","schema":1,"written_by":"cxr-fast 0.1.0","model_sha256":"a"}\n'
+)
 
 
 def replaced(image: Path) -> None:
@@ -121,17 +127,17 @@ CHANGES: list[tuple[Callable[[Path], object], bool]] = [
 
 @pytest.mark.parametrize(("change", "same"), CHANGES)
 def test_what_has_changed_is_seen(out: Path, image: Path, change: Callable[[Path], object], same: bool) -> None:
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         assert not kept.holds(str(image))
         kept.append([of_file(image)], "CPU")
         assert kept.holds(str(image))
     change(image)
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         assert kept.holds(str(image)) is same
 
 
 def test_a_file_of_the_same_time_is_not_read_again(out: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([of_file(image)], "CPU")
         monkeypatch.setattr("cxr_fast.inference.checkpoint.file_sha256", lambda path: pytest.fail("read"))
         assert kept.holds(str(image))
@@ -139,7 +145,7 @@ def test_a_file_of_the_same_time_is_not_read_again(out: Path, image: Path, monke
 
 def test_a_file_that_was_young_is_told_by_its_content(out: Path, image: Path) -> None:
     """Changed again within one tick of the clock, it keeps size and time."""
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([answer(image, sha256=file_sha256(image), size=12, mtime_ns=0)], "CPU")
         assert kept.holds(str(image))
         before = image.stat().st_mtime_ns
@@ -148,63 +154,149 @@ def test_a_file_that_was_young_is_told_by_its_content(out: Path, image: Path) ->
         assert not kept.holds(str(image))
 
 
-def test_failures_are_never_held_and_written_once(out: Path) -> None:
+def test_failures_are_never_held_and_take_no_room_again(out: Path) -> None:
     bad = Result(path="bad.png", reason="missing", message="bad.png: no such file")
-    with Resume(out, MODEL) as kept:
-        kept.append([bad], "CPU")
-        size = beside(out).stat().st_size
-        kept.append([bad], "CPU")
-        assert beside(out).stat().st_size == size
-        assert not kept.holds("bad.png")
+    sizes = set()
+    for _ in range(3):
+        with Checkpoint(out, MODEL) as kept:
+            kept.append([bad], "CPU")
+            assert not kept.holds("bad.png")
+        sizes.add(beside(out).stat().st_size)
+    assert len(sizes) == 1
+    with Checkpoint(out, MODEL) as kept:
         kept.append([Result(path="bad.png", reason="empty", message="bad.png: no bytes")], "CPU")
         assert kept.row("bad.png")[0].reason == "empty"
 
 
 def test_the_newest_answer_counts(out: Path, image: Path) -> None:
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([answer(image, 0.5)], "CPU")
         kept.append([answer("b.png", 0.6), answer(image, 0.7)], "CUDA")
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         found, by = kept.row(str(image))
         assert (found.probabilities, by) == (np.float32(0.7), "CUDA")
 
 
-def test_cut_anywhere_whole_lines_remain(out: Path) -> None:
-    """Every length a kill can leave: what is read is a prefix of the batches, and one can go on from it."""
-    with Resume(out, MODEL) as kept:
-        for i in range(3):
-            kept.append([answer(f"{i}a"), answer(f"{i}b")], "CPU")
-    data = beside(out).read_bytes()
-    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
-    for length in range(len(data) + 1):
-        beside(out).write_bytes(data[:length])
-        with Resume(out, MODEL) as kept:
-            whole = sum(end <= length for end in ends[1:])
-            for i in range(3):
-                for name in (f"{i}a", f"{i}b"):
-                    if i < whole:
-                        assert kept.row(name)[0].ok
-                    else:
-                        with pytest.raises(KeyError):
-                            kept.row(name)
-            kept.append([answer(f"{i}{x}") for i in range(whole, 3) for x in "ab"], "CPU")
-        with Resume(out, MODEL) as kept:
-            assert all(kept.row(f"{i}{x}")[0].ok for i in range(3) for x in "ab")
+BATCHES = [[answer(f"{i}{x}") for x in "ab"] for i in range(4)]
 
 
-def test_a_damaged_line_ends_what_is_believed(out: Path) -> None:
-    with Resume(out, MODEL) as kept:
-        for name in "abc":
-            kept.append([answer(name)], "CPU")
-    lines = beside(out).read_bytes().splitlines(keepends=True)
-    for changed in (lines[2].replace(b"0.9", b"0.8"), b"\0" * len(lines[2]), b"\n"):
-        beside(out).write_bytes(b"".join([*lines[:2], changed, lines[3]]))
-        with Resume(out, MODEL) as kept:
-            assert kept.row("a")[0].ok
-            with pytest.raises(KeyError):
-                kept.row("b")
-            with pytest.raises(KeyError):
-                kept.row("c")
+def killed(out: Path) -> tuple[bytes, bytes, list[int]]:
+    """The file and its log as a kill after the last batch leaves them, and how long the log was after each batch."""
+    log = out.with_name(out.name + WAL)
+    with Checkpoint(out, MODEL) as kept:
+        ends = []
+        for batch in BATCHES:
+            kept.append(batch, "CPU")
+            ends.append(log.stat().st_size)
+        return beside(out).read_bytes(), log.read_bytes(), ends
+
+
+def left(out: Path, file: bytes, log: bytes) -> None:
+    beside(out).write_bytes(file)
+    out.with_name(out.name + WAL).write_bytes(log)
+
+
+def batches_kept(kept: Checkpoint) -> int:
+    """How many batches are there: whole ones, and none after one that is missing."""
+    found = [[_known(kept, result) for result in batch] for batch in BATCHES]
+    count = sum(map(all, found))
+    assert found == [[i < count] * 2 for i in range(len(BATCHES))]
+    return count
+
+
+def _known(kept: Checkpoint, result: Result) -> bool:
+    try:
+        found, _ = kept.row(result.path)
+    except KeyError:
+        return False
+    np.testing.assert_array_equal(found.probabilities, result.probabilities)
+    return True
+
+
+@pytest.mark.kill
+def test_cut_anywhere_whole_batches_remain(out: Path) -> None:
+    """Lengths of the log that a kill or a power cut can leave, its making included: a prefix of the batches is kept,
+    and one can go on from it."""
+    file, log, ends = killed(out)
+    assert sorted(set(ends)) == ends
+    near = {end + step for end in ends for step in (-1, 0, 1)}
+    for length in sorted({*range(0, len(log), 509), *near, len(log)} - {len(log) + 1}):
+        left(out, file, log[:length])
+        with Checkpoint(out, MODEL) as kept:
+            whole = batches_kept(kept)
+            assert whole == sum(end <= length for end in ends)
+            for batch in BATCHES[whole:]:
+                kept.append(batch, "CPU")
+        with Checkpoint(out, MODEL) as kept:
+            assert batches_kept(kept) == len(BATCHES)
+
+
+@pytest.mark.kill
+def test_a_kill_while_the_log_is_moved_into_the_file_loses_nothing(out: Path) -> None:
+    """At the end, and once a second: any of the file's pages may have been written, the log is still whole."""
+    before, log, _ = killed(out)
+    after, page = beside(out).read_bytes(), 4096
+    assert len(after) > len(before)
+    for pages in range(len(after) // page + 1):
+        for length in (pages * page, min(pages * page + 100, len(after))):
+            left(out, after[:length] + before[length:], log)
+            with Checkpoint(out, MODEL) as kept:
+                assert batches_kept(kept) == len(BATCHES)
+
+
+@pytest.mark.kill
+def test_killed_while_it_was_made_it_is_made_again(out: Path) -> None:
+    for content in (b"", killed(out)[0][:4096]):
+        left(out, content, b"")
+        with Checkpoint(out, MODEL) as kept:
+            assert batches_kept(kept) == 0
+            kept.append(BATCHES[0], "CPU")
+
+
+@pytest.mark.kill
+def test_the_log_of_a_file_that_is_gone_is_not_read(out: Path) -> None:
+    _, log, _ = killed(out)
+    for overwrite in (False, True):
+        beside(out).unlink()
+        out.with_name(out.name + WAL).write_bytes(log)
+        with Checkpoint(out, MODEL, overwrite=overwrite) as kept:
+            assert batches_kept(kept) == 0
+
+
+def test_a_flipped_bit_is_a_row_to_predict_again_or_one_clear_line(out: Path) -> None:
+    """In the file and in its log; never another answer."""
+    file, log, _ = killed(out)
+    whole = beside(out).read_bytes()
+    drawn, said, kept_ones = random.Random(5), set(), []
+    for turn in range(300):
+        data, flipped = (whole, bytearray(whole)) if turn % 3 else (log, bytearray(log))
+        at = drawn.randrange(len(data) if turn % 2 else 4096)
+        flipped[at] ^= 1 << drawn.randrange(8)
+        left(out, *((bytes(flipped), b"") if data is whole else (file, bytes(flipped))))
+        try:
+            with Checkpoint(out, MODEL) as kept:
+                kept_ones.append(sum(_known(kept, result) for batch in BATCHES for result in batch))
+        except InputError as error:
+            said.add(str(error).replace(str(out.parent), ""))
+    assert 0 < sum(count < 8 for count in kept_ones) < len(kept_ones)
+    assert all(text.startswith("--out: ") and "\n" not in text and "--overwrite" in text for text in said)
+    assert any("is damaged" in text for text in said)
+
+
+def test_a_full_disk_keeps_what_there_is(out: Path) -> None:
+    """SQLite's own limit answers as a full disk does."""
+    with Checkpoint(out, MODEL) as kept:
+        kept.append([answer("a")], "CPU")
+        kept.db.execute("PRAGMA max_page_count=5")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            kept.append([answer(f"{i}", *[0.5] * 500) for i in range(20)], "CPU")
+        assert caught.value.errno == 28
+        assert kept.row("a")[0].ok
+        with pytest.raises(KeyError):
+            kept.row("0")
+    with Checkpoint(out, MODEL) as kept:
+        assert kept.row("a")[0].ok
+        kept.append([answer("b")], "CPU")
 
 
 @pytest.mark.parametrize(
@@ -218,46 +310,45 @@ def test_a_damaged_line_ends_what_is_believed(out: Path) -> None:
     ],
 )
 def test_answers_of_something_else_are_refused(out: Path, model: dict[str, str], match: str) -> None:
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([answer("a")], "CPU")
     before = beside(out).read_bytes()
     with pytest.raises(InputError, match=f"{match}; give another --out, or pass --overwrite"):
-        Resume(out, model)
+        Checkpoint(out, model)
     assert beside(out).read_bytes() == before
-    with Resume(out, model, overwrite=True) as kept, pytest.raises(KeyError):
+    with Checkpoint(out, model, overwrite=True) as kept, pytest.raises(KeyError):
         kept.row("a")
-    with Resume(out, model) as kept:
+    with Checkpoint(out, model) as kept:
         kept.append([answer("b")], "CPU")
 
 
 def test_a_file_that_nothing_is_known_of_is_never_written_over(out: Path) -> None:
     out.write_text("mine")
-    with pytest.raises(InputError, match=r"p\.csv is there, and p\.csv\.resume.* is not; .*--overwrite"):
-        Resume(out, MODEL)
+    with pytest.raises(InputError, match=r"p\.csv exists but p\.csv\.resume is missing, .*--overwrite"):
+        Checkpoint(out, MODEL)
     assert os.listdir(out.parent) == ["p.csv"]
-    with Resume(out, MODEL, overwrite=True):
+    with Checkpoint(out, MODEL, overwrite=True):
         assert out.read_text() == "mine"
-    for foreign in (b"a line of mine\n", b"x" * 100_000):
+    with sqlite3.connect(out.parent / "other") as db:
+        db.execute("CREATE TABLE answers (path TEXT)")
+    db.close()
+    other = (out.parent / "other").read_bytes()
+    for foreign in (b"a line of mine\n", b"x" * 100_000, EARLIER, other):
         beside(out).write_bytes(foreign)
-        with pytest.raises(InputError, match="is damaged or not of ours"):
-            Resume(out, MODEL)
+        with pytest.raises(
+            InputError, match=r"is damaged, or another version of cxr-fast .*pass --overwrite to predict"
+        ):
+            Checkpoint(out, MODEL)
         assert beside(out).read_bytes() == foreign
-
-
-def test_another_schema_is_refused_by_who_wrote_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("cxr_fast.inference.checkpoint.SCHEMA", 99)
-        with Resume(out, MODEL):
-            pass
-    with pytest.raises(InputError, match="was written by cxr-fast "):
-        Resume(out, MODEL)
+        with Checkpoint(out, MODEL, overwrite=True) as kept:
+            assert not kept.holds("a")
 
 
 def test_a_moved_pair_goes_on(out: Path, image: Path) -> None:
-    with Resume(out, MODEL) as kept:
+    with Checkpoint(out, MODEL) as kept:
         kept.append([of_file(image)], "CPU")
     other = out.parent / "new" / "q.csv"
     other.parent.mkdir()
     shutil.move(beside(out), beside(other))
-    with Resume(other, MODEL) as kept:
+    with Checkpoint(other, MODEL) as kept:
         assert kept.holds(str(image))
