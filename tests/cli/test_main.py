@@ -455,7 +455,7 @@ CASES: list[tuple[list[object], str]] = [
     (["predict", "model.onnx", "", "--out", "p.csv"], "empty: a shell variable"),
     (["predict", "model.onnx", "one_image", "--out", "file/p.csv"], "--out: cannot write file/p.csv"),
     (["predict", "model.onnx", "one_image", "--out", "empty"], "--out: empty is a folder"),
-    (["predict", "model.onnx", "one_image", "--out", "p.txt"], r"--out: p\.txt is to end in \.csv, \.parquet, \.jsonl"),
+    (["predict", "model.onnx", "one_image", "--out", "p.txt"], r"--out: p\.txt must end in \.csv, \.parquet, \.jsonl"),
     (["predict", "model.onnx", "one_image", "--out", "good.csv"], r"good\.csv\.resume is missing, .* --overwrite"),
     (["predict", "model.onnx", "good.csv", "--out", "good.csv", "--overwrite"], "good.csv is the manifest or list"),
     (["predict", "model.onnx", "one_image", "--out", "p.csv", "--study-pool", "mean"], "--study-pool: .* has no study"),
