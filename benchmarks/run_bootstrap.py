@@ -19,7 +19,7 @@ from typing import Any
 import common
 import numpy as np
 
-from cxr_fast.metrics import figures
+from cxr_fast.metrics import figures, intervals
 from cxr_fast.system import hardware
 
 SKILL = 1.2
@@ -40,7 +40,7 @@ def naive(labels: np.ndarray, probs: np.ndarray, groups: list[str], resamples: i
     """Macro AUC of rows really repeated, one resample after another."""
     ids = np.unique(groups, return_inverse=True)[1]
     out = []
-    for weights in figures.group_weights(ids, resamples, seed):
+    for weights in intervals.group_weights(ids, resamples, seed):
         for column in weights.T:
             rows = np.repeat(np.arange(len(labels)), column)
             out.append(figures.macro(figures.auc(labels[rows], probs[rows]))[0])
@@ -71,7 +71,7 @@ def covered(
     whole = figures.headline(labels, probs, limits)
     whole |= figures.per_class(labels, probs, limits, [""] * len(limits))[0]
     for k in range(times):
-        found = figures.bootstrap(*draw(random, make(groups)), limits, resamples=400, seed=k)
+        found = intervals.bootstrap(*draw(random, make(groups)), limits, intervals.Resampling(resamples=400, seed=k))
         for name, key in names.items():
             low, high = (np.ravel(end)[0] for end in (found[key].low, found[key].high))
             hit[name] += bool(low <= whole[name] <= high)
@@ -107,13 +107,14 @@ def main() -> None:
     other = data(args.images, args.classes, 1)[1]
     thresholds = np.full(args.classes, 0.5)
     ids = np.unique(groups, return_inverse=True)[1]
-    drawn = figures._resampled(figures._figures(labels, probs, thresholds), ids, 50, 1)["macro_auc"]
+    weigh = intervals.weighted_figures(labels, probs, thresholds)
+    drawn = intervals.resample(weigh, ids, intervals.Resampling(resamples=50, seed=1))["macro_auc"]
     assert np.allclose(drawn, naive(labels, probs, groups, 50, 1), rtol=0, atol=1e-12)
-    named = {"resamples": args.resamples, "seed": 0}
+    how = intervals.Resampling(resamples=args.resamples)
     arms: dict[str, Callable[[], object]] = {
-        "every figure, one run": lambda: figures.bootstrap(labels, probs, groups, thresholds, **named),
-        "paired, two runs": lambda: figures.paired_bootstrap(
-            labels, probs, other, groups, thresholds, thresholds, **named
+        "every figure, one run": lambda: intervals.bootstrap(labels, probs, groups, thresholds, how),
+        "paired, two runs": lambda: intervals.paired_bootstrap(
+            labels, (probs, thresholds), (other, thresholds), groups, how
         ),
         "AUC of every class once, as after each epoch": lambda: figures.auc(labels, probs),
         "macro AUC alone, rows repeated": lambda: naive(labels, probs, groups, args.resamples, 0),
