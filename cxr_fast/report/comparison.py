@@ -12,12 +12,12 @@ import numpy as np
 
 from ..errors import InputError
 from ..metrics import figures as metrics
-from ..metrics.figures import Interval
+from ..metrics.intervals import Interval, Resampling, paired_bootstrap
 from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
 from .charts import excludes_zero
-from .evaluation import LEVEL, bootstrap_key, enough_groups
+from .evaluation import LEVEL, enough_groups
 from .summary import FIGURES, as_figure, of_classes
 
 Row = Mapping[str, Any]
@@ -120,12 +120,11 @@ def _differences(
     groups = a.columns["group"]
     if len(set(groups.tolist())) < 2:
         raise InputError("the common images are all of one group: nothing can be resampled.")
-    paired = metrics.paired_bootstrap(
-        a.labels, a.probs, probs_b, groups.tolist(), limits_a, limits_b, resamples=resamples, seed=seed, level=LEVEL
-    )
     sides = ((a.probs, limits_a), (probs_b, limits_b))
+    how = Resampling(resamples=resamples, seed=seed, level=LEVEL)
+    paired = paired_bootstrap(a.labels, *sides, groups.tolist(), how)
     one, two = (metrics.headline(a.labels, probs, limits) for probs, limits in sides)
-    figures = {name: _difference(one[name], two[name], paired[bootstrap_key(name)]) for name in metrics.HEADLINE}
+    figures = {name: _difference(one[name], two[name], paired[metrics.overall_key(name)]) for name in metrics.HEADLINE}
     tables = [metrics.per_class(a.labels, probs, limits, classes) for probs, limits in sides]
     enough = enough_groups(a.labels, groups)
     rows = []

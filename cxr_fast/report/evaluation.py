@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..metrics import curves, subgroups
 from ..metrics import figures as metrics
-from ..metrics.figures import Interval
+from ..metrics.intervals import Interval, Resampling, bootstrap, support
 from ..system.files import AnyPath
 from ..system.text import Table
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
@@ -49,22 +49,15 @@ class _Job:
         groups = scored.columns["group"]
         if not self.resamples or len(set(groups.tolist())) < 2:
             return {}
-        return metrics.bootstrap(
-            scored.labels,
-            scored.probs,
-            groups.tolist(),
-            self.limits,
-            resamples=self.resamples,
-            seed=self.seed,
-            level=LEVEL,
-        )
+        how = Resampling(resamples=self.resamples, seed=self.seed, level=LEVEL)
+        return bootstrap(scored.labels, scored.probs, groups.tolist(), self.limits, how)
 
     def part(self, title: str, scored: Scored, intervals: dict[str, Interval]) -> dict[str, Any]:
         """The figures of one set of images."""
         found = metrics.headline(scored.labels, scored.probs, self.limits)
         figures = {}
         for name in metrics.HEADLINE:
-            interval = intervals.get(bootstrap_key(name))
+            interval = intervals.get(metrics.overall_key(name))
             figures[name] = _figure(found[name], interval)
             if interval is not None and found[name] == found[name] and figures[name]["low"] is None:
                 self.withheld[name].append(title)
@@ -111,11 +104,6 @@ def evaluate(folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Poo
 
 
 _NOTHING: dict[str, Any] = {"per_class": [], "curves": {}, "reliability": None, "confusion": []}
-
-
-def bootstrap_key(name: str) -> str:
-    """What a headline figure is called in `metrics.bootstrap`, where the classes have a brier and an ece too."""
-    return f"pooled_{name}" if name in ("brier", "ece") else name
 
 
 def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
@@ -209,7 +197,7 @@ def _per_class(scored: Scored, intervals: dict[str, Interval], job: _Job) -> lis
 
 def enough_groups(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Which classes, bool (C,), have positives and negatives in FEW groups or more; labels (n, C), groups (n,)."""
-    return np.asarray(metrics.support(labels, groups.tolist()) >= FEW)
+    return np.asarray(support(labels, groups.tolist()) >= FEW)
 
 
 def _figure(value: float, interval: Interval | None) -> dict[str, float | None]:
