@@ -16,7 +16,7 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
 from cxr_fast.report.comparison import compare
 from cxr_fast.report.evaluation import evaluate
-from cxr_fast.report.writer import comparison_page
+from cxr_fast.report.writer import render_comparison
 from tests.helpers import made
 
 Arrays = dict[str, np.ndarray]
@@ -226,7 +226,7 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     assert "by chance" not in text
     pair = compare(*map(Path, runs), resamples=100)
     page = " ".join(
-        comparison_page(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
+        render_comparison(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
     )
     assert "No class is in enough groups for an interval." in page
     assert "by chance" not in page
