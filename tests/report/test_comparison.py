@@ -232,6 +232,23 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     assert "by chance" not in page
 
 
+def test_a_page_of_runs_without_any_auc(tmp_path: Path) -> None:
+    arrays = made.arrays(240, 2)
+    arrays["labels"][:] = 0
+    pair = compare(*(made.write(tmp_path / name, arrays) for name in "ab"), resamples=100)
+    runs: dict[str, Any] = {"a": SAID, "b": SAID | {"provenance": "<drawn>", "device": "cuda"}}
+    page = " ".join(render_comparison(runs, {"a": None, "b": None}, {"b": pair}, ["one <thing>."]).decode().split())
+    for said in (
+        "b against a: no class has an AUC on the images both scored.",
+        "b: &lt;drawn&gt;. Its figures say nothing about real radiographs",
+        "<li>One &lt;thing&gt;</li>",
+        '<th scope="row">device</th><td>cpu</td><td>cuda</td>',
+        '<th scope="row">Images</th><td data-v="">–</td>',
+    ):
+        assert said in page
+    assert "<img" not in page
+
+
 def test_the_command_refuses_in_one_line(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["compare", str(two[0]), str(tmp_path)])
     assert done.exit_code == 2
