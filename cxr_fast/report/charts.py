@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 INK, ACCENT, GREY, FAINT = "#1b2a3a", "#1d5c8f", "#6b7884", "#c9d2da"
-# Okabe and Ito: told apart by colour-blind readers too, and by lightness in a grey print.
+# Okabe and Ito: colour-blind readers can tell them apart too, and by lightness in a grey print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DPI = 160
 # Inches. One column of a phone: what is drawn no wider stays readable there.
@@ -114,7 +114,7 @@ def training(history: Sequence[Row]) -> bytes:
 
 
 def class_intervals(rows: Sequence[Row], key: str, name: str) -> bytes:
-    """One line a class, best above: the figure as a dot, its interval as a bar, chance where it is known."""
+    """One line per class, best above: the figure as a dot, its interval as a bar, chance where it is known."""
     known = sorted((row for row in rows if row[key]["value"] is not None), key=lambda row: row[key]["value"])
     made, axes = figure(NARROW, 0.9 + 0.19 * max(len(known), 2))
     places = np.arange(len(known))
@@ -220,7 +220,7 @@ def cooccurrence(table: Row) -> bytes:
 
 
 def differences(rows: Sequence[Row], names: Sequence[str]) -> bytes:
-    """One line a class, largest gain above: the AUC of the second run minus that of the first, with its interval."""
+    """One line per class, largest gain above: the AUC of the second run minus that of the first, with its interval."""
     known = [row for row in rows if row["auc"]["difference"] is not None]
     known.sort(key=lambda row: row["auc"]["difference"])
     made, axes = figure(NARROW, 0.9 + 0.19 * max(len(known), 2))

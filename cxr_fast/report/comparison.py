@@ -18,9 +18,7 @@ from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
 from .charts import excludes_zero
 from .evaluation import LEVEL, enough_groups
-from .summary import FIGURES, as_figure, of_classes
-
-Row = Mapping[str, Any]
+from .summary import FIGURES, Record, as_figure, of_classes
 
 SCHEMA = 1
 TABLED = ("auc", "ap")
@@ -35,7 +33,7 @@ def compare(
     """B minus A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
 
     `figures` (those of HEADLINE) and the rows of `per_class` (auc, ap) hold a, b, difference, low, high; null where
-    undefined. Images are told by the bytes of their file. Raises InputError where the runs share no image, have other
+    undefined. Images are matched by their bytes. Raises InputError where the runs share no image, have other
     classes, or label an image differently.
     """
     info_a, a, limits_a = _side(run_a, part)
@@ -148,10 +146,10 @@ def _difference(a: float, b: float, interval: Interval | None) -> dict[str, floa
 # ---------------------------------------------------------------------------------------------------- its tables
 
 
-def runs_table(runs: Mapping[str, Row], evaluations: Mapping[str, Row | None]) -> Table:
+def runs_table(runs: Mapping[str, Record], evaluations: Mapping[str, Record | None]) -> Table:
     """Each run's own figures, on its own images: its hold-out, or out of fold where it has none."""
     words = {"holdout": "hold-out", "out_of_fold": "out of fold"}
-    parts: list[Row | None] = []
+    parts: list[Record | None] = []
     kinds = []
     for name in runs:
         found = (evaluations[name] or {}).get("parts", {})
@@ -171,7 +169,7 @@ def runs_table(runs: Mapping[str, Row], evaluations: Mapping[str, Row | None]) -
     return Table(title="Figures of each run", columns=["figure", *runs], rows=rows)
 
 
-def comparison_table(pair: Row, names: Sequence[str], digits: int = 3) -> Table:
+def comparison_table(pair: Record, names: Sequence[str], digits: int = 3) -> Table:
     """The headline figures of two runs (`names`: A's and B's) and their differences.
 
     Chosen: rows whose interval holds no 0.
@@ -185,7 +183,7 @@ def comparison_table(pair: Row, names: Sequence[str], digits: int = 3) -> Table:
     )
 
 
-def class_comparison_table(rows: Sequence[Row], names: Sequence[str], key: str = "auc", digits: int = 3) -> Table:
+def class_comparison_table(rows: Sequence[Record], names: Sequence[str], key: str = "auc", digits: int = 3) -> Table:
     """AUC, or average precision for the key `ap`, of each class in two runs, from the rows of `per_class`.
 
     Chosen: rows whose interval holds no 0.
@@ -200,7 +198,7 @@ def class_comparison_table(rows: Sequence[Row], names: Sequence[str], key: str =
     )
 
 
-def difference_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+def difference_table(rows: Sequence[Record], names: Sequence[str]) -> Table:
     """`class_comparison_table` of the AUC, with one more column: the differences in average precision."""
     table = class_comparison_table(rows, names)
     return replace(
@@ -211,10 +209,10 @@ def difference_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     )
 
 
-def _sides(found: Row, digits: int) -> list[Figure]:
+def _sides(found: Record, digits: int) -> list[Figure]:
     return [*(Figure(value=found[side], digits=digits) for side in "ab"), as_difference(found, digits)]
 
 
-def as_difference(found: Row, digits: int = 3) -> Figure:
+def as_difference(found: Record, digits: int = 3) -> Figure:
     """The difference of two runs in a figure, with its interval."""
     return Figure(value=found["difference"], low=found["low"], high=found["high"], digits=digits, signed=True)

@@ -19,9 +19,7 @@ from ..system.files import AnyPath
 from ..system.text import Table
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_info
-from .summary import as_figure
-
-Row = Mapping[str, Any]
+from .summary import Record, as_figure
 
 SCHEMA = 1
 LEVEL = 0.95
@@ -243,7 +241,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def csv_tables(evaluation: Row) -> dict[str, Table]:
+def csv_tables(evaluation: Record) -> dict[str, Table]:
     """The evaluation in full precision by file name, for CSV; a table without rows is left out."""
     co = evaluation["cooccurrence"]
     records = {
@@ -261,7 +259,7 @@ def csv_tables(evaluation: Row) -> dict[str, Table]:
     return {name: _record_table(rows) for name, rows in lists.items() if rows}
 
 
-def _record_table(records: Sequence[Row]) -> Table:
+def _record_table(records: Sequence[Record]) -> Table:
     """Rows of equal keys as rows; a value with an interval as a Figure."""
     return Table(
         columns=list(records[0]),
@@ -272,7 +270,7 @@ def _record_table(records: Sequence[Row]) -> Table:
     )
 
 
-def _figure_records(evaluation: Row) -> Iterator[Row]:
+def _figure_records(evaluation: Record) -> Iterator[Record]:
     """One record a figure of a part: training, out of fold, hold-out, their studies, each view, each subgroup."""
     places = [(part, name, "image", "", "") for name, part in evaluation["parts"].items()]
     studies = evaluation["studies"]
@@ -286,14 +284,14 @@ def _figure_records(evaluation: Row) -> Iterator[Row]:
             yield {**dict(zip(("part", "level", "by", "group"), place, strict=True)), "figure": name, **ends, **counts}
 
 
-def _curve_records(curves: Row) -> Iterator[Row]:
+def _curve_records(curves: Record) -> Iterator[Record]:
     """The points of every curve: `roc` false positive rate and sensitivity, `pr` recall and precision."""
     for name, curve in curves.items():
         for kind, points in curve.items():
             yield from ({"class": name, "curve": kind, "x": x, "y": y} for x, y in points)
 
 
-def _bin_records(bins: Row | None) -> Iterator[Row]:
+def _bin_records(bins: Record | None) -> Iterator[Record]:
     """One record a bin of predicted probability."""
     if bins is None:
         return

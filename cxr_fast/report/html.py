@@ -58,7 +58,7 @@ def environment(*, markdown: bool = False) -> Environment:
     )
     made.globals |= {"notice": NOTICE, "policy": Markup(POLICY)}
     made.filters |= {"shown": cell_text, "capitalise": capitalise, "embed": embed}
-    made.filters |= {"quoted": quote, "markdown": draw_markdown}
+    made.filters |= {"quoted": quote, "markdown": table_as_markdown}
     made.tests |= {"figure": lambda x: isinstance(x, Figure), "label": lambda x: isinstance(x, Label)}
     return made
 
@@ -73,7 +73,7 @@ def quote(value: str) -> Markup:
     return Markup(json.dumps(value, ensure_ascii=False))
 
 
-def draw_markdown(table: Table) -> Markup:
+def table_as_markdown(table: Table) -> Markup:
     """Return a table as Markdown."""
     return Markup(to_markdown(table))
 
@@ -86,10 +86,10 @@ def _pages() -> Environment:
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Return a whole page as UTF-8. `nav` collects the sections that are there, in their order."""
+    """Return a whole page as UTF-8. The template appends each section that is not empty to `nav`."""
     return _pages().get_template(template).render(nav=[], **values).encode()
 
 
-def render_card(template: str, **values: Any) -> bytes:
+def render_markdown(template: str, **values: Any) -> bytes:
     """Return a Markdown file as UTF-8."""
     return environment(markdown=True).get_template(template).render(values).encode()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ..config import BIOMEDCLIP
 from ..data.labels import TRAPS
 from . import tables
-from .html import render_card
-from .summary import FEW, FIGURES, Material
+from .html import render_markdown
+from .summary import FEW, FIGURES, Record, ReportData
 
 TAGS = ("chest-x-ray", "radiology", "multi-label", "biomedclip", "onnx", "research-only")
 # Our figure, the hub's name of it.
@@ -24,12 +21,12 @@ METRICS = {
 INDIANA = ("indiana", "openi")
 
 
-def card(material: Material) -> bytes:
+def render_card(material: ReportData) -> bytes:
     """The whole card as Markdown with YAML front matter."""
     run = material.run
     synthetic = bool(run["cache"]["dataset"].get("synthetic"))
     split, results = _results(material)
-    return render_card(
+    return render_markdown(
         "card.md.j2",
         material=material,
         run=run,
@@ -55,7 +52,7 @@ def card(material: Material) -> bytes:
     )
 
 
-def _results(material: Material) -> tuple[str, dict[str, float]]:
+def _results(material: ReportData) -> tuple[str, dict[str, float]]:
     """The hub's name of the part that the model is judged on, and the figures of METRICS that are defined there."""
     for kind, split in (("holdout", "holdout"), ("out_of_fold", "validation")):
         if part := material.parts.get(kind):
@@ -64,7 +61,7 @@ def _results(material: Material) -> tuple[str, dict[str, float]]:
     return "", {}
 
 
-def _traps(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _traps(run: Record) -> list[tuple[str, str]]:
     """What is odd about the labels of the Indiana data, for the classes of this run."""
     if run["cache"]["dataset"].get("kind") not in INDIANA:
         return []

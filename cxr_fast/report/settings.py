@@ -7,8 +7,7 @@ from typing import Any
 
 from ..config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, reference_value
 from ..system.text import Label, Table, duration
-
-Record = Mapping[str, Any]
+from .summary import Record
 
 
 def choice_table(run: Record) -> Table:

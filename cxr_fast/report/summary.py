@@ -10,6 +10,9 @@ from ..metrics import calibration
 from ..metrics.figures import HEADLINE
 from ..system.text import Figure
 
+# run.json, an evaluation, a comparison, or a part of one.
+Record = Mapping[str, Any]
+
 PARTS = {"train": "Training", "out_of_fold": "Validation (out of fold)", "holdout": "Hold-out"}
 # The headline figures as rows of a table.
 FIGURES = {key: name if name == "mAP" else name[0].upper() + name[1:] for key, name in HEADLINE.items()}
@@ -26,27 +29,27 @@ TIERS = {
 LACKING = "insufficient data"
 
 
-def as_figure(found: Mapping[str, Any] | None, digits: int = 3) -> Figure:
+def as_figure(found: Record | None, digits: int = 3) -> Figure:
     """A figure of an evaluation (value, and perhaps low and high) as a cell of a table; None is undefined."""
     found = found or {"value": None}
     return Figure(value=found["value"], low=found.get("low"), high=found.get("high"), digits=digits)
 
 
-def of_classes(part: Mapping[str, Any]) -> str:
+def of_classes(part: Record) -> str:
     """`33 of 35`: how many classes a mean is taken over."""
     return f"{part['classes_defined']} of {part['classes_total']}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class ReportData:
     """All that a page or a card of one run may say; `evaluation` None where the predictions could not be judged.
 
     `missing` are lines about what is not there and why; `unknown_labels` None where the labels could not be read.
     """
 
-    run: Mapping[str, Any]
-    evaluation: Mapping[str, Any] | None
-    history: Sequence[Mapping[str, Any]] = ()
+    run: Record
+    evaluation: Record | None
+    history: Sequence[Record] = ()
     missing: Sequence[str] = ()
     unknown_labels: int | None = None
     plots: Mapping[str, bytes] = field(default_factory=dict)
@@ -65,17 +68,17 @@ class Material:
         return f"{said[0].upper()}{said[1:]}: no figure here says anything about real radiographs or real BiomedCLIP."
 
     @property
-    def parts(self) -> Mapping[str, Any]:
-        """Figures of training, validation and hold-out, those that are there."""
+    def parts(self) -> Record:
+        """Figures of training, validation and hold-out, as far as the run has them."""
         return {} if self.evaluation is None else self.evaluation["parts"]
 
     @property
-    def named_parts(self) -> Mapping[str, Any]:
+    def named_parts(self) -> Record:
         """`parts` in the order of PARTS, by their titles."""
         return {title: self.parts[name] for name, title in PARTS.items() if self.parts.get(name)}
 
     @property
-    def groupings(self) -> Mapping[str, Any]:
+    def groupings(self) -> Record:
         """Figures of each view and of each subgroup, by what they are divided by."""
         if self.evaluation is None:
             return {}
@@ -95,8 +98,8 @@ class Material:
         return calibration.describe(fitted, len(self.run["classes"])) if fitted else ""
 
     @property
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """One row a class; none without an evaluation."""
+    def rows(self) -> Sequence[Record]:
+        """One row per class; none without an evaluation."""
         return [] if self.evaluation is None else self.evaluation["per_class"]
 
     @property
@@ -172,7 +175,7 @@ class Material:
         words[-1] = words[-1].replace(LACKING, "without the positives or negatives for an AUC")
         return _listed(words)
 
-    def frequent(self) -> list[Mapping[str, Any]]:
+    def frequent(self) -> list[Record]:
         """The rows of classes with at least FEW positives."""
         return [row for row in self.rows if row["positives"] >= FEW]
 
@@ -181,13 +184,13 @@ class Material:
         values = [row["auc"]["value"] for row in self.frequent() if row["auc"]["value"] is not None]
         return sum(values) / len(values) if values else None
 
-    def ranked(self) -> list[Mapping[str, Any]]:
+    def ranked(self) -> list[Record]:
         """The rows of classes, best AUC first, undefined ones last."""
         return sorted(
             self.rows, key=lambda row: -1.0 if row["auc"]["value"] is None else row["auc"]["value"], reverse=True
         )
 
-    def best_and_worst(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    def best_and_worst(self) -> tuple[list[Record], list[Record]]:
         """Up to five classes of highest AUC, best first, and up to five others of lowest, worst first.
 
         Of those with at least FEW positives, where there are any: an AUC of one positive leads by luck.

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..system.text import NONE, Cell, Figure, Label, Table, duration
-from .summary import FEW, FIGURES, PARTS, TIERS, as_figure, of_classes
-
-Record = Mapping[str, Any]
+from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, of_classes
 
 FINAL_FIGURES = ("macro_auc", "map", "label_accuracy", "sample_jaccard", "class_jaccard", "macro_f1")
 GROUP_FIGURES = ("macro_auc", "micro_auc", "map", "macro_f1")
@@ -125,7 +122,7 @@ def _history_row(epoch: int, lines: Sequence[Record]) -> list[Cell]:
 
 
 def flow_table(run: Record, unknown_labels: int | None) -> Table:
-    """What became of the images and labels on the way to the folds."""
+    """Count images and labels from the dataset to the folds, with what was left out on the way."""
     images, held, classes = run["images"], run["images"]["holdout"], len(run["classes"])
     skipped = int(run["cache"]["dataset"].get("skipped_missing") or 0)
     other = images["in"] - images["failed"] - images["used"]

@@ -19,8 +19,8 @@ from ..training.predictions import Pool
 from ..training.run_folder import read_info
 from . import charts, comparison, evaluation, settings, tables
 from .html import render_page
-from .model_card import card
-from .summary import FIGURES, Material
+from .model_card import render_card
+from .summary import FIGURES, Record, ReportData
 
 RESAMPLES = 1000
 # What `evaluate` says of a part whose predictions are not numbers: damage, and not only something a run never had.
@@ -47,7 +47,7 @@ class Written:
     page: Path
     missing: tuple[str, ...] = ()
     whole: bool = True
-    evaluation: Mapping[str, Any] | None = field(default=None, repr=False)
+    evaluation: Record | None = field(default=None, repr=False)
 
 
 def write_all(
@@ -62,7 +62,7 @@ def write_all(
 
     All runs are checked before anything is written. Raises as `write` does.
     """
-    titles = names(folders)
+    titles = name_runs(folders)
     runs = {title: read_whole(folder) for title, folder in zip(titles, folders, strict=True)}
     pages = [write(folder, resamples=resamples, seed=seed, pool=pool) for folder in folders]
     if len(folders) < 2:
@@ -71,15 +71,15 @@ def write_all(
     missing, pairs = [], {}
     for title, folder in zip(titles[1:], folders[1:], strict=True):
         try:
-            pairs[title] = compared(folders[0], folder, resamples=resamples, seed=seed)
+            pairs[title] = compare_runs(folders[0], folder, resamples=resamples, seed=seed)
         except InputError as error:
             missing.append(f"the comparison of {title} with {titles[0]}: {error}")
     path = out or folders[0] / COMPARISON
-    write_bytes(path, comparison_page(runs, found, pairs, missing))
+    write_bytes(path, render_comparison(runs, found, pairs, missing))
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
 
 
-def compared(a: Path, b: Path, **named: Any) -> dict[str, Any]:
+def compare_runs(a: Path, b: Path, **named: Any) -> dict[str, Any]:
     """B against A on the held-out images of both, else on those both scored out of fold. InputError where neither."""
     try:
         return comparison.compare(a, b, part="holdout", **named)
@@ -95,7 +95,7 @@ def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool
     InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
     """
     material, whole = gather(folder, resamples=resamples, seed=seed, pool=pool)
-    files = {**material.plots, CARD: card(material), PAGE: page(material)}
+    files = {**material.plots, CARD: render_card(material), PAGE: render_run(material)}
     if material.evaluation is not None:
         # Line ends as of Python's csv module and of every report before.
         full = {name: to_csv(table, "\r\n") for name, table in evaluation.csv_tables(material.evaluation).items()}
@@ -112,23 +112,23 @@ def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
 
 
-def page(material: Material) -> bytes:
+def render_run(material: ReportData) -> bytes:
     """The page of one run."""
     return render_page(
         "report.html.j2", material=material, tables=tables, settings=settings, confusions=_largest_confusions(material)
     )
 
 
-def _largest_confusions(material: Material) -> Table:
+def _largest_confusions(material: ReportData) -> Table:
     rows = charts.largest(dict(material.evaluation)) if material.evaluation is not None else []
     title = "Counts of the six largest classes" if len(rows) == charts.LARGEST else "Counts of the classes"
     return tables.confusion_table(rows, title)
 
 
-def comparison_page(
-    runs: Mapping[str, Any],
-    evaluations: Mapping[str, Mapping[str, Any] | None],
-    pairs: Mapping[str, Mapping[str, Any]],
+def render_comparison(
+    runs: Record,
+    evaluations: Mapping[str, Record | None],
+    pairs: Mapping[str, Record],
     missing: Sequence[str],
 ) -> bytes:
     """The page of several runs, by their names; `pairs` holds what `compare` says of each other run and the first."""
@@ -158,7 +158,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     return run
 
 
-def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[Material, bool]:
+def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[ReportData, bool]:
     """Everything a page says of a run, and whether no file of it is missing or damaged."""
     run, broken = read_whole(folder), []
     try:
@@ -173,16 +173,16 @@ def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[Mate
         unknown = int((labels == -1).sum())
     except InputError as error:
         broken.append(f"every figure of the predictions: {error}")
-    lacking = tuple(map(readable, found["missing"])) if found else ()
+    lacking = tuple(map(name_figures, found["missing"])) if found else ()
     missing, whole = (*broken, *lacking), not broken and not any(NAN in line for line in lacking)
     pictures = charts.all_plots(run, history, found)
-    material = Material(
+    material = ReportData(
         run=run, evaluation=found, history=history, missing=missing, unknown_labels=unknown, plots=pictures
     )
     return material, whole
 
 
-def readable(line: str) -> str:
+def name_figures(line: str) -> str:
     """A line about a figure with the figure's name as the page has it."""
     key = line.removeprefix("interval of ").partition(",")[0]
     return line.replace(f"interval of {key},", f"interval of {FIGURES[key]},") if key in FIGURES else line
@@ -210,8 +210,8 @@ def _value(name: str, text: str) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def names(folders: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, with as many parents as it takes to tell them apart."""
+def name_runs(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, with as many parents as make the names differ."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise InputError("the same run is given twice; a comparison needs different ones.")

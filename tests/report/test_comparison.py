@@ -17,7 +17,7 @@ from cxr_fast.metrics import figures
 from cxr_fast.metrics.intervals import Resampling, paired_bootstrap
 from cxr_fast.report.comparison import compare
 from cxr_fast.report.evaluation import evaluate
-from cxr_fast.report.writer import comparison_page
+from cxr_fast.report.writer import render_comparison
 from tests.helpers import made
 
 Arrays = dict[str, np.ndarray]
@@ -228,10 +228,27 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     assert "by chance" not in text
     pair = compare(*map(Path, runs), resamples=100)
     page = " ".join(
-        comparison_page(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
+        render_comparison(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
     )
     assert "No class is in enough groups for an interval." in page
     assert "by chance" not in page
+
+
+def test_a_page_of_runs_without_any_auc(tmp_path: Path) -> None:
+    arrays = made.arrays(240, 2)
+    arrays["labels"][:] = 0
+    pair = compare(*(made.write(tmp_path / name, arrays) for name in "ab"), resamples=100)
+    runs: dict[str, Any] = {"a": SAID, "b": SAID | {"provenance": "<drawn>", "device": "cuda"}}
+    page = " ".join(render_comparison(runs, {"a": None, "b": None}, {"b": pair}, ["one <thing>."]).decode().split())
+    for said in (
+        "b against a: no class has an AUC on the images both scored.",
+        "b: &lt;drawn&gt;. Its figures say nothing about real radiographs",
+        "<li>One &lt;thing&gt;</li>",
+        '<th scope="row">device</th><td>cpu</td><td>cuda</td>',
+        '<th scope="row">Images</th><td data-v="">–</td>',
+    ):
+        assert said in page
+    assert "<img" not in page
 
 
 def test_the_command_refuses_in_one_line(two: tuple[Path, Path], tmp_path: Path) -> None:

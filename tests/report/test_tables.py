@@ -8,7 +8,7 @@ import pytest
 
 from cxr_fast.report import comparison, settings, tables
 from cxr_fast.report.evaluation import csv_tables
-from cxr_fast.system.text import to_csv, to_plain
+from cxr_fast.system.text import to_csv
 
 BUDGETS = [
     {"epochs": 4, "chosen": False, "mean_auc": 0.6, "std_auc": 0.05},
@@ -22,14 +22,15 @@ RUN: dict[str, Any] = {"budgets": BUDGETS, "folds": FOLDS}
 
 
 def test_folds_with_the_best_marked_and_the_budgets_in_the_foot() -> None:
-    assert to_plain(tables.fold_table(RUN, digits=4), "best").splitlines() == [
-        "fold  images  classes with an AUC  4 epochs  8 epochs (chosen)",
-        "----  ------  -------------------  --------  -----------------",
-        "1      1,200                    3    0.5000                  –",
-        "2      1,100                    4    0.7000             0.7124  <- best",
-        "mean                                 0.6000             0.7124",
-        "std                                  0.0500                  –",
+    table = tables.fold_table(RUN, digits=4)
+    assert table.columns == ["fold", "images", "classes with an AUC", "4 epochs", "8 epochs (chosen)"]
+    assert list(table.texts()) == [
+        ["1", "1,200", "3", "0.5000", "–"],
+        ["2", "1,100", "4", "0.7000", "0.7124"],
+        ["mean", "", "", "0.6000", "0.7124"],
+        ["std", "", "", "0.0500", "–"],
     ]
+    assert (table.chosen, len(table.foot)) == ([1], 2)
     assert list(tables.budget_table(RUN).texts()) == [["4", "0.600", "0.050"], ["8", "0.712", "–"]]
     assert tables.budget_table(RUN).chosen == [1]
 

@@ -24,9 +24,8 @@ from PIL import Image
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.report import charts, comparison, evaluation, writer
-from cxr_fast.report.html import environment
-from cxr_fast.report.summary import FIGURES, PARTS, Material, as_figure
-from cxr_fast.system.text import Figure, Label, Table, duration
+from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
+from cxr_fast.system.text import Figure, duration
 from tests.helpers.pages import Page, browse
 
 SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "search", "data", "recipe", "made"]
@@ -314,7 +313,7 @@ def test_a_class_of_one_positive_is_not_among_the_best_where_others_have_enough(
             ("c", 99, None),
         )
     ]
-    best, worst = Material.best_and_worst(SimpleNamespace(ranked=lambda: rows))  # type: ignore[arg-type]
+    best, worst = ReportData.best_and_worst(SimpleNamespace(ranked=lambda: rows))  # type: ignore[arg-type]
     assert [[row["class"] for row in each] for each in (best, worst)] == [["a"], ["b"]]
 
 
@@ -701,9 +700,9 @@ def test_requests_for_several_runs_that_make_no_sense(folder: Path, tmp_path: Pa
 
 
 def test_runs_are_named_as_briefly_as_they_differ() -> None:
-    assert writer.names([Path("/a/run"), Path("/b/other")]) == ["run", "other"]
-    assert writer.names([Path("/a/run"), Path("/b/run")]) == ["a/run", "b/run"]
-    assert writer.names([Path("/x/a/run")]) == ["run"]
+    assert writer.name_runs([Path("/a/run"), Path("/b/other")]) == ["run", "other"]
+    assert writer.name_runs([Path("/a/run"), Path("/b/run")]) == ["a/run", "b/run"]
+    assert writer.name_runs([Path("/x/a/run")]) == ["run"]
 
 
 def test_a_difference_plot(folder: Path, other: Path) -> None:
@@ -760,7 +759,8 @@ def test_the_browser_check_can_fail(made: Path, tmp_path: Path) -> None:
 def test_report_needs_no_torch(made: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom cxr_fast.report import writer\n"
-        "material, _ = writer.gather(Path(sys.argv[1]), resamples=0, seed=0, pool='mean')\nwriter.page(material)\n"
+        "material, _ = writer.gather(Path(sys.argv[1]), resamples=0, seed=0, pool='mean')\n"
+        "writer.render_run(material)\n"
         "print([m for m in ('torch', 'open_clip', 'timm', 'onnx', 'h5py') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]
@@ -785,48 +785,6 @@ def test_numbers_as_text() -> None:
     assert [duration(s) for s in (1.23, 42.4, 190, 7500)] == ["1.2 s", "42 s", "3 min 10 s", "2 h 05 min"]
 
 
-def drawn(table: Table, **named: Any) -> str:
-    """A table as the page has it, without line ends."""
-    macros: Any = environment().get_template("macros.html.j2").module
-    return str(macros.table(table, **named)).replace("\n", "")
-
-
-def test_a_cell_says_what_it_sorts_by() -> None:
-    cells = {
-        "text <b>": "<td>text &lt;b&gt;</td>",
-        1234: '<td data-v="1234">1,234</td>',
-        None: '<td data-v="">–</td>',
-        Figure(value=0.25): '<td data-v="0.25">0.250</td>',
-        Figure(value=float("nan")): '<td data-v="">–</td>',
-        Figure(value=0.5, low=0.4, high=0.6): '<td data-v="0.5">0.500 <span class="ci">[0.400, 0.600]</span></td>',
-        Figure(value=-0.5, low=-1, high=0.25, signed=True): '<td data-v="-0.5">−0.500 '
-        '<span class="ci">[−1.000, +0.250]</span></td>',
-        Label(text="12 s", value=12.5): '<td data-v="12.5">12 s</td>',
-        Label(text="<0>", alarm=True): '<td data-v="" class="alarm">&lt;0&gt;</td>',
-    }
-    for cell, shown in cells.items():
-        table = drawn(Table(title="t", columns=["a", "b"], rows=[["x", cell]]))
-        assert f'<tr><th scope="row">x</th>{shown}</tr>' in table
-
-
-def test_a_table_has_a_region_a_caption_a_foot_and_marked_rows() -> None:
-    table = Table(
-        title="T & U", columns=["a", "b"], rows=[["x", 1], ["y", 2]], chosen=[1], foot=[["mean", 1.5]], notes=["<read>"]
-    )
-    assert drawn(table, mark="best") == (
-        '<div class="scroll" role="region" aria-label="T &amp; U" tabindex="0"><table class="full">'
-        '<caption>T &amp; U</caption><thead><tr><th scope="col">a</th><th scope="col">b</th></tr></thead><tbody>'
-        '<tr><th scope="row">x</th><td data-v="1">1</td></tr>'
-        '<tr class="chosen"><th scope="row">y (best)</th><td data-v="2">2</td></tr></tbody>'
-        '<tfoot><tr><th scope="row">mean</th><td data-v="1.5">1.5</td></tr></tfoot></table></div>'
-        '<p class="note">&lt;read&gt;</p>'
-    )
-    assert "chosen" not in drawn(table, chosen=False)
-    plain = drawn(Table(title="T", columns=["", ""], rows=[["x", "y"]], sortable=True), css="", caption=False)
-    assert '<table class="sortable"><tbody>' in plain
-    assert "<caption>" not in plain
-
-
 def test_every_csv_opens_as_a_table(made: Path) -> None:
     found = evaluation.csv_tables(read_json(made / "evaluation.json"))
     assert set(found) == {name for name in writer.OWN if name.endswith(".csv")} | {"per_class.csv"}
@@ -839,5 +797,5 @@ def test_every_csv_opens_as_a_table(made: Path) -> None:
 
 def test_lines_about_a_figure_use_its_name() -> None:
     for key, name in FIGURES.items():
-        assert writer.readable(f"interval of {key}, which") == f"interval of {name}, which"
-    assert writer.readable("hold-out: this run has none.") == "hold-out: this run has none."
+        assert writer.name_figures(f"interval of {key}, which") == f"interval of {name}, which"
+    assert writer.name_figures("hold-out: this run has none.") == "hold-out: this run has none."
