@@ -12,12 +12,12 @@ from cxr_fast.activations.loader import Activations
 from cxr_fast.bench import caching
 from cxr_fast.bench.training import random_labels
 from cxr_fast.bench.worker import Arm
-from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
+from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data import manifest as datasets
 from cxr_fast.data.phantom.dataset import write_dataset
 from cxr_fast.export.variants import Exported, export
 from cxr_fast.models import backbone
-from cxr_fast.training.fold import Fold
+from cxr_fast.training.fold import Fold, FoldData
 from cxr_fast.training.sweep import Sweep
 
 
@@ -31,7 +31,7 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     spec = encoder.with_size(CacheSpec(weights=weights), tower)
     encoder.run(tower, manifest, spec, folder / "c.h5", device="cpu")
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))
-    Sweep(folder / "c.h5", folder / "run", short, device="cpu").run()
+    Sweep(folder / "c.h5", folder / "run", short, SweepOptions(device="cpu")).run()
     return export(folder / "run", variants=variants, allow_drift=True, count=8)
 
 
@@ -40,7 +40,8 @@ def fold(tower: backbone.Backbone, spec: TrainSpec) -> Fold:
     tokens, width, _ = tower.shape
     array = np.random.default_rng(0).standard_normal((64, 1, tokens, width), np.float32).astype(np.float16)
     rows, activations = np.arange(len(array)), Activations(array, torch.device("cpu"))
-    return Fold(tower.visual, activations, random_labels(len(array)), rows, rows, spec, unfreeze_blocks=2, seed=0)
+    data = FoldData(activations=activations, labels=random_labels(len(array)), train_rows=rows, valid_rows=rows)
+    return Fold(tower.visual, data, spec, unfreeze_blocks=2, seed=0)
 
 
 def arm(run: Path, form: str) -> Arm:

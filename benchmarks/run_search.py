@@ -29,7 +29,7 @@ from cxr_fast.activations.loader import (
 from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import HEAD_WIDTHS, Tail
-from cxr_fast.training.fold import Fold
+from cxr_fast.training.fold import Fold, FoldData
 from cxr_fast.training.stacked_folds import Stack, lay_out
 
 CLASSES, UNFREEZE, HOLDOUT = 35, 2, 0.2
@@ -52,11 +52,12 @@ def random_activations(visual: Any, images: int, device: torch.device) -> Activa
 def make(visual: Any, activations: Activations, labels: np.ndarray, args: argparse.Namespace, rows: int) -> list[Fold]:
     """Folds over the first `rows` images."""
     spec, parts = TrainSpec(batch_size=args.batch_size), np.array_split(np.arange(rows), args.folds)
-    given = partial(Fold, visual, activations, labels, spec=spec, unfreeze_blocks=UNFREEZE, seed=0)
-    return [
-        given(train_rows=np.concatenate(parts[:i] + parts[i + 1 :]), valid_rows=parts[i], fold=i)
+    given = partial(FoldData, activations=activations, labels=labels)
+    each = [
+        given(train_rows=np.concatenate(parts[:i] + parts[i + 1 :]), valid_rows=parts[i], number=i)
         for i in range(args.folds)
     ]
+    return [Fold(visual, data, spec, unfreeze_blocks=UNFREEZE, seed=0) for data in each]
 
 
 def compare(together: list[Fold], alone: list[Fold], args: argparse.Namespace) -> dict[str, float]:

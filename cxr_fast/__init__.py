@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     # isort: off
     from .activations.cache import Cache as Cache, open_cache as open_cache
     from .config import CacheSpec as CacheSpec, PreprocessSpec as PreprocessSpec
-    from .config import SweepSpec as SweepSpec, TrainSpec as TrainSpec
+    from .config import SweepOptions as SweepOptions, SweepSpec as SweepSpec, TrainSpec as TrainSpec
     from .data.manifest import Manifest as Manifest, read_dataset as read_dataset, write_manifest as write_manifest
     from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
     from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .inference.predictor import Predictor as Predictor, Result as Result
     from .report.evaluation import evaluate as evaluate
     from .training.run_folder import read_run as read_run
+    from .training.run_record import RunRecord as RunRecord, read_record as read_record
     from .training.sweep import Sweep as Sweep
     # isort: on
 
@@ -26,13 +27,14 @@ __version__ = "0.1.0"
 
 _MODULE = {
     **dict.fromkeys(("Cache", "open_cache"), "activations.cache"),
-    **dict.fromkeys(("CacheSpec", "PreprocessSpec", "SweepSpec", "TrainSpec"), "config"),
+    **dict.fromkeys(("CacheSpec", "PreprocessSpec", "SweepOptions", "SweepSpec", "TrainSpec"), "config"),
     **dict.fromkeys(("Manifest", "read_dataset", "write_manifest"), "data.manifest"),
     **dict.fromkeys(("CxrFastError", "DeviceError", "ImageError", "InputError"), "errors"),
     **dict.fromkeys(("Interrupted", "ParityError", "SchemaError"), "errors"),
     **dict.fromkeys(("Predictor", "Result"), "inference.predictor"),
     "evaluate": "report.evaluation",
     "read_run": "training.run_folder",
+    **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
     "Sweep": "training.sweep",
 }
 __all__ = sorted(_MODULE)

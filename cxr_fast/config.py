@@ -256,6 +256,24 @@ class SweepSpec:
         return (name, share) if name in ("sensitivity", "specificity") and 0 < share <= 1 else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """How one sweep is asked for, beside the recipe: on what it computes, from which weights, over what grid.
+
+    `residency` is where activations are kept (`auto`, `device`, `host` or `stream`); `weights` None takes those the
+    cache names; `grid` holds `NAME=A,B` over training fields; `overwrite` replaces an existing run folder.
+
+        >>> SweepOptions(device="cpu", grid=("lr=1e-5,2e-5",)).overwrite
+        False
+    """
+
+    device: str = "auto"
+    residency: str = "auto"
+    weights: str | None = None
+    grid: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
 # Where our defaults differ from the published recipe: (spec, field, published value, why ours differs).
 REFERENCE = (
     ("SweepSpec", "split_by", "image", "views of one patient would land in different folds and in the hold-out"),

@@ -125,11 +125,11 @@ def toy_run_average(toy_cache_average: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def _run(cache: Path, out: Path) -> Path:
-    from cxr_fast.config import SweepSpec, TrainSpec
+    from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
     from cxr_fast.training.sweep import Sweep
 
     spec = SweepSpec(epochs=(4, 5, 6), folds=3, train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(cache, out, spec, device="cpu").run()
+    Sweep(cache, out, spec, SweepOptions(device="cpu")).run()
     return out
 
 

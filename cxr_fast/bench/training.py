@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..models.backbone import Backbone, load, prefix, prefix_sha256
 from ..system import hardware
 from ..system.text import duration, table
-from ..training.fold import Fold, predict
+from ..training.fold import Fold, FoldData, predict
 from . import results
 from .baseline import Films, Model, Trainer, loader
 from .caching import pixels_apart, readable
@@ -150,7 +150,9 @@ class Arms:
         """A fold that trains on every image; the validation rows only have to be scorable."""
         rows, m = np.arange(self.n), self.material
         return Fold(
-            *(m.tower.visual, self.activations, self.labels, rows, rows, spec),
+            m.tower.visual,
+            FoldData(activations=self.activations, labels=self.labels, train_rows=rows, valid_rows=rows),
+            spec,
             unfreeze_blocks=m.unfreeze_blocks,
             seed=0,
         )

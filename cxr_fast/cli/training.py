@@ -14,6 +14,7 @@ from ..cluster import connection
 from ..config import (
     NOTICE,
     CacheSpec,
+    SweepOptions,
     SweepSpec,
     TrainSpec,
     default,
@@ -141,12 +142,8 @@ def sweep(
             cache,
             out,
             spec,
-            grid_flags=grid,
-            device=device,
-            residency=residency,
-            weights=weights,
+            SweepOptions(device=device, residency=residency, weights=weights, grid=grid, overwrite=overwrite),
             manifest=labels,
-            overwrite=overwrite,
             trainers=None if joined is None else search.ClusterTrainers(joined),
         )
         echo_plan(plan := job.plan(), spec)

@@ -32,9 +32,9 @@ from ..models import device as cpu
 from ..models.backbone import Backbone
 from ..training.checkpoints import Journal
 from ..training.dataset import Data
-from ..training.fold import Epoch, Fold, Snapshot
+from ..training.fold import Epoch, Fold, OnEpoch
 from ..training.head_fold import HeadFold, fit_side_by_side
-from ..training.search import OnEpoch, Search, fit_one
+from ..training.search import Search, fit_one
 from . import connection
 from .connection import Cluster, Node, Stop, Tell
 
@@ -228,7 +228,7 @@ class Spread:
         on_epoch: OnEpoch | None,
         stop: Stop,
     ) -> None:
-        """The refit of configuration `number`, as `Finals.refit` leaves it."""
+        """The refit of configuration `number`, as `FinalModels.refit` leaves it."""
         self.close()
         job = replace(self._job(number, self.search.spec.folds), epochs=(epochs,), rates=tuple(rates))
         cpus = self.cpus if self.device == "cuda" else min(self.threads, self.cluster.largest())
@@ -375,27 +375,13 @@ def train_fold(job: Job, token: str, setup: list[Any], *, tell: Tell, stop: Stop
 
 def _fit(fold: Fold, job: Job, journal: Journal, tell: Tell, stop: Stop) -> None:
     """Train with the loop that the local search takes for this fold: heads by themselves on one thread."""
-
-    def told(_: Fold, epoch: Epoch) -> None:
-        journal.save(job.key, fold)
-        tell(epoch)
-
-    def keep(_: Fold, snapshot: Snapshot) -> None:
-        journal.save_snapshot(job.key, snapshot)
-
-    taken = journal.restore(job.key, fold)
+    recorder = journal.recorder(job.number, lambda number, k, epoch: tell(epoch), stop)
+    journal.restore(job.key, fold)
     try:
         if isinstance(fold, HeadFold) and job.rates is None:
-            fit_side_by_side([fold], job.epochs, threads=1, taken=[taken], on_epoch=told, on_snapshot=keep, stop=stop)
+            fit_side_by_side([fold], job.epochs, recorder, threads=1)
         else:
-            fit_one(
-                fold,
-                job.epochs,
-                taken=taken,
-                on_epoch=lambda epoch: told(fold, epoch),
-                on_snapshot=lambda snapshot: keep(fold, snapshot),
-                stop=stop,
-            )
+            fit_one(fold, job.epochs, recorder)
     finally:
         journal.flush()
 
@@ -438,7 +424,7 @@ def _journal(setup: Setup, job: Job) -> Iterator[tuple[Journal, bool]]:
     """The journal to train into, and whether it is the driver's own; else one in a folder that is taken away after."""
     out = Path(setup.out)
     if _says(Path(f"{out}.partial") / TOKEN, json.dumps({"token": setup.token})):
-        with Journal(out, {}, beside=True) as journal:
+        with Journal(out, {}, shared=True) as journal:
             yield journal, True
         return
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder, Journal(Path(folder) / "run", {}) as journal:

@@ -1,6 +1,6 @@
-"""An unfinished sweep on disk: every fold's state after each epoch, its snapshots, and what it was asked to do.
+"""An unfinished sweep on disk: each fold's state after each epoch, its snapshots, and the plan of the sweep.
 
-States are written by a thread beside the training, the newest of each fold first; a fold trained faster than the disk
+A thread writes the states while training goes on, only the newest of each fold; a fold trained faster than the disk
 takes its states is saved less often. A file appears under its name only when it is whole.
 """
 
@@ -12,9 +12,9 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,23 +22,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
-from .fold import Fold, Snapshot
+from ..system.files import atomic
+from .fold import Epoch, Fold, OnEpoch, Recorder, Snapshot
 
 SUFFIX = ".partial"
+REFIT = "refit"
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
+def fold_key(number: int, fold: Fold) -> str:
+    """What the files of a fold, or of a refit, of configuration `number` begin with."""
+    return f"config{number}." + (f"fold{fold.number}" if fold.rates is None else REFIT)
+
+
 class Journal:
-    """The folder `NAME.partial` beside a run that is not finished yet.
+    """The folder `NAME.partial` of a run `NAME` that is not finished yet.
 
     `plan` is JSON: all that decides the result. A folder of another plan is refused (InputError naming the field);
     one of the same plan is continued. Use as a context manager: leaving it waits for what is being written.
 
-    `beside` joins a folder that another process, on any machine, holds the plan and the lock of: nothing is compared,
-    cleared away or made.
+    `shared=True` opens a folder that another process, on any machine, owns: it is read and added to, never checked or
+    cleaned.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], *, beside: bool = False) -> None:
+    def __init__(self, out: Path, plan: Mapping[str, Any], *, shared: bool = False) -> None:
         self.folder = out.with_name(out.name + SUFFIX)
         self.resumed = (self.folder / "plan.json").is_file()
         self._waiting: dict[str, State] = {}
@@ -46,7 +53,7 @@ class Journal:
         self._changed = threading.Condition()
         self._busy, self._closing = False, False
         self._error: BaseException | None = None
-        if not beside:
+        if not shared:
             self._begin(out, plan)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -79,8 +86,8 @@ class Journal:
         if kind is None:
             self._raise()
 
-    def restore(self, key: str, fold: Fold) -> set[int]:
-        """Bring a fold to where it was saved, if it was; the budgets whose snapshots are there."""
+    def restore(self, key: str, fold: Fold) -> None:
+        """Bring a fold to where it was saved, if it was, and note the budgets whose snapshots exist in `fold.taken`."""
         path = self._state(key)
         if path.is_file():
             with safe_open(path, framework="pt") as file:
@@ -89,10 +96,23 @@ class Journal:
         found = (self.folder / "snapshots").glob(f"{key}.epochs*.safetensors")
         budgets = {int(p.name.removesuffix(".safetensors").rpartition(".epochs")[2]) for p in found}
         # One from an epoch after the saved state is taken again, from the same weights.
-        return {budget for budget in budgets if budget <= fold.epoch or fold.stopped}
+        fold.taken = {budget for budget in budgets if budget <= fold.epoch or fold.stopped}
+
+    def recorder(self, number: int, on_epoch: OnEpoch | None, stop: Callable[[], bool]) -> Recorder:
+        """A recorder that saves the folds of configuration `number` here, and passes each epoch on to `on_epoch`."""
+
+        def keep_epoch(fold: Fold, epoch: Epoch) -> None:
+            self.save(fold_key(number, fold), fold)
+            if on_epoch is not None:
+                on_epoch(number, fold.number, epoch)
+
+        def keep_snapshot(fold: Fold, snapshot: Snapshot) -> None:
+            self.save_snapshot(fold_key(number, fold), snapshot)
+
+        return Recorder(epoch=keep_epoch, snapshot=keep_snapshot, stop=stop)
 
     def save(self, key: str, fold: Fold) -> None:
-        """Have the fold's state written soon. Raises InputError when an earlier write failed."""
+        """Hand the fold's state to the writing thread. Raises InputError when an earlier write failed."""
         self._raise()
         if fold.device.type == "cuda" and not self._turn(key):
             return
@@ -102,7 +122,7 @@ class Journal:
             self._changed.notify_all()
 
     def _turn(self, key: str) -> bool:
-        """Whether a fold on a GPU is to be saved now: none is waiting, and none went without for longer.
+        """Whether to save a fold on a GPU now: no state is waiting, and no other fold was passed over more often.
 
         Five folds' states are 0.9 GB an epoch, and an epoch there should be short: no disk takes each.
         """
@@ -141,21 +161,29 @@ class Journal:
                 path.unlink()
 
     def snapshot_path(self, key: str, budget: int) -> Path:
-        """Where a snapshot lies."""
+        """The path of a snapshot."""
         return self.folder / "snapshots" / f"{key}.epochs{budget}.safetensors"
 
     def files(self, key: str) -> list[Path]:
         """The states and snapshots whose key starts so."""
         return [path for part in ("states", "snapshots") for path in sorted((self.folder / part).glob(f"{key}.*"))]
 
+    @contextlib.contextmanager
+    def replace(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file of the folder that gets its name when the `with` block ends well."""
+        try:
+            with atomic(self.folder / name) as file:
+                yield file
+        except InputError as error:
+            raise self._failure(error.__cause__ or error) from error
+
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """A JSON file in the folder, whole or not at all."""
-        scratch = self.folder / f"{name}.new"
-        scratch.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(scratch, self.folder / name)
+        """Write a JSON file in the folder, whole or not at all."""
+        with self.replace(name) as file:
+            file.write(json.dumps(value).encode())
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, or None."""
+        """Read a JSON file of the folder; None where it does not exist."""
         path = self.folder / name
         found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return found
@@ -197,7 +225,7 @@ class Journal:
 
 
 def difference(folder: Path, plan: Mapping[str, Any]) -> str:
-    """What an unfinished run in `folder` was asked otherwise (`lr 1e-05 where this has 2e-05`); empty for nothing."""
+    """The first field in which the plan of an unfinished run differs (`lr 1e-05 where this has 2e-05`), or ""."""
     path = folder / "plan.json"
     if not path.is_file():
         return ""
@@ -227,7 +255,7 @@ def _short(value: Any) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Tensors and JSON values, on disk before the file takes its name.
+    """Write tensors and JSON values, on disk before the file takes its name; safetensors writes by path.
 
     On a cluster a fold may be trained again while the node that was given up still writes it: the same bytes, but not
     into the same scratch file.

@@ -29,7 +29,7 @@ NAMED = 5
 class Data:
     """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out.
 
-    `by_name` images of another manifest were told by their name alone; `notes` are lines the user must see.
+    `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see.
     """
 
     file: Cache
@@ -59,8 +59,8 @@ def read(
 ) -> Data:
     """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given.
 
-    Every used row's checksum is proved, which reads all of them once; `checksums=False` is for files too large to read
-    twice. Raises InputError for damaged rows and for a manifest of other images.
+    The checksum of every used row is checked, which reads all of them once; `checksums=False` is for files too large
+    to read twice. Raises InputError for damaged rows and for a manifest of other images.
     """
     file = open_cache(cache)
     header, kept, by_name = (file.header, file.ok, 0) if manifest is None else relabel(file, manifest, threads=threads)
@@ -97,18 +97,17 @@ def _refuse_damaged(file: Cache, rows: np.ndarray, threads: int | None) -> None:
 def _by_name(count: int, of: int, file: Cache) -> Iterator[str]:
     if count:
         yield (
-            f"--manifest: {count:,} of {of:,} images were told by their name alone, since the manifest's own files are "
-            f"not there to compare; make sure that they are the images of {file.path}."
+            f"--manifest: {count:,} of {of:,} images were matched by file name only: the manifest's own files were not "
+            f"found, so contents were not compared; make sure that they are the images of {file.path}."
         )
 
 
 def relabel(file: Cache, manifest: Manifest, *, threads: int | None = None) -> tuple[Header, np.ndarray, int]:
     """The file's header with labels, groups and views of `manifest`, (N,) which images it names and are encoded, and
-    how many of these were told by name alone.
+    how many of these were matched by file name only.
 
-    Images are told apart by where they lie, else by their name in the cache, and then the manifest's own file, where
-    it is there, must have the bytes that were encoded. InputError when the manifest names an image that the cache does
-    not hold.
+    Images are matched by path, else by their name in the cache; then the manifest's own file, where it exists, must
+    have the bytes that were encoded. InputError when the manifest names an image that the cache does not hold.
     """
     found, named = _match(file, manifest)
     if missing := [image for image, row in zip(manifest.images, found, strict=True) if row is None]:
@@ -156,21 +155,21 @@ def _match(file: Cache, manifest: Manifest) -> tuple[list[int | None], list[int]
 
 
 def _refuse_others(file: Cache, manifest: Manifest, named: dict[int, int], threads: int | None) -> int:
-    """Compare bytes where the manifest's own file is there; how many encoded images have no such file.
+    """Compare bytes where the manifest's own file exists; return how many encoded images have no such file.
 
-    Raises InputError naming images that have the name and not the bytes: another data set counts from one as well.
+    Raises InputError naming images of the same name and other bytes: another data set may count from one as well.
     """
     usable = {i: row for i, row in named.items() if file.ok[row]}
-    there = [i for i in usable if manifest.path(i).is_file()]
+    present = [i for i in usable if manifest.path(i).is_file()]
     with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:
-        hashes = pool.map(lambda i: file_hash(manifest.path(i)), there)
-        other = [manifest.images[i] for i, h in zip(there, hashes, strict=True) if h != file.sha256[usable[i]]]
+        hashes = pool.map(lambda i: file_hash(manifest.path(i)), present)
+        other = [manifest.images[i] for i, h in zip(present, hashes, strict=True) if h != file.sha256[usable[i]]]
     if other:
         raise InputError(
             f"--manifest: {len(other):,} images have the name of one in {file.path} and other bytes: {_named(other)}; "
             "run `cxrfast cache` on the manifest."
         )
-    return len(usable) - len(there)
+    return len(usable) - len(present)
 
 
 def _named(images: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ from ..config import TrainSpec
 from ..errors import InputError, Interrupted
 from ..metrics.figures import auc, macro
 from ..models import onednn
-from ..models.tail import HEAD_WIDTHS, Tail
+from ..models.tail import Tail
+from .draws import Draws, draw
 from .losses import class_weights, losses
 
 # Images scored at once. On a CPU 64 do not fit the cache: 12 ms an image against 10 with 16 (bfloat16, ViT-B/16).
@@ -44,6 +45,10 @@ class Epoch:
     seconds: float
 
 
+# Configuration, fold (the number of folds: the refit), and the epoch just trained.
+OnEpoch = Callable[[int, int, Epoch], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A fold at one epoch budget: weights, and float32 validation probabilities (n_valid, C).
@@ -58,50 +63,30 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
-    """Everything an epoch leaves to chance, drawn at its start: order and view of the samples (n,), dropout masks
-    (n, M) bool in that order, and the (start, end) of each step."""
+class FoldData:
+    """What one fold learns from: all activations and labels (N, C), and the rows it trains on and is scored on.
 
-    rows: torch.Tensor
-    views: torch.Tensor
-    masks: torch.Tensor
-    steps: list[tuple[int, int]]
-
-
-def draw(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec, *, views: int) -> Draws:
-    """The draws of one epoch over `rows`; a last step of one sample joins its neighbour (batch norm needs two)."""
-    n = len(rows)
-    order = rows[torch.randperm(n, generator=generator)] if spec.shuffle == "full" else by_block(generator, rows, spec)
-    flips = torch.zeros(n, dtype=torch.long)
-    if spec.flip and views > 1:
-        flips = torch.randint(0, 2, (n,), generator=generator)
-    edges = list(range(0, n, spec.batch_size))
-    if n - edges[-1] == 1 and len(edges) > 1:
-        edges.pop()
-    steps = list(zip(edges, [*edges[1:], n], strict=True))
-    return Draws(rows=order, views=flips, masks=_masks(generator, n, spec.dropout), steps=steps)
-
-
-def by_block(generator: torch.Generator, rows: torch.Tensor, spec: TrainSpec) -> torch.Tensor:
-    """`rows` (n,) once each: blocks of neighbours in the file permuted, then the rows of a window of blocks.
-
-    Any row of a window may follow any other of it; which blocks share a window is drawn anew at each call.
+    `number` and the seed decide every draw: head initialisation, order, views and dropout. A refit has no `valid_rows`.
     """
-    n, ordered = len(rows), rows.sort().values
-    place = torch.randperm(-(-n // spec.shuffle_block), generator=generator)
-    window = place[torch.arange(n) // spec.shuffle_block] // spec.shuffle_window
-    mixed = torch.randperm(n, generator=generator)
-    return ordered[mixed[window[mixed].argsort(stable=True)]]
+
+    activations: Activations
+    labels: np.ndarray
+    train_rows: np.ndarray
+    valid_rows: np.ndarray
+    number: int = 0
 
 
-def _masks(generator: torch.Generator, n: int, p: float) -> torch.Tensor:
-    """Bool (n, sum of the hidden widths), false with probability `p` to the nearest of 2**15: 15 bits a value, four
-    values a draw: under 2 ns a value, where torch's own Bernoulli takes 12."""
-    width = sum(HEAD_WIDTHS)
-    if p == 0:
-        return torch.ones(n, width, dtype=torch.bool)
-    words = torch.empty(n * width // 4, dtype=torch.int64).random_(generator=generator)
-    return ((words.view(torch.int16) & 0x7FFF) >= round(p * 2**15)).view(n, width)
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """What a training loop reports to, one call at a time; with no arguments nothing is kept.
+
+    `epoch` follows the snapshot of its epoch, so that whoever saves the fold there has saved the snapshot before.
+    `stop` is asked between steps; once it says so the loop raises Interrupted.
+    """
+
+    epoch: Callable[[Fold, Epoch], object] = lambda fold, epoch: None
+    snapshot: Callable[[Fold, Snapshot], object] = lambda fold, snapshot: None
+    stop: Callable[[], bool] = bool
 
 
 def precision(spec: TrainSpec, device: torch.device, unfreeze_blocks: int) -> str:
@@ -163,35 +148,31 @@ def require_trainable(labels: np.ndarray, name: str) -> None:
 class Fold:
     """One fold in training: model, optimiser, scheduler and generator, an epoch at a time.
 
-    `seed` and `fold` decide every draw: head initialisation, order, views and dropout. `rates`, one learning rate an
-    epoch, replaces the scheduler where there are no validation images (`valid_rows` empty). Raises InputError when the
-    fold cannot be trained or scored.
+    `rates`, one learning rate an epoch, replaces the scheduler where there are no validation images. `taken` are the
+    budgets whose snapshots exist. Raises InputError when the fold cannot be trained or scored.
     """
 
     def __init__(
         self,
         visual: Any,
-        activations: Activations,
-        labels: np.ndarray,
-        train_rows: np.ndarray,
-        valid_rows: np.ndarray,
+        data: FoldData,
         spec: TrainSpec,
         *,
         unfreeze_blocks: int,
         seed: int,
-        fold: int = 0,
         rates: Sequence[float] | None = None,
     ) -> None:
+        labels, train_rows = data.labels, data.train_rows
         if rates is None:
-            require_scorable(labels, train_rows, valid_rows, fold=fold)
-        device = activations.device
-        draws, head = (int(s) for s in np.random.SeedSequence([seed, fold]).generate_state(2))
-        self.activations, self.spec, self.device, self.fold, self.rates = activations, spec, device, fold, rates
+            require_scorable(labels, train_rows, data.valid_rows, fold=data.number)
+        self.activations, self.device = data.activations, data.activations.device
+        self.number, self.spec, self.rates = data.number, spec, rates
+        draws, head = (int(s) for s in np.random.SeedSequence([seed, data.number]).generate_state(2))
         self.labels = torch.from_numpy(labels.astype(np.int8))
-        self.device_labels = self.labels.to(device)
-        self.train_rows, self.valid_rows = torch.from_numpy(train_rows), valid_rows
+        self.device_labels = self.labels.to(self.device)
+        self.train_rows, self.valid_rows = torch.from_numpy(train_rows), data.valid_rows
         weights = class_weights(labels[train_rows], spec)
-        self.class_weights = None if weights is None else torch.from_numpy(weights).to(device)
+        self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
         self.generator = torch.Generator().manual_seed(draws)
         self.tail = Tail(
             visual,
@@ -201,7 +182,7 @@ class Fold:
             train_norm=spec.train_norm,
         )
         self.tail.head.reset(torch.Generator().manual_seed(head))
-        self.tail.to(device)
+        self.tail.to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.tail.trainable(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True
         )
@@ -211,9 +192,10 @@ class Fold:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, mode="max", factor=spec.plateau_factor, patience=spec.plateau_patience
         )
-        self.kind = precision(spec, device, unfreeze_blocks)
+        self.kind = precision(spec, self.device, unfreeze_blocks)
         self.epoch, self.best, self.stale = 0, -math.inf, 0
         self.history: list[Epoch] = []
+        self.taken: set[int] = set()
 
     @property
     def stopped(self) -> bool:
@@ -345,30 +327,19 @@ class Fold:
         return {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
 
 
-def fit(
-    fold: Fold,
-    budgets: Sequence[int],
-    *,
-    taken: set[int] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-    on_snapshot: Callable[[Snapshot], None],
-    stop: Callable[[], bool] = bool,
-) -> list[Epoch]:
-    """Train to the largest budget, handing a snapshot to `on_snapshot` at each not yet `taken`; the whole history.
+def fit(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> list[Epoch]:
+    """Train to the largest budget, with a snapshot at each budget not yet taken; the whole history.
 
-    `on_epoch` follows the snapshot of its epoch, so that whoever saves the fold there has saved the snapshot before.
     Where early stopping ends the fold, the budgets not reached get the state it stopped in: a separate run with that
     budget would have stopped there too.
     """
-    taken = set() if taken is None else taken
     while not finished(fold, budgets):
         start = weights_before(fold)
-        epoch = fold.run_epoch(stop)
+        epoch = fold.run_epoch(recorder.stop)
         require_moved(fold, start)
-        take_snapshots(fold, budgets, taken, on_snapshot)
-        if on_epoch is not None:
-            on_epoch(epoch)
-    take_snapshots(fold, budgets, taken, on_snapshot)
+        take_snapshots(fold, budgets, recorder)
+        recorder.epoch(fold, epoch)
+    take_snapshots(fold, budgets, recorder)
     return fold.history
 
 
@@ -377,16 +348,14 @@ def finished(fold: Fold, budgets: Sequence[int]) -> bool:
     return fold.epoch >= budgets[-1] or fold.stopped
 
 
-def take_snapshots(
-    fold: Fold, budgets: Sequence[int], taken: set[int], on_snapshot: Callable[[Snapshot], None]
-) -> None:
-    """Hand over, and note in `taken`, the snapshots due after this epoch: the budget reached, and all that early
-    stopping leaves out."""
+def take_snapshots(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> None:
+    """Record the snapshots due after this epoch, and note them in `fold.taken`: the budget reached, and all that
+    early stopping leaves out."""
     for budget in budgets:
         due = budget == fold.epoch or (fold.stopped and budget > fold.epoch)
-        if due and budget not in taken:
-            on_snapshot(fold.snapshot(budget))
-            taken.add(budget)
+        if due and budget not in fold.taken:
+            recorder.snapshot(fold, fold.snapshot(budget))
+            fold.taken.add(budget)
 
 
 def weights_before(fold: Fold) -> dict[str, torch.Tensor]:

@@ -19,16 +19,8 @@ import torch.nn.functional as F
 from ..config import TrainSpec
 from ..errors import Interrupted
 from ..models.tail import HEAD_WIDTHS
-from .fold import (
-    Draws,
-    Epoch,
-    Fold,
-    Snapshot,
-    finished,
-    require_moved,
-    take_snapshots,
-    weights_before,
-)
+from .draws import Draws
+from .fold import Fold, Recorder, finished, require_moved, take_snapshots, weights_before
 from .losses import JACCARD_SHARE, SMOOTH
 
 # Steps between two looks at whether to stop, and gathered at once.
@@ -115,11 +107,11 @@ def _targets(
         weight *= torch.where(positive, spec.focal_alpha, 1 - spec.focal_alpha)
     if classes is not None:
         weight *= classes
-    told, parts = known.any(1), torch.tensor(sizes)
+    has_label, parts = known.any(1), torch.tensor(sizes)
     step = torch.repeat_interleave(torch.arange(len(sizes)), parts)
     entries, images = (
         torch.zeros(len(sizes), dtype=torch.long).index_add_(0, step, t).clamp_(min=1)
-        for t in (known.sum(1), told.long())
+        for t in (known.sum(1), has_label.long())
     )
     share = JACCARD_SHARE if spec.loss == "focal+jaccard" else 0.0
     weight *= ((1 - share) / entries[step])[:, None]
@@ -234,18 +226,9 @@ def _compiled() -> Callable[..., torch.Tensor]:
     return scripted
 
 
-def fit_side_by_side(
-    folds: Sequence[Fold],
-    budgets: Sequence[int],
-    *,
-    threads: int,
-    taken: Sequence[set[int]],
-    on_epoch: Callable[[Fold, Epoch], None],
-    on_snapshot: Callable[[Fold, Snapshot], None],
-    stop: Callable[[], bool] = bool,
-) -> None:
-    """`train.fit` for several folds at once, an epoch of a fold on one thread; the fold least far on goes first, so
-    that five folds keep two cores busy to the end. Callbacks are called one at a time.
+def fit_side_by_side(folds: Sequence[Fold], budgets: Sequence[int], recorder: Recorder, *, threads: int) -> None:
+    """`fold.fit` for several folds at once, an epoch of a fold on one thread; the fold least far on goes first, so
+    that five folds keep two cores busy to the end. The recorder is called by one thread at a time.
     """
     lock, idle, errors = threading.Lock(), list(range(len(folds))), list[BaseException]()
     before = torch.get_num_threads()
@@ -265,11 +248,11 @@ def fit_side_by_side(
         try:
             while (i := take()) is not None:
                 start = weights_before(folds[i])
-                epoch = folds[i].run_epoch(stop)
+                epoch = folds[i].run_epoch(recorder.stop)
                 require_moved(folds[i], start)
                 with lock:
-                    take_snapshots(folds[i], budgets, taken[i], lambda s, i=i: on_snapshot(folds[i], s))  # type: ignore[misc]
-                    on_epoch(folds[i], epoch)
+                    take_snapshots(folds[i], budgets, recorder)
+                    recorder.epoch(folds[i], epoch)
                     idle.append(i)
         except BaseException as error:
             errors.append(error)
@@ -282,5 +265,5 @@ def fit_side_by_side(
     torch.set_num_threads(before)
     if errors:
         raise errors[0]
-    for i, fold in enumerate(folds):
-        take_snapshots(fold, budgets, taken[i], lambda s, fold=fold: on_snapshot(fold, s))  # type: ignore[misc]
+    for fold in folds:
+        take_snapshots(fold, budgets, recorder)

@@ -58,5 +58,5 @@ def soft_jaccard(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     p, y = torch.sigmoid(logits) * known, (labels > 0).to(logits.dtype)
     both = (p * y).sum(-1)
     ratio = (both + SMOOTH) / (p.sum(-1) + y.sum(-1) - both + SMOOTH)
-    told = known.any(-1)
-    return ((1 - ratio) * told).sum(-1) / told.sum(-1).clamp(min=1)
+    has_label = known.any(-1)
+    return ((1 - ratio) * has_label).sum(-1) / has_label.sum(-1).clamp(min=1)

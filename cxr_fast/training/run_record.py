@@ -1,40 +1,135 @@
-"""What a finished search says of itself: `run.json`, its tables and its predictions, from arrays and specs."""
+"""What a finished search records of itself: `run.json`, its tables and its predictions. Loads without torch."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
-import torch
 
 from .. import __version__
-from ..config import (
-    NOT_RESTORED,
-    CacheSpec,
-    SweepSpec,
-    from_dict,
-    recipe_differences,
-    to_dict,
-)
+from ..config import NOT_RESTORED, CacheSpec, SweepSpec, from_dict, recipe_differences, to_dict
 from ..data import splits
-from ..metrics import figures as metrics
+from ..errors import InputError
+from ..metrics import figures
 from ..metrics.thresholds import best_f1_thresholds, thresholds_for
 from ..system import hardware
-from .dataset import Data
-from .run_folder import KIND, SCHEMA
-from .search import Trained
+from ..system.files import write_csv, write_json
+from .run_folder import KIND, SCHEMA, clean, read_info
+
+if TYPE_CHECKING:
+    from .dataset import Data
+    from .search import Trained
+
+Values = dict[str, Any]
 
 MIN_POSITIVES = 10
 
 
+class ImageCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many images the cache holds (`in`), and what became of them; how many groups the used ones come from."""
+
+    in_cache: int = msgspec.field(name="in")
+    failed: int
+    used: int
+    holdout: int
+    groups: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The chosen budget in epochs, the best fold there, and the rule by which both were chosen."""
+
+    epochs: int
+    fold: int
+    rule: str
+
+
+class FinalChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The final model: its kind by `--final`, the tails it consists of, and a sentence about it."""
+
+    kind: str
+    members: list[str]
+    rule: str
+
+
+class RunRecord(msgspec.Struct, kw_only=True):
+    """`run.json`, in its order. `Values` are JSON objects; a figure that is not defined is None.
+
+    `folds`, `budgets`, `grid`, `split_table` and `per_class` are tables, a row an object; `finals` and `metrics` hold
+    the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
+    trained on one.
+
+        >>> record: RunRecord = read_record(Path("exports/indiana"))
+        >>> record.chosen.fold in range(record.spec["folds"])
+        True
+    """
+
+    kind: str = KIND
+    schema: int = SCHEMA
+    written_by: str
+    created: str
+    provenance: str
+    random_weights: bool
+    spec: Values
+    recipe: Values
+    cache: Values
+    classes: list[str]
+    backbone: Values
+    mean: list[float]
+    std: list[float]
+    preprocess: Values
+    unfreeze_blocks: int
+    images: ImageCounts
+    split_table: list[Values]
+    machine: Values
+    toolchain: dict[str, str]
+    precision: str
+    device: str
+    threads: int
+    residency: str
+    trainable: dict[str, int]
+    config: int
+    grid: list[Values]
+    train: Values
+    thresholds: list[float]
+    threshold_source: str
+    calibration: Values | None
+    folds: list[Values]
+    budgets: list[Values]
+    chosen: Choice
+    final: FinalChoice
+    finals: dict[str, Values]
+    metrics: dict[str, Values | None]
+    per_class: list[Values]
+    weights_sha256: dict[str, str]
+    model_sha256: str
+    cluster: Values | msgspec.UnsetType = msgspec.UNSET
+    seconds: float = 0.0
+
+    def to_dict(self) -> Values:
+        """JSON-ready values: numbers of numpy become Python's, NaN becomes None."""
+        values: Values = clean(msgspec.to_builtins(self, enc_hook=lambda number: number.item()))
+        return values
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read `run.json` of a run folder. InputError or SchemaError with one line where it is not one.
+
+    >>> read_record(Path("exports/indiana")).final.kind
+    'best-fold'
+    """
+    try:
+        return msgspec.convert(read_info(folder), RunRecord)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{folder / 'run.json'}: {error}; run the sweep again.") from error
+
+
 def provenance(meta: Mapping[str, Any]) -> str:
-    """What must be said beside every figure: `random backbone, phantom images`; empty for real ones."""
+    """What every figure of the run must carry: `random backbone, phantom images`; empty for real ones."""
     parts = []
     if meta["random_weights"]:
         parts.append("random backbone")
@@ -43,15 +138,15 @@ def provenance(meta: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def origin(data: Data, spec: SweepSpec, labels_from: str) -> dict[str, Any]:
-    """What made the run: program, recipe, cache, backbone, data, machine."""
+def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
+    """What made the run, as fields of `RunRecord`: program, recipe, cache, backbone, data, machine."""
+    import torch
+
     header, meta = data.header, data.file.meta
     groups = [header.groups[i] for i in data.rows]
     keys = ("spec", "fingerprint", "fingerprint_parts", "weights", "tower_sha256", "dataset")
     cache = {key: meta[key] for key in keys}
     return {
-        "kind": KIND,
-        "schema": SCHEMA,
         "written_by": f"cxr-fast {__version__}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "provenance": provenance(meta),
@@ -68,21 +163,21 @@ def origin(data: Data, spec: SweepSpec, labels_from: str) -> dict[str, Any]:
         "std": meta["std"],
         "preprocess": meta["spec"]["preprocess"],
         "unfreeze_blocks": int(meta["spec"]["unfreeze_blocks"]),
-        "images": {
-            "in": len(header.images),
-            "failed": int((~data.file.ok).sum()),
-            "used": len(data.rows),
-            "holdout": int((data.assignment == -1).sum()),
-            "groups": len(set(groups)),
-        },
+        "images": ImageCounts(
+            in_cache=len(header.images),
+            failed=int((~data.file.ok).sum()),
+            used=len(data.rows),
+            holdout=int((data.assignment == -1).sum()),
+            groups=len(set(groups)),
+        ),
         "split_table": splits.fold_table(data.labels, data.assignment, header.classes, groups),
         "machine": hardware.machine(),
-        "toolchain": {"cxr-fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "toolchain": {"cxr-fast": __version__, "torch": str(torch.__version__), "numpy": np.__version__},
     }
 
 
-def search_tables(trained: Trained, data: Data, spec: SweepSpec, budget: int, best: int) -> dict[str, Any]:
-    """The fold table, the budget table and the choice, from validation scores (budgets, folds) alone."""
+def search_tables(trained: Trained, data: Data, spec: SweepSpec, budget: int, best: int) -> Values:
+    """The fold table, the budget table and the choice, as fields of `RunRecord`; from validation scores alone."""
     epochs, scores = spec.epochs, trained.scores
     folds = [
         {
@@ -100,11 +195,11 @@ def search_tables(trained: Trained, data: Data, spec: SweepSpec, budget: int, be
         for i, b in enumerate(epochs)
     ]
     rule = "mean validation macro AUC, best fold"
-    return {"folds": folds, "budgets": budgets, "chosen": {"epochs": epochs[budget], "fold": best, "rule": rule}}
+    return {"folds": folds, "budgets": budgets, "chosen": Choice(epochs=epochs[budget], fold=best, rule=rule)}
 
 
-def grid_table(configurations: Sequence[Trained], chosen: Trained, spec: SweepSpec) -> list[dict[str, Any]]:
-    """One row a configuration, best first: what differs, its best budget, mean and spread over folds, seconds."""
+def grid_table(configurations: Sequence[Trained], chosen: Trained, spec: SweepSpec) -> list[Values]:
+    """One row per configuration, best first: what differs, its best budget, mean and spread over folds, seconds."""
     rows = []
     for trained in configurations:
         budget = int(np.nanargmax(np.nanmean(trained.scores, axis=1)))
@@ -122,8 +217,8 @@ def grid_table(configurations: Sequence[Trained], chosen: Trained, spec: SweepSp
     return sorted(rows, key=lambda row: (-row["mean_auc"], row["config"]))
 
 
-def thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) -> tuple[np.ndarray, str]:
-    """A threshold a class from out-of-fold predictions (n, C), 0.5 where they decide none, and a sentence about it."""
+def choose_thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) -> tuple[np.ndarray, str]:
+    """Thresholds (C,) from out-of-fold predictions (n, C), 0.5 where they decide none; and a sentence about them."""
     assert spec.threshold_goal is not None
     goal, value = spec.threshold_goal
     if goal == "f1":
@@ -137,13 +232,13 @@ def thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) -> tuple[
     return np.where(np.isnan(found), 0.5, found), text
 
 
-def figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -> dict[str, Any]:
+def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -> Values:
     """The published six at the thresholds, the same at 0.5, and the AUC of classes with enough positives."""
-    aucs = metrics.auc(labels, probabilities)
+    aucs = figures.auc(labels, probabilities)
     enough = (labels == 1).sum(axis=0) >= MIN_POSITIVES
-    frequent, count = metrics.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
-    found = metrics.headline(labels, probabilities, limits)
-    half = metrics.headline(labels, probabilities, np.full(len(limits), 0.5))
+    frequent, count = figures.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
+    found = figures.headline(labels, probabilities, limits)
+    half = figures.headline(labels, probabilities, np.full(len(limits), 0.5))
     return {
         **found,
         "at_0.5": half,
@@ -153,21 +248,26 @@ def figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -
     }
 
 
-def write(folder: Path, run: dict[str, Any], configurations: Sequence[Trained]) -> None:
-    """`run.json` and its tables, into the folder."""
-    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+def write_run(folder: Path, run: Values, configurations: Sequence[Trained]) -> None:
+    """Write `run.json` and its tables into the folder."""
+    write_json(folder / "run.json", run)
     chosen = next(trained for trained in configurations if trained.number == run["config"])
-    _csv(folder / "folds.csv", run["folds"])
-    _csv(folder / "split.csv", run["split_table"])
+    _write_table(folder / "folds.csv", run["folds"])
+    _write_table(folder / "split.csv", run["split_table"])
     lines = [{"fold": k, **asdict(epoch)} for k, history in enumerate(chosen.histories) for epoch in history]
-    _csv(folder / "history.csv", lines)
-    _csv(folder / "per_class.csv", run["per_class"])
+    _write_table(folder / "history.csv", lines)
+    _write_table(folder / "per_class.csv", run["per_class"])
     if len(configurations) > 1:
-        _csv(folder / "grid.csv", run["grid"])
+        _write_table(folder / "grid.csv", run["grid"])
 
 
-def predictions(folder: Path, data: Data, **arrays: np.ndarray) -> None:
-    """`predictions.npz`: labels, parts, who is who and the `meta:` columns, beside the given probabilities (raw)."""
+def _write_table(path: Path, rows: list[Values]) -> None:
+    if rows:
+        write_csv(path, list(rows[0]), ([row[name] for name in rows[0]] for row in rows))
+
+
+def write_predictions(folder: Path, data: Data, **arrays: np.ndarray) -> None:
+    """Write `predictions.npz`: labels, folds, image columns, `meta:` columns, and the given probabilities (raw)."""
     header, rows = data.header, data.rows
     columns = {"image": header.images, "group": header.groups, "study": header.studies, "view": header.views}
     arrays |= {name: np.array([values[i] for i in rows]) for name, values in columns.items()}
@@ -176,12 +276,3 @@ def predictions(folder: Path, data: Data, **arrays: np.ndarray) -> None:
     for name, values in data.file.meta.get("subgroups", {}).items():
         arrays[f"meta:{name}"] = np.array([values[i] for i in rows])
     np.savez_compressed(folder / "predictions.npz", **arrays)  # type: ignore[arg-type]
-
-
-def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,4 +1,7 @@
-"""The epoch search: every configuration over every fold, snapshots at each budget, resumable after any epoch."""
+"""The epoch search: each configuration over all folds, a snapshot at each budget; and the final model's three kinds.
+
+A search can be resumed after any epoch.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ from ..activations.loader import Activations
 from ..config import SweepSpec, TrainSpec
 from ..metrics import figures
 from ..models.backbone import Backbone
-from .checkpoints import Journal
+from ..models.tail import Tail
+from .checkpoints import REFIT, Journal, fold_key
 from .dataset import Data
-from .fold import Epoch, Fold, Snapshot, fit, precision
+from .fold import Epoch, Fold, FoldData, OnEpoch, Recorder, fit, precision, predict, sigmoid
 from .head_fold import HeadFold, fit_side_by_side
+from .run_record import FinalChoice
 from .stacked_folds import fit_together
 
-# Configuration, fold (the number of folds: the refit), and the epoch just trained.
-OnEpoch = Callable[[int, int, Epoch], None]
+# The kinds of final model.
+KINDS = ("best-fold", "refit", "ensemble")
 
 
 class FoldTrainer(Protocol):
@@ -82,7 +87,7 @@ class Trainers(Protocol):
     def start(
         self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
     ) -> FoldTrainer:
-        """Make the search's folds ready to be trained; `trains` are its configurations, precision resolved."""
+        """Make the search's folds ready to be trained; `trains` are its configurations, their precision decided."""
         ...
 
 
@@ -144,20 +149,24 @@ class Search:
     def refit(self, train: TrainSpec, rates: Sequence[float]) -> Fold:
         """A model of all folds' data, at the given learning rates."""
         rows = self.data.rows[self.data.assignment >= 0]
-        return self._fold(train, rows, rows[:0], self.spec.folds, rates=rates)
+        return self._fold(train, rows, rows[:0], self.spec.folds, rates)
 
-    def _fold(self, train: TrainSpec, rows: np.ndarray, valid: np.ndarray, number: int, **named: Any) -> Fold:
+    def _fold(
+        self, train: TrainSpec, rows: np.ndarray, valid: np.ndarray, number: int, rates: Sequence[float] | None = None
+    ) -> Fold:
         return self.kind(train)(
             self.backbone.visual,
-            self.activations,
-            self.data.header.labels,
-            rows,
-            valid,
+            FoldData(
+                activations=self.activations,
+                labels=self.data.header.labels,
+                train_rows=rows,
+                valid_rows=valid,
+                number=number,
+            ),
             train,
             unfreeze_blocks=self.unfreeze_blocks,
             seed=self.spec.seed,
-            fold=number,
-            **named,
+            rates=rates,
         )
 
     def kind(self, train: TrainSpec) -> type[Fold]:
@@ -191,59 +200,30 @@ class Search:
     def _train(
         self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
     ) -> dict[str, Any]:
-        def key(fold: Fold) -> str:
-            return f"config{number}.fold{fold.fold}"
-
-        def keep(fold: Fold, snapshot: Snapshot) -> None:
-            journal.save_snapshot(key(fold), snapshot)
-
-        def tell(fold: Fold, epoch: Epoch) -> None:
-            journal.save(key(fold), fold)
-            if on_epoch is not None:
-                on_epoch(number, fold.fold, epoch)
-
-        def ready(k: int) -> tuple[Fold, set[int]]:
-            fold = self.fold(train, k)
-            return fold, journal.restore(key(fold), fold)
-
         began = time.perf_counter()
         try:
-            histories = self._fit(train, ready, keep, tell, stop)
+            histories = self._fit(number, train, journal, journal.recorder(number, on_epoch, stop))
         finally:
             journal.flush()
         lines = [[asdict(epoch) for epoch in history] for history in histories]
         return {"histories": lines, "seconds": time.perf_counter() - began}
 
-    def _fit(
-        self,
-        train: TrainSpec,
-        ready: Callable[[int], tuple[Fold, set[int]]],
-        keep: Callable[[Fold, Snapshot], None],
-        tell: Callable[[Fold, Epoch], None],
-        stop: Callable[[], bool],
-    ) -> list[list[Epoch]]:
-        """The histories of all folds, trained by whichever trainer suits."""
+    def _fit(self, number: int, train: TrainSpec, journal: Journal, recorder: Recorder) -> list[list[Epoch]]:
+        """Train all folds with whichever trainer suits; their histories."""
         epochs, numbers = self.spec.epochs, range(self.spec.folds)
+
+        def ready(k: int) -> Fold:
+            fold = self.fold(train, k)
+            journal.restore(fold_key(number, fold), fold)
+            return fold
+
         if self.kind(train) is Fold and self.activations.device.type == "cpu":
-            histories = []
-            for k in numbers:
-                fold, taken = ready(k)
-                fit(
-                    fold,
-                    epochs,
-                    taken=taken,
-                    on_epoch=lambda epoch, fold=fold: tell(fold, epoch),  # type: ignore[misc]
-                    on_snapshot=lambda snapshot, fold=fold: keep(fold, snapshot),  # type: ignore[misc]
-                    stop=stop,
-                )
-                histories.append(fold.history)
-            return histories
-        folds, taken_by = zip(*(ready(k) for k in numbers), strict=True)
-        named: dict[str, Any] = {"taken": taken_by, "on_epoch": tell, "on_snapshot": keep, "stop": stop}
+            return [fit(ready(k), epochs, recorder) for k in numbers]  # one at a time in memory
+        folds = [ready(k) for k in numbers]
         if self.kind(train) is HeadFold:
-            fit_side_by_side(folds, epochs, threads=torch.get_num_threads(), **named)
+            fit_side_by_side(folds, epochs, recorder, threads=torch.get_num_threads())
         else:
-            fit_together(folds, epochs, **named)
+            fit_together(folds, epochs, recorder)
         return [fold.history for fold in folds]
 
     def _collect(
@@ -258,8 +238,8 @@ class Search:
             for k, i in np.ndindex(folds, len(budgets)):
                 _, found, epoch = journal.load_snapshot(f"config{number}.fold{k}", budgets[i])
                 probabilities[i, data.assignment == k], stopped_at[k, i] = found, epoch
-            np.savez(kept.with_name("new.npz"), probabilities=probabilities, stopped_at=stopped_at)
-            kept.with_name("new.npz").replace(kept)
+            with journal.replace(kept.name) as file:
+                np.savez(file, probabilities=probabilities, stopped_at=stopped_at)
         with np.load(kept) as arrays:
             probabilities, stopped_at = arrays["probabilities"], arrays["stopped_at"]
         scores, defined = self._scores(probabilities)
@@ -285,27 +265,12 @@ class Search:
         return scores, defined
 
 
-def fit_one(
-    fold: Fold,
-    budgets: Sequence[int],
-    *,
-    taken: set[int],
-    on_epoch: Callable[[Epoch], None],
-    on_snapshot: Callable[[Snapshot], None],
-    stop: Callable[[], bool] = bool,
-) -> None:
-    """`train.fit`; on a GPU as a stack of one, for the graph: the launches of a step take longer than its work."""
+def fit_one(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> None:
+    """`fold.fit`; on a GPU as a stack of one, for the graph: the launches of a step take longer than its work."""
     if fold.device.type == "cpu":
-        fit(fold, budgets, taken=taken, on_epoch=on_epoch, on_snapshot=on_snapshot, stop=stop)
-        return
-    fit_together(
-        [fold],
-        budgets,
-        taken=[taken],
-        on_epoch=lambda _, epoch: on_epoch(epoch),
-        on_snapshot=lambda _, snapshot: on_snapshot(snapshot),
-        stop=stop,
-    )
+        fit(fold, budgets, recorder)
+    else:
+        fit_together([fold], budgets, recorder)
 
 
 def choose(scores: np.ndarray) -> tuple[int, int]:
@@ -315,3 +280,66 @@ def choose(scores: np.ndarray) -> tuple[int, int]:
     """
     budget = int(np.nanargmax(np.nanmean(scores, axis=1)))
     return budget, int(np.nanargmax(scores[budget]))
+
+
+class FinalModels:
+    """The models a search can end with: the best fold, a refit on all folds' data, the mean of the folds.
+
+    They are made of the tails of one configuration at its chosen budget: `fold0`, `fold1`, ..., and `refit` once
+    trained.
+    """
+
+    def __init__(self, search: Search, trained: Trained, journal: Journal) -> None:
+        self.search, self.trained, self.journal = search, trained, journal
+        self.budget, self.best = choose(trained.scores)
+        self.epochs = search.spec.epochs[self.budget]
+
+    def members(self, kind: str) -> list[str]:
+        """Names of the tails that a kind of final model consists of."""
+        folds = [f"fold{k}" for k in range(self.search.spec.folds)]
+        return {"best-fold": [folds[self.best]], "refit": [REFIT], "ensemble": folds}[kind]
+
+    def refit_epochs(self) -> int:
+        """The chosen budget; with early stopping the median epoch at which the folds had stopped by then."""
+        return int(np.median(self.trained.stopped_at[:, self.budget]))
+
+    def refit(self, on_epoch: OnEpoch | None, stop: Callable[[], bool]) -> None:
+        """Train the refit, or go on with it; its learning rates are the folds' medians, epoch by epoch."""
+        epochs, number = self.refit_epochs(), self.trained.number
+        fold = self.search.refit(self.trained.train, self.trained.rates(epochs))
+        self.journal.restore(fold_key(number, fold), fold)
+        fit_one(fold, (epochs,), self.journal.recorder(number, on_epoch, stop))
+        self.journal.flush()
+
+    def state(self, member: str) -> dict[str, torch.Tensor]:
+        """Load the weights of one tail."""
+        epochs = self.refit_epochs() if member == REFIT else self.epochs
+        return self.journal.load_snapshot(f"config{self.trained.number}.{member}", epochs)[0]
+
+    def probabilities(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """Float32 probabilities (n, C) of file rows: the mean over the members."""
+        each = [self._predict(name, rows) for name in self.members(kind)]
+        return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
+
+    def _predict(self, name: str, rows: np.ndarray) -> np.ndarray:
+        tail = self.tail()
+        tail.load_state_dict(self.state(name))
+        return sigmoid(predict(tail.to(self.search.activations.device), self.search.activations, rows))
+
+    def tail(self) -> Tail:
+        """Build a tail of the right shape, weights not loaded."""
+        return Tail(
+            self.search.backbone.visual,
+            unfreeze_blocks=self.search.unfreeze_blocks,
+            classes=self.search.data.labels.shape[1],
+            train_norm=self.trained.train.train_norm,
+        )
+
+    def describe(self, kind: str) -> FinalChoice:
+        """The final model as `run.json` records it."""
+        rule = {
+            "best-fold": "the fold with the best validation macro AUC at the chosen budget",
+            "refit": "all folds' data for the chosen budget, learning rates the folds' medians",
+            "ensemble": "mean of the folds' probabilities at the chosen budget",
+        }[kind]
+        return FinalChoice(kind=kind, members=self.members(kind), rule=rule)

@@ -21,16 +21,8 @@ from torch import nn
 
 from ..errors import Interrupted
 from ..models.stacked_tail import Weights, embedding, head, part
-from .fold import (
-    Draws,
-    Epoch,
-    Fold,
-    Snapshot,
-    finished,
-    require_moved,
-    take_snapshots,
-    weights_before,
-)
+from .draws import Draws
+from .fold import Epoch, Fold, Recorder, finished, require_moved, take_snapshots, weights_before
 from .losses import losses
 
 # Steps before capture: cuBLAS, autograd and torch.compile make what they keep in the first; PyTorch's notes ask for 3.
@@ -279,32 +271,25 @@ def lay_out(draws: Sequence[Draws]) -> dict[str, torch.Tensor]:
 def fit_together(
     folds: Sequence[Fold],
     budgets: Sequence[int],
+    recorder: Recorder,
     *,
-    taken: Sequence[set[int]],
-    on_epoch: Callable[[Fold, Epoch], None],
-    on_snapshot: Callable[[Fold, Snapshot], None],
-    stop: Callable[[], bool] = bool,
     graph: bool | None = None,
     compile: bool = False,
 ) -> None:
-    """`train.fit` for several folds at once, an epoch of every unfinished fold at a time.
+    """`fold.fit` for several folds at once, an epoch of every unfinished fold at a time.
 
     Folds may be at different epochs, as after a resume; one that is done leaves, and the rest are stacked anew.
     """
     stack: Stack | None = None
-
-    def snapshots(fold: Fold) -> None:
-        take_snapshots(fold, budgets, taken[folds.index(fold)], lambda snapshot: on_snapshot(fold, snapshot))
-
     while running := [fold for fold in folds if not finished(fold, budgets)]:
         if stack is None or stack.folds != running:
             stack = None  # its memory first
             stack = Stack(running, graph=graph, compile=compile)
-        for fold, epoch in zip(running, run_epoch(stack, stop), strict=True):
-            snapshots(fold)
-            on_epoch(fold, epoch)
+        for fold, epoch in zip(running, run_epoch(stack, recorder.stop), strict=True):
+            take_snapshots(fold, budgets, recorder)
+            recorder.epoch(fold, epoch)
     for fold in folds:
-        snapshots(fold)
+        take_snapshots(fold, budgets, recorder)
 
 
 def run_epoch(stack: Stack, stop: Callable[[], bool] = bool) -> Iterator[Epoch]:

@@ -1,4 +1,4 @@
-"""Hold-out, folds, epoch search, the final model: from an activation file to a run folder."""
+"""Run a whole sweep: from an activation file to a run folder with hold-out, folds, search and the final model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 
@@ -18,28 +19,27 @@ from .. import __version__
 from ..activations.cache import Cache
 from ..activations.encoder import pick_device
 from ..activations.loader import Activations
-from ..config import SweepSpec, TrainSpec, grid, to_dict
+from ..config import SweepOptions, SweepSpec, TrainSpec, grid, to_dict
 from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
-from ..metrics import calibration as calibrate
+from ..metrics import calibration, figures
 from ..models.backbone import Backbone, load, tower_sha256
 from ..models.tail import Tail, count_trainable
 from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
 from .dataset import read
-from .finals import KINDS, Finals
-from .fold import precision, predict, require_scorable
-from .run_folder import clean, model_sha256, save_model
-from .search import FoldTrainer, OnEpoch, Search, Trained, Trainers
+from .fold import OnEpoch, precision, predict, require_scorable
+from .run_folder import model_sha256, save_model
+from .search import KINDS, FinalModels, FoldTrainer, Search, Trained, Trainers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """What a sweep will do, known before it starts; `seconds` is estimated from a few timed training steps.
 
-    `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` tells that
-    an unfinished run is gone on with.
+    `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` says that
+    an unfinished run will be continued.
     """
 
     cache: Path
@@ -65,7 +65,7 @@ class Plan:
 
 
 def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
-    """The tower the cache was made with, its hash checked against the file's."""
+    """Load the tower that the cache was made with, and check its hash against the cache's."""
     source = weights or file.meta["weights"]
     backbone = load(source)
     if tower_sha256(backbone.visual) != file.meta["tower_sha256"]:
@@ -77,12 +77,11 @@ class Sweep:
     """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder.
 
     `out` None takes the first free name of `exports/CACHE`, `exports/CACHE-2`, ...; an unfinished run of the same
-    request counts as free and is gone on with. `grid` is a list of `NAME=A,B` over training fields. With `trainers`
-    (a cluster's) folds and refit are trained there and all else happens here; on CPUs the figures are a local run's to
-    the last bit.
+    request counts as free and is continued. `manifest` brings other labels. With `trainers` (a cluster's) folds and
+    refit are trained there and all else happens here; on CPUs the figures are a local run's to the last bit.
 
         >>> spec = SweepSpec(epochs=(1,), folds=2)
-        >>> sweep = Sweep(Path("cache/indiana.h5"), Path("exports/short"), spec, device="cpu")
+        >>> sweep = Sweep(Path("cache/indiana.h5"), Path("exports/short"), spec, SweepOptions(device="cpu"))
         >>> sweep.plan().folds
         2
         >>> sweep.run()["final"]["kind"]
@@ -94,40 +93,40 @@ class Sweep:
         cache: Path,
         out: Path | None,
         spec: SweepSpec,
+        options: SweepOptions = SweepOptions(),  # noqa: B008
         *,
-        grid_flags: Sequence[str] = (),
-        device: str = "auto",
-        residency: str = "auto",
-        weights: str | None = None,
         manifest: Manifest | None = None,
-        overwrite: bool = False,
         trainers: Trainers | None = None,
     ) -> None:
         if out is not None:
-            _require_free(out, overwrite)
-        self.spec, self.points = spec, grid(spec.train, grid_flags)
+            _require_free(out, options.overwrite)
+        self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)
         self.data = read(cache, spec, manifest)
         self.labels_from = "the cache" if manifest is None else manifest.name
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
-        self._choose_device(device, residency, trainers)
+        self._choose_device(trainers)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
-        self.backbone = backbone_for(self.data.file, weights)
+        self.backbone = backbone_for(self.data.file, options.weights)
         self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
         self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
         self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
-        self.overwrite = overwrite
-        self.spread: FoldTrainer | None = None
+        self.trainer: FoldTrainer | None = None
         if trainers is not None:
-            trains = [
-                replace(train, precision=cast(Any, k)) for (_, train), k in zip(self.points, self.kinds, strict=True)
-            ]
-            self.spread = trainers.start(self.search, trains, self.out, device=self.trained_on, residency=residency)
-            self.search.train_folds = self.spread.train_folds
+            self.trainer = trainers.start(
+                self.search, self._decided(), self.out, device=self.trained_on, residency=options.residency
+            )
+            self.search.train_folds = self.trainer.train_folds
 
-    def _choose_device(self, device: str, residency: str, trainers: Trainers | None) -> None:
-        """Where folds are trained, in which arithmetic each configuration, and where all else is computed: here."""
+    def _decided(self) -> list[TrainSpec]:
+        """The configurations with `auto` precision replaced by what it means on the trainers' device."""
+        trains = (train for _, train in self.points)
+        return [replace(train, precision=cast(Any, kind)) for train, kind in zip(trains, self.kinds, strict=True)]
+
+    def _choose_device(self, trainers: Trainers | None) -> None:
+        """Choose where folds are trained, the precision of each configuration, and what this machine computes on."""
+        device, residency = self.options.device, self.options.residency
         if trainers is None:
             self.device, self.residency = pick_device(device), residency
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
@@ -158,7 +157,7 @@ class Sweep:
         )
 
     def request(self) -> dict[str, Any]:
-        """All that decides the result, as JSON: an unfinished run of the same request may be gone on with."""
+        """All that decides the result, as JSON: an unfinished run of the same request may be continued."""
         data, hasher = self.data, hashlib.sha256()
         for part in (data.rows, data.labels, data.assignment):
             hasher.update(np.ascontiguousarray(part).data)
@@ -179,10 +178,10 @@ class Sweep:
     def _with_refit(self) -> bool:
         return bool((self.data.assignment == -1).any()) or self.spec.final == "refit"
 
-    def plan(self) -> Plan:
+    def plan(self) -> SweepPlan:
         """Counts, memory and expected time."""
         data, header, spec = self.data, self.data.header, self.spec
-        return Plan(
+        return SweepPlan(
             cache=data.file.path,
             out=self.out,
             images=len(data.rows),
@@ -197,16 +196,16 @@ class Sweep:
             trainable=self.trainable[0],
             activation_bytes=data.file.activations.nbytes,
             where=self.activations.where,
-            device=str(self.device) if self.spread is None else self.trained_on,
+            device=str(self.device) if self.trainer is None else self.trained_on,
             precision=self.kinds[0],
             seconds=self._expected_seconds(self.points[0][1]),
-            resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.overwrite,
-            cluster="" if self.spread is None else str(self.spread),
-            notes=() if self.spread is None else tuple(self.spread.notes),
+            resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.options.overwrite,
+            cluster="" if self.trainer is None else str(self.trainer),
+            notes=() if self.trainer is None else tuple(self.trainer.notes),
         )
 
     def _expected_seconds(self, train: TrainSpec) -> float:
-        """Of the whole search, from a few timed steps on a throw-away fold; some folds share the time of one."""
+        """Time a few steps on a throw-away fold, for the whole search; NaN where this machine lacks the device."""
         if self.device.type != self.trained_on:
             return float("nan")
         fold, data = self.search.fold(train, 0), self.data
@@ -230,8 +229,8 @@ class Sweep:
         scored = sum(len(data.valid(k)) for k in folds)
         searched = float(step * trained + score / len(few) * scored) * epochs * len(self.points)
         at_once = self.search.side_by_side(train)
-        if self.spread is not None:
-            at_once = min(self.spread.at_once, self.spec.folds * len(self.points))
+        if self.trainer is not None:
+            at_once = min(self.trainer.at_once, self.spec.folds * len(self.points))
         return searched / at_once + float(step * (data.assignment >= 0).sum() * epochs * self._with_refit)
 
     def run(self, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
@@ -242,9 +241,9 @@ class Sweep:
         """
         began = time.perf_counter()
         with FileLock(self.out), graceful() as stopped:
-            _require_free(self.out, self.overwrite)
+            _require_free(self.out, self.options.overwrite)
             folder = Path(f"{self.out}.partial")
-            if self.overwrite and difference(folder, self.request()):
+            if self.options.overwrite and difference(folder, self.request()):
                 shutil.rmtree(folder)
             with Journal(self.out, self.request()) as journal:
                 try:
@@ -260,8 +259,8 @@ class Sweep:
                         "again to go on."
                     ) from error
                 finally:
-                    if self.spread is not None:
-                        self.spread.close()
+                    if self.trainer is not None:
+                        self.trainer.close()
             _put_in_place(journal.folder / "run", self.out)
             journal.remove()
         return run
@@ -276,37 +275,38 @@ class Sweep:
             for other in configurations:
                 if other is not chosen:
                     journal.forget(f"config{other.number}")
-        finals = Finals(self.search, chosen, journal)
-        if self._with_refit and self.spread is not None:
+        finals = FinalModels(self.search, chosen, journal)
+        if self._with_refit and self.trainer is not None:
             epochs = finals.refit_epochs()
-            self.spread.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
+            self.trainer.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
         elif self._with_refit:
             finals.refit(on_epoch, stop)
         folder = journal.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        run = self._finish(folder, configurations, finals)
-        run["seconds"] = time.perf_counter() - began
-        run_record.write(folder, run, configurations)
+        record = self._finish(folder, configurations, finals)
+        record.seconds = time.perf_counter() - began
+        run = record.to_dict()
+        run_record.write_run(folder, run, configurations)
         return run
 
-    def _finish(self, folder: Path, configurations: list[Trained], finals: Finals) -> dict[str, Any]:
-        """The model, the predictions, and `run.json` as a dict."""
+    def _finish(self, folder: Path, configurations: list[Trained], finals: FinalModels) -> run_record.RunRecord:
+        """Write the model and the predictions; the record, its seconds aside."""
         data, spec, chosen = self.data, self.spec, finals.trained
         dev, held = data.assignment >= 0, data.assignment == -1
         out_of_fold, labels = chosen.probabilities[finals.budget][dev], data.labels[dev]
-        calibration = calibrate.fit(labels, out_of_fold, spec.calibration)
-        out_of_fold = calibrate.apply(calibration, out_of_fold)
-        limits, source = run_record.thresholds(labels, out_of_fold, spec)
+        fitted = calibration.fit(labels, out_of_fold, spec.calibration)
+        out_of_fold = calibration.apply(fitted, out_of_fold)
+        limits, source = run_record.choose_thresholds(labels, out_of_fold, spec)
         # The hold-out by itself for each, so that its figures do not hang on which model was asked for.
         raw = {kind: finals.probabilities(kind, data.rows[held]) for kind in KINDS if held.any()}
         everywhere = np.empty(data.labels.shape, np.float32)
         everywhere[dev] = finals.probabilities(spec.final, data.rows[dev])
         everywhere[held] = raw.get(spec.final, everywhere[held])
-        scored = {kind: calibrate.apply(calibration, p) for kind, p in raw.items()}
+        scored = {kind: calibration.apply(fitted, p) for kind, p in raw.items()}
         names = [f"fold{k}" for k in range(spec.folds)] + (["refit"] if self._with_refit else [])
         weights = save_model(folder / "model.safetensors", self.backbone, {name: finals.state(name) for name in names})
-        run_record.predictions(
+        run_record.write_predictions(
             folder,
             data,
             out_of_fold=chosen.probabilities,
@@ -315,33 +315,31 @@ class Sweep:
         )
         on_holdout = (data.labels[held], scored[spec.final], limits) if held.any() else None
         final = finals.describe(spec.final)
-        run = {
-            **run_record.origin(data, spec, self.labels_from),
-            "precision": self.kinds[chosen.number],
-            "device": self.gpu,
-            "threads": torch.get_num_threads(),
-            "residency": self.activations.residency,
-            "trainable": self.trainable[chosen.number],
-            "config": chosen.number,
-            "grid": run_record.grid_table(configurations, chosen, spec),
-            "train": to_dict(chosen.train),
-            "thresholds": limits.tolist(),
-            "threshold_source": source,
-            "calibration": calibration,
+        return run_record.RunRecord(
+            **run_record.describe_origin(data, spec, self.labels_from),
+            precision=self.kinds[chosen.number],
+            device=self.gpu,
+            threads=torch.get_num_threads(),
+            residency=self.activations.residency,
+            trainable=self.trainable[chosen.number],
+            config=chosen.number,
+            grid=run_record.grid_table(configurations, chosen, spec),
+            train=to_dict(chosen.train),
+            thresholds=limits.tolist(),
+            threshold_source=source,
+            calibration=fitted,
             **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
-            "final": final,
-            "finals": {kind: run_record.figures(data.labels[held], p, limits) for kind, p in scored.items()},
-            "metrics": {
-                "out_of_fold": run_record.figures(labels, out_of_fold, limits),
-                "holdout": run_record.figures(*on_holdout) if on_holdout else None,
+            final=final,
+            finals={kind: run_record.compute_figures(data.labels[held], p, limits) for kind, p in scored.items()},
+            metrics={
+                "out_of_fold": run_record.compute_figures(labels, out_of_fold, limits),
+                "holdout": run_record.compute_figures(*on_holdout) if on_holdout else None,
             },
-            "per_class": run_record.metrics.per_class(*on_holdout, data.header.classes) if on_holdout else [],
-            "weights_sha256": weights,
-            "model_sha256": model_sha256(weights, final["members"]),
-        }
-        if self.spread is not None:
-            run["cluster"] = self.spread.describe()
-        return cast(dict[str, Any], clean(run))
+            per_class=figures.per_class(*on_holdout, data.header.classes) if on_holdout else [],
+            weights_sha256=weights,
+            model_sha256=model_sha256(weights, final.members),
+            cluster=msgspec.UNSET if self.trainer is None else self.trainer.describe(),
+        )
 
 
 def _require_free(out: Path, overwrite: bool) -> None:

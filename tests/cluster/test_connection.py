@@ -32,7 +32,7 @@ from cxr_fast.cluster.connection import (
 )
 from cxr_fast.cluster.predict import Remote
 from cxr_fast.cluster.search import ClusterTrainers
-from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
+from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data import paths as inputs
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
 from cxr_fast.inference import batch as answers
@@ -277,7 +277,7 @@ def one_thread() -> Iterator[None]:
 def local(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one machine makes of SPEC and GRID."""
     out = tmp_path_factory.mktemp("local") / "run"
-    Sweep(toy_cache, out, SPEC, grid_flags=GRID, device="cpu").run()
+    Sweep(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
     return out
 
 
@@ -290,7 +290,7 @@ def interrupted(cache: Path, out: Path, after: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        Sweep(cache, out, SPEC, grid_flags=GRID, device="cpu").run(hit)
+        Sweep(cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run(hit)
 
 
 @pytest.mark.kill
@@ -305,7 +305,9 @@ def test_a_sweep_begun_here_that_loses_a_worker_and_a_node_ends_as_on_one_machin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted(toy_cache, tmp_path / "run", after=3)
-    job = Sweep(toy_cache, tmp_path / "run", SPEC, grid_flags=GRID, device="cpu", trainers=ClusterTrainers(cluster))
+    job = Sweep(
+        toy_cache, tmp_path / "run", SPEC, SweepOptions(grid=GRID, device="cpu"), trainers=ClusterTrainers(cluster)
+    )
     plan = job.plan()
     assert plan.cluster == str(cluster)
     assert plan.resumed
@@ -372,7 +374,7 @@ def test_a_command_interrupted_then_killed_is_finished_by_one_machine(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert states.is_dir(), "it had ended"
-    Sweep(toy_cache, out, SPEC, grid_flags=GRID, device="cpu").run()
+    Sweep(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
     same(out, local)
 
 
@@ -394,19 +396,19 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     cluster: Cluster, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = SweepSpec(epochs=(3, 5), folds=3, final="refit", train=FAST)
-    Sweep(embeddings, tmp_path / "local", spec, device="cpu").run()
+    Sweep(embeddings, tmp_path / "local", spec, SweepOptions(device="cpu")).run()
     # Here the cache has another content than the nodes find under its name, and the token another name.
     monkeypatch.setattr(search, "content", lambda _: "another cache")
     monkeypatch.setattr(search, "TOKEN", "another name")
     look = search.look
     monkeypatch.setattr(search, "look", lambda *names: (look(*names)[0], False))
-    job = Sweep(embeddings, tmp_path / "run", spec, device="cpu", trainers=ClusterTrainers(cluster))
+    job = Sweep(embeddings, tmp_path / "run", spec, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
     cache, folder = job.plan().notes
     assert cache.startswith("3 node(s) do not see (")
     assert cache.endswith(") the cache; its activations go through Ray's object store, a copy a node")
     assert folder.endswith(") the run folder; a fold lost or interrupted there begins again")
-    assert job.spread is not None
-    assert (job.spread.cpus, job.spread.at_once) == (1, 3)
+    assert job.trainer is not None
+    assert (job.trainer.cpus, job.trainer.at_once) == (1, 3)
     job.run()
     same(tmp_path / "run", tmp_path / "local")
 
@@ -423,7 +425,7 @@ def test_a_gpu_that_no_node_lends_is_refused(
     cluster: Cluster, toy_cache: Path, tmp_path: Path, device: str, match: str
 ) -> None:
     with pytest.raises(DeviceError, match=match):
-        Sweep(toy_cache, tmp_path / "run", SPEC, device=device, trainers=ClusterTrainers(cluster))
+        Sweep(toy_cache, tmp_path / "run", SPEC, SweepOptions(device=device), trainers=ClusterTrainers(cluster))
 
 
 @pytest.mark.ray
@@ -432,12 +434,12 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
 
     torch.set_num_threads(4)
     try:
-        job = Sweep(toy_cache, tmp_path / "run", SPEC, device="cpu", trainers=ClusterTrainers(cluster))
+        job = Sweep(toy_cache, tmp_path / "run", SPEC, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
     finally:
         torch.set_num_threads(1)
-    assert job.spread is not None
-    assert (job.spread.threads, job.spread.cpus, job.spread.at_once) == (4, 1, 3)
-    assert [note.partition(":")[0] for note in job.spread.notes] == ["no node has 4 CPUs"]
+    assert job.trainer is not None
+    assert (job.trainer.threads, job.trainer.cpus, job.trainer.at_once) == (4, 1, 3)
+    assert [note.partition(":")[0] for note in job.trainer.notes] == ["no node has 4 CPUs"]
 
 
 # Predictions.

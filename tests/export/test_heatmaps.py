@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_fast.activations import encoder
 from cxr_fast.activations.encoder import normalise
 from cxr_fast.cli.main import main
-from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, from_dict
+from cxr_fast.config import CacheSpec, PreprocessSpec, SweepOptions, SweepSpec, TrainSpec, from_dict
 from cxr_fast.data.images import load
 from cxr_fast.errors import ImageError, InputError
 from cxr_fast.export import parity
@@ -203,7 +203,7 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
     spec = encoder.with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
     encoder.run(tower, manifest.read(toy_data), spec, tmp_path / "c.h5", device="cpu", workers=1)
     sweep = SweepSpec(epochs=(2,), folds=2, final="ensemble", train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(tmp_path / "c.h5", tmp_path / "run", sweep, device="cpu").run()
+    Sweep(tmp_path / "c.h5", tmp_path / "run", sweep, SweepOptions(device="cpu")).run()
     run = read_run(tmp_path / "run")
     assert len(run.members) == 2
     expected = np.mean([shares(by_timm(m, pixels(run, film), [7])) for m in run.members], axis=0)

@@ -20,7 +20,7 @@ import torch
 from onnx import numpy_helper
 
 from cxr_fast.cli.models import describe_export
-from cxr_fast.config import SweepSpec, TrainSpec
+from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.images import self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import graph, variants
@@ -427,7 +427,7 @@ def ensemble(request: pytest.FixtureRequest, toy_cache: Path, tmp_path_factory: 
     train = TrainSpec(lr=1e-3, batch_size=4, train_norm=True)
     spec = SweepSpec(epochs=(2,), folds=3, final="ensemble", calibration=request.param, train=train)
     out = tmp_path_factory.mktemp("ensemble") / "run"
-    Sweep(toy_cache, out, spec, device="cpu").run()
+    Sweep(toy_cache, out, spec, SweepOptions(device="cpu")).run()
     return read_run(out)
 
 

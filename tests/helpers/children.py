@@ -14,7 +14,7 @@ import h5py
 import torch
 
 from cxr_fast.activations import encoder
-from cxr_fast.config import CacheSpec, SweepSpec
+from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec
 from cxr_fast.data import manifest, paths
 from cxr_fast.errors import Interrupted
 from cxr_fast.inference import batch as answers
@@ -58,7 +58,7 @@ def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: 
             os.kill(os.getpid(), number)
 
     try:
-        Sweep(Path(cache), Path(out), spec, device="cpu").run(hit)
+        Sweep(Path(cache), Path(out), spec, SweepOptions(device="cpu")).run(hit)
     except Interrupted as error:
         told.send(str(error))
         sys.exit(error.exit_code)

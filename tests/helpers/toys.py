@@ -12,7 +12,7 @@ from torch import nn
 
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import TrainSpec
-from cxr_fast.training.fold import Fold
+from cxr_fast.training.fold import Fold, FoldData, Recorder, Snapshot
 
 CPU = torch.device("cpu")
 IMAGES, WIDTH, CLASSES = 37, 24, 5
@@ -52,7 +52,19 @@ def make(
     """A fold of `kind` over the toy embeddings."""
     named: dict[str, Any] = {"labels": labels(), "train_rows": TRAIN, "valid_rows": VALID, "seed": 0, **changes}
     activations = activations or Activations(embeddings(), CPU)
-    return kind(bare(activations.array.shape[-1]), activations, spec=spec, unfreeze_blocks=0, **named)
+    return build(kind, bare(activations.array.shape[-1]), activations, spec=spec, unfreeze_blocks=0, **named)
+
+
+def build(kind: type[Fold], visual: Any, activations: Activations, **named: Any) -> Any:
+    """A fold of `kind`, its rows, labels and number (`fold`) given by name."""
+    rows = {name: named.pop(name) for name in ("labels", "train_rows", "valid_rows")}
+    data = FoldData(activations=activations, number=named.pop("fold", 0), **rows)
+    return kind(visual, data, named.pop("spec"), **named)
+
+
+def keep(snapshots: list[Snapshot]) -> Recorder:
+    """A recorder that adds each snapshot to a list."""
+    return Recorder(snapshot=lambda _, snapshot: snapshots.append(snapshot))
 
 
 def same(one: Fold, other: Fold) -> bool:

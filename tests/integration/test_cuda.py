@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cxr_fast.activations import encoder
 from cxr_fast.training import checkpoints, search
 from cxr_fast.training.checkpoints import Journal
-from cxr_fast.training.fold import Fold, Snapshot, fit
+from cxr_fast.training.fold import Fold, Recorder, Snapshot, fit
 from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers import toys
@@ -213,11 +213,13 @@ def test_one_fold_on_a_gpu_is_a_stack_of_one(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(search, "fit_together", on_the_cpu)
     monkeypatch.setattr(search, "fit", lambda *_, **__: pytest.fail("launched kernel by kernel"))
-    named: dict[str, Any] = {"on_epoch": lambda epoch: told.append(epoch.epoch), "on_snapshot": snapshots.append}
-    fold.device = CUDA
-    search.fit_one(fold, (1, 2), taken={1}, stop=stop, **named)
+    recorder = Recorder(
+        epoch=lambda _, epoch: told.append(epoch.epoch), snapshot=lambda _, s: snapshots.append(s), stop=stop
+    )
+    fold.device, fold.taken = CUDA, {1}
+    search.fit_one(fold, (1, 2), recorder)
     assert (told, [s.budget for s in snapshots], len(asked)) == ([1, 2], [2], 6)
-    fit(other, (2,), on_snapshot=lambda _: None)
+    fit(other, (2,), Recorder())
     alike([fold], [other])
 
 

@@ -18,6 +18,7 @@ from cxr_fast.config import CacheSpec, TrainSpec
 from cxr_fast.models import onednn
 from cxr_fast.models.backbone import Backbone, load
 from cxr_fast.training.fold import Fold
+from tests.helpers.toys import build
 
 CPU = torch.device("cpu")
 HAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -109,8 +110,11 @@ def test_training_is_that_without(
     array, rows = rng.standard_normal((24, 1, 197, 192)).astype(np.float32), np.arange(24)
     labels = rng.integers(0, 2, (24, 3)).astype(np.int8)
     folds = [
-        Fold(
-            *(tower.visual, Activations(array, CPU), labels, rows[:16], rows[16:]),
+        build(
+            *(Fold, tower.visual, Activations(array, CPU)),
+            labels=labels,
+            train_rows=rows[:16],
+            valid_rows=rows[16:],
             spec=TrainSpec(precision="float32", batch_size=8, dropout=0.0),
             unfreeze_blocks=2,
             seed=0,

@@ -24,7 +24,7 @@ from cxr_fast.activations.loader import Activations
 from cxr_fast.errors import InputError
 from cxr_fast.training import checkpoints
 from cxr_fast.training.checkpoints import Journal, difference
-from cxr_fast.training.fold import Fold, fit
+from cxr_fast.training.fold import Fold, FoldData, Recorder, fit
 from cxr_fast.training.head_fold import HeadFold
 from tests.helpers import toys
 from tests.helpers.toys import SPEC, make, same
@@ -56,7 +56,13 @@ def saved(out: Path, fold: Fold, key: str = KEY) -> None:
 
 def restored(out: Path, fold: Any, key: str = KEY) -> tuple[Any, set[int]]:
     with Journal(out, PLAN) as journal:
-        return fold, journal.restore(key, fold)
+        journal.restore(key, fold)
+        return fold, fold.taken
+
+
+def taken_after(journal: Journal, key: str, fold: Any) -> set[int]:
+    journal.restore(key, fold)
+    return set(fold.taken)
 
 
 def blocks(spec: Any = BUSY) -> Fold:
@@ -65,16 +71,14 @@ def blocks(spec: Any = BUSY) -> Fold:
     from tests.conftest import TOY
 
     array = np.random.default_rng(0).standard_normal((toys.IMAGES, 2, 9, 64)).astype(np.float16)
-    return Fold(
-        backbone.load(TOY).visual,
-        Activations(array, toys.CPU),
-        toys.labels(),
-        toys.TRAIN,
-        toys.VALID,
-        dataclasses.replace(spec, train_norm=True),
-        unfreeze_blocks=1,
-        seed=3,
+    data = FoldData(
+        activations=Activations(array, toys.CPU),
+        labels=toys.labels(),
+        train_rows=toys.TRAIN,
+        valid_rows=toys.VALID,
     )
+    spec = dataclasses.replace(spec, train_norm=True)
+    return Fold(backbone.load(TOY).visual, data, spec, unfreeze_blocks=1, seed=3)
 
 
 # Going on.
@@ -100,13 +104,13 @@ def test_two_epochs_a_save_and_two_more_are_four_epochs_to_the_last_bit(new: Cal
 def test_early_stopping_counts_on_where_it_was(tmp_path: Path) -> None:
     spec = dataclasses.replace(BUSY, patience=3)
     straight = make(Fold, spec)
-    fit(straight, (60,), on_snapshot=lambda _: None)
+    fit(straight, (60,), Recorder())
     assert 3 < straight.epoch < 60
     for cut in (straight.epoch - 1, straight.epoch):
         out = tmp_path / str(cut)
         saved(out, more(make(Fold, spec), cut))
         fold, _ = restored(out, make(Fold, spec))
-        fit(fold, (60,), on_snapshot=lambda _: None)
+        fit(fold, (60,), Recorder())
         assert same(fold, straight)
 
 
@@ -205,10 +209,10 @@ def test_snapshots_of_a_fold_that_stopped_early_count_once_the_state_says_so(tmp
         earlier.restore(*before)
         journal.save(KEY, earlier)
         journal.flush()
-        assert journal.restore(KEY, make(Fold, spec)) == set()
+        assert taken_after(journal, KEY, make(Fold, spec)) == set()
         journal.save(KEY, fold)
         journal.flush()
-        assert journal.restore(KEY, make(Fold, spec)) == {fold.epoch, 500, 900}
+        assert taken_after(journal, KEY, make(Fold, spec)) == {fold.epoch, 500, 900}
 
 
 # Plans.
@@ -389,7 +393,7 @@ def test_forgetting_a_configuration_leaves_those_whose_number_starts_alike(tmp_p
         journal.forget("config1")
         assert there("snapshots") == {"config10", "config11", "config2"}
         journal.forget("config1")
-        assert journal.restore("config10.fold0", make()) == {1}
+        assert taken_after(journal, "config10.fold0", make()) == {1}
 
 
 def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
@@ -413,7 +417,7 @@ from tests.helpers import states
 from tests.helpers import toys
 from cxr_fast.training import checkpoints as module
 from cxr_fast.training.checkpoints import Journal
-from cxr_fast.training.fold import fit
+from cxr_fast.training.fold import Recorder, fit
 
 class Last:
     def __init__(self, whole, part, step):
@@ -437,9 +441,11 @@ def halved(tensors, path, metadata):
 def train(out):
     fold, key, budgets = toys.make(), "config0.fold0", range(1, 3000)
     with Journal(out, {"seed": 0}) as journal:
-        taken = journal.restore(key, fold)
-        fit(fold, budgets, taken=taken, on_epoch=lambda _: journal.save(key, fold),
-            on_snapshot=lambda s: journal.save_snapshot(key, s) if s.budget % 3 == 0 else None)
+        journal.restore(key, fold)
+        fit(fold, budgets, Recorder(
+            epoch=lambda fold, _: journal.save(key, fold),
+            snapshot=lambda _, s: journal.save_snapshot(key, s) if s.budget % 3 == 0 else None,
+        ))
 
 toys.make()  # what torch imports late takes a second
 save = module.save_file
@@ -528,8 +534,8 @@ def test_a_process_killed_at_any_moment_leaves_whole_files_and_loses_no_bit(
     with Journal(out, {"seed": 0}) as journal:
         left = [p.name for part in ("states", "snapshots") for p in (folder / part).iterdir()]
         assert all(name.endswith(".safetensors") for name in left), "halves of files take space for nothing"
-        taken = journal.restore(KEY, fold)
-        assert taken == set(range(3, reached + 1, 3))
+        journal.restore(KEY, fold)
+        assert fold.taken == set(range(3, reached + 1, 3))
         straight = make()
         for budget in range(1, reached + 1):
             more(straight, 1)

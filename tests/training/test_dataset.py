@@ -80,7 +80,7 @@ def test_the_manifest_of_the_same_folder_is_told_by_place(own: Path, toy_data: P
     assert len(data.rows) == 79
 
 
-def test_a_copy_of_the_folder_is_told_by_name_and_bytes(own: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_folder_is_matched_by_name_and_bytes(own: Path, toy_data: Path, tmp_path: Path) -> None:
     shutil.copytree(toy_data / "images", tmp_path / "copy" / "elsewhere")
     names = [f"elsewhere/{path.name}" for path in sorted((toy_data / "images").iterdir())]
     data = dataset.read(own, SPEC, labels_of(names, tmp_path / "copy"))
@@ -109,7 +109,7 @@ def test_names_decide_where_no_file_is_there_and_it_is_said(own: Path, toy_data:
     data = dataset.read(own, SPEC, labels_of(names, tmp_path / "t"))
     assert data.by_name == 78
     assert len(data.notes) == 1
-    assert data.notes[0].startswith("--manifest: 78 of 79 images were told by their name alone")
+    assert data.notes[0].startswith("--manifest: 78 of 79 images were matched by file name only")
     place = {f"images/{name}": i for i, name in enumerate(names)}
     assert data.labels[:, 0].tolist() == [place[data.header.images[row]] % 2 for row in data.rows]
     with pytest.raises(InputError, match="80 of 80 images are not in"):

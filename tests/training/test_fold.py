@@ -35,6 +35,7 @@ from cxr_fast.training.fold import (
 )
 from cxr_fast.training.losses import losses
 from tests.conftest import TOY, TOY_AVERAGE
+from tests.helpers.toys import build, keep
 
 CPU = torch.device("cpu")
 SPEC = TrainSpec(batch_size=8, precision="float32")
@@ -96,12 +97,12 @@ def make(spec: TrainSpec = SPEC, *, k: int = 2, array: np.ndarray | None = None,
     arguments: dict[str, Any] = {"labels": labels(), "train_rows": TRAIN, "valid_rows": VALID, "seed": 0, **changes}
     source = arguments.pop("source", TOY)
     activations = Activations(rows(k, source=source) if array is None else array, CPU)
-    return Fold(tower(source), activations, spec=spec, unfreeze_blocks=k, **arguments)
+    return build(Fold, tower(source), activations, spec=spec, unfreeze_blocks=k, **arguments)
 
 
 def run(fold: Fold, budgets: Sequence[int]) -> tuple[list[Epoch], list[Snapshot]]:
     snapshots: list[Snapshot] = []
-    return fit(fold, budgets, on_snapshot=snapshots.append), snapshots
+    return fit(fold, budgets, keep(snapshots)), snapshots
 
 
 def same(one: Snapshot, other: Snapshot) -> bool:

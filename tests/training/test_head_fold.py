@@ -16,7 +16,7 @@ import torch
 from cxr_fast.activations.loader import Activations
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.training import head_fold
-from cxr_fast.training.fold import Epoch, Fold, Snapshot, fit, predict
+from cxr_fast.training.fold import Epoch, Fold, Recorder, Snapshot, fit, predict
 from cxr_fast.training.head_fold import HeadFold, fit_side_by_side
 from tests.helpers import toys
 from tests.helpers.toys import CPU, SPEC, TRAIN, VALID, make, same
@@ -226,7 +226,7 @@ def test_a_step_that_leaves_adamw_out_is_an_error(monkeypatch: pytest.MonkeyPatc
 
     plainly(monkeypatch, without)
     with pytest.raises(InputError, match="3 of 3 weight matrices did not change"):
-        fit(make(HeadFold), (1,), on_snapshot=lambda _: None)
+        fit(make(HeadFold), (1,), Recorder())
     with pytest.raises(InputError, match="3 of 3 weight matrices did not change"):
         together([make(HeadFold)], (1,))
 
@@ -297,19 +297,17 @@ def test_a_state_is_a_copy() -> None:
 
 
 def together(
-    folds: Sequence[Fold], budgets: Sequence[int], threads: int = 2, **named: Any
+    folds: Sequence[Fold], budgets: Sequence[int], threads: int = 2, **calls: Any
 ) -> tuple[list[list[Snapshot]], list[list[Epoch]]]:
     """Snapshots and told epochs of each fold."""
     snapshots: list[list[Snapshot]] = [[] for _ in folds]
     told: list[list[Epoch]] = [[] for _ in folds]
     place = {id(fold): i for i, fold in enumerate(folds)}
-    calls: dict[str, Any] = {
-        "taken": [set[int]() for _ in folds],
-        "on_epoch": lambda fold, epoch: told[place[id(fold)]].append(epoch),
-        "on_snapshot": lambda fold, snapshot: snapshots[place[id(fold)]].append(snapshot),
-        **named,
-    }
-    fit_side_by_side(folds, budgets, threads=threads, **calls)
+    recorder = Recorder(
+        epoch=lambda fold, epoch: told[place[id(fold)]].append(epoch),
+        snapshot=lambda fold, snapshot: snapshots[place[id(fold)]].append(snapshot),
+    )
+    fit_side_by_side(folds, budgets, dataclasses.replace(recorder, **calls), threads=threads)
     return snapshots, told
 
 
@@ -337,7 +335,7 @@ def test_folds_side_by_side_are_folds_one_by_one_to_the_last_bit(threads: int, s
     snapshots, told = together(folds, budgets, threads)
     for k in range(5):
         one: list[Snapshot] = []
-        history = fit(alone[k], budgets, on_snapshot=one.append)
+        history = fit(alone[k], budgets, toys.keep(one))
         assert same(folds[k], alone[k])
         assert alike(snapshots[k], one)
         assert told[k] == folds[k].history
@@ -349,8 +347,9 @@ def test_folds_side_by_side_are_folds_one_by_one_to_the_last_bit(threads: int, s
 
 
 def test_snapshots_already_taken_are_not_taken_again_and_a_finished_fold_only_hands_over() -> None:
-    done = trained(HeadFold, 3)
-    snapshots, told = together([done, make(HeadFold)], (1, 3), taken=[{1}, {3}])
+    done, begun = trained(HeadFold, 3), make(HeadFold)
+    done.taken, begun.taken = {1}, {3}
+    snapshots, told = together([done, begun], (1, 3))
     assert [s.budget for s in snapshots[0]] == [3]
     assert [s.budget for s in snapshots[1]] == [1]
     assert [len(t) for t in told] == [0, 3]
@@ -361,7 +360,7 @@ def test_callbacks_come_one_at_a_time_the_snapshot_before_its_epoch() -> None:
 
     def note(fold: Fold, what: str) -> None:
         assert inside.acquire(blocking=False), "two callbacks at once"
-        calls.append((fold.fold, what))
+        calls.append((fold.number, what))
         inside.release()
 
     folds = five()
@@ -369,8 +368,8 @@ def test_callbacks_come_one_at_a_time_the_snapshot_before_its_epoch() -> None:
         folds,
         (1, 2),
         3,
-        on_epoch=lambda fold, e: note(fold, f"epoch {e.epoch}"),
-        on_snapshot=lambda fold, s: note(fold, f"snapshot {s.budget}"),
+        epoch=lambda fold, e: note(fold, f"epoch {e.epoch}"),
+        snapshot=lambda fold, s: note(fold, f"snapshot {s.budget}"),
     )
     for k in range(5):
         assert [what for f, what in calls if f == k] == ["snapshot 1", "epoch 1", "snapshot 2", "epoch 2"]
@@ -378,7 +377,7 @@ def test_callbacks_come_one_at_a_time_the_snapshot_before_its_epoch() -> None:
 
 def test_the_fold_least_far_on_goes_first() -> None:
     seen = list[tuple[int, int]]()
-    together(five(), (3,), 1, on_epoch=lambda fold, e: seen.append((e.epoch, fold.fold)))
+    together(five(), (3,), 1, epoch=lambda fold, e: seen.append((e.epoch, fold.number)))
     assert seen == [(epoch, k) for epoch in (1, 2, 3) for k in range(5)]
 
 
@@ -392,10 +391,10 @@ def test_an_error_in_one_fold_reaches_the_caller_and_stops_the_others(threads: i
     assert threading.active_count() == 1 or all("work" not in t.name for t in threading.enumerate())
 
 
-@pytest.mark.parametrize("which", ["on_epoch", "on_snapshot"])
+@pytest.mark.parametrize("which", ["epoch", "snapshot"])
 def test_an_error_in_a_callback_reaches_the_caller(which: str) -> None:
     def fail(fold: Fold, _: object) -> None:
-        if fold.fold == 1:
+        if fold.number == 1:
             raise InputError("disk full")
 
     folds = five()

@@ -18,9 +18,10 @@ from cxr_fast.config import TrainSpec
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.models import backbone
 from cxr_fast.models.stacked_tail import batch_norm
-from cxr_fast.training.fold import Epoch, Fold, Snapshot, fit
+from cxr_fast.training.fold import Epoch, Fold, Recorder, Snapshot, fit
 from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
 from tests.conftest import TOY, TOY_AVERAGE
+from tests.helpers.toys import build, keep
 
 CPU = torch.device("cpu")
 SPEC = TrainSpec(batch_size=8, precision="float32", lr=1e-4)
@@ -92,8 +93,11 @@ def make(
     rounding, which AdamW makes a whole step of, and running means follow so late that the validation figures show it.
     """
     folds = [
-        Fold(
-            *(tower(source), shared or activations(k), labels(), np.arange(*ends), VALID),
+        build(
+            *(Fold, tower(source), shared or activations(k)),
+            labels=labels(),
+            train_rows=np.arange(*ends),
+            valid_rows=VALID,
             **{"spec": spec, "unfreeze_blocks": k, "seed": 0, "fold": i, **changes},
         )
         for i, ends in enumerate(ranges)
@@ -302,8 +306,8 @@ def together(
             assert (numbers[id(fold)], fold.epoch) not in told, "whoever saves the fold has saved the snapshot before"
         snapshots[numbers[id(fold)], snapshot.budget] = snapshot
 
-    taken, numbers = [set[int]() for _ in folds], {id(fold): i for i, fold in enumerate(folds)}
-    fit_together(folds, budgets, taken=taken, on_epoch=on_epoch, on_snapshot=on_snapshot, stop=stop)
+    numbers = {id(fold): i for i, fold in enumerate(folds)}
+    fit_together(folds, budgets, Recorder(epoch=on_epoch, snapshot=on_snapshot, stop=stop))
     return told, snapshots
 
 
@@ -315,13 +319,13 @@ def test_early_stopping_at_different_epochs_gives_the_same_snapshots() -> None:
     assert len({e.lr for e in folds[0].history}) > 1, "the scheduler never acted"
     for fold in alone:
         kept: list[Snapshot] = []
-        fit(fold, budgets, on_snapshot=kept.append)
+        fit(fold, budgets, keep(kept))
         for snapshot in kept:
-            other = snapshots.pop((fold.fold, snapshot.budget))
+            other = snapshots.pop((fold.number, snapshot.budget))
             assert other.epoch == snapshot.epoch
             np.testing.assert_allclose(other.probabilities, snapshot.probabilities, rtol=0, atol=1e-3)
     assert not snapshots
-    assert sorted(told) == [(fold.fold, e) for fold in alone for e in range(1, fold.epoch + 1)]
+    assert sorted(told) == [(fold.number, e) for fold in alone for e in range(1, fold.epoch + 1)]
     for one, other in zip(folds, alone, strict=True):
         np.testing.assert_allclose(lines(one), lines(other), rtol=1e-3, atol=1e-4)
 
@@ -350,17 +354,14 @@ def test_a_stop_comes_between_two_steps() -> None:
 
 
 def test_a_refit_takes_its_given_rates() -> None:
-    named = {"rates": [1e-3, 1e-4], "valid_rows": VALID[:0]}
+    named = {"labels": labels(), "valid_rows": VALID[:0], "spec": SPEC, "unfreeze_blocks": 1, "rates": [1e-3, 1e-4]}
     refits = [
-        [
-            Fold(tower(), activations(), labels(), np.arange(9 + i), spec=SPEC, unfreeze_blocks=1, seed=i, **named)
-            for i in range(2)
-        ]
+        [build(Fold, tower(), activations(), train_rows=np.arange(9 + i), seed=i, **named) for i in range(2)]
         for _ in range(2)
     ]
     told, _ = together(refits[0], (2,))
     for fold in refits[1]:
-        fit(fold, (2,), on_snapshot=lambda _: None)
+        fit(fold, (2,), Recorder())
     assert told == [(0, 1), (1, 1), (0, 2), (1, 2)]
     assert [e.lr for e in refits[0][0].history] == [1e-3, 1e-4]
     for one, other in zip(*refits, strict=True):

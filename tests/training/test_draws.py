@@ -24,7 +24,8 @@ from cxr_fast.cli.main import (
 )
 from cxr_fast.config import TrainSpec
 from cxr_fast.system import hardware
-from cxr_fast.training.fold import Fold, by_block, draw
+from cxr_fast.training.draws import draw, order_by_block
+from cxr_fast.training.fold import Fold
 from cxr_fast.training.head_fold import HeadFold
 from cxr_fast.training.stacked_folds import Stack
 from tests.helpers import toys
@@ -209,5 +210,5 @@ def learned(spec: TrainSpec, seed: int) -> float:
 
 def test_rows_are_taken_in_file_order_before_they_are_cut() -> None:
     spec = dataclasses.replace(BLOCKS, shuffle_block=2, shuffle_window=1)
-    order = by_block(generator(0), torch.tensor([9, 1, 8, 2]), spec).tolist()
+    order = order_by_block(generator(0), torch.tensor([9, 1, 8, 2]), spec).tolist()
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({1, 2}), frozenset({8, 9})}
