@@ -108,6 +108,11 @@ def _require(ok: bool, name: str, value: Any, need: str) -> None:
         raise InputError(f"{_flag(name)}: {value!r} must be {need}.")
 
 
+def _setting(default: Any, help: str) -> Any:
+    """A field with the help that the command line shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
     """How an image file becomes uint8 grey pixels (size, size); normalisation is part of the model.
@@ -117,8 +122,8 @@ class PreprocessSpec:
     """
 
     size: int = 224
-    resize: Literal["squash", "crop", "pad"] = "squash"
-    dicom_policy: Literal["voi", "raw", "minmax"] = "voi"
+    resize: Literal["squash", "crop", "pad"] = _setting("squash", "How a film becomes a square.")
+    dicom_policy: Literal["voi", "raw", "minmax"] = _setting("voi", "How DICOM intensities become grey levels.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -133,11 +138,11 @@ class CacheSpec:
     ('plain', 'flip')
     """
 
-    weights: str = "biomedclip"
-    unfreeze_blocks: int = 2
-    views: tuple[str, ...] = VIEWS
-    normalize: Literal["model", "imagenet"] = "model"
-    dtype: Literal["float16", "float32"] = "float16"
+    weights: str = _setting("biomedclip", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
+    unfreeze_blocks: int = _setting(2, "Blocks left to train; 0 caches embeddings and trains the head alone.")
+    views: tuple[str, ...] = _setting(VIEWS, "Views to cache: plain, or plain,flip.")
+    normalize: Literal["model", "imagenet"] = _setting("model", "Channel statistics: the model's own, or ImageNet's.")
+    dtype: Literal["float16", "float32"] = _setting("float16", "Stored precision.")
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
 
     def __post_init__(self) -> None:
@@ -165,25 +170,33 @@ class TrainSpec:
         16
     """
 
-    lr: float = 2e-5
-    weight_decay: float = 1e-4
-    batch_size: int = 16
-    clip_norm: float = 1.0
-    loss: Literal["focal", "focal+jaccard", "bce"] = "focal"
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    class_weights: Literal["none", "inverse", "sqrt"] = "none"
-    dropout: float = 0.5
+    lr: float = _setting(2e-5, "Learning rate of AdamW.")
+    weight_decay: float = _setting(1e-4, "Weight decay of AdamW.")
+    batch_size: int = _setting(16, "Images per step.")
+    clip_norm: float = _setting(1.0, "Gradient norm limit.")
+    loss: Literal["focal", "focal+jaccard", "bce"] = _setting(
+        "focal", "Loss; focal+jaccard is 0.7 focal and 0.3 soft Jaccard."
+    )
+    focal_alpha: float = _setting(0.25, "Focal loss: weight of positives.")
+    focal_gamma: float = _setting(2.0, "Focal loss: focusing exponent.")
+    class_weights: Literal["none", "inverse", "sqrt"] = _setting(
+        "none", "Weigh rare classes up: by one over their share, or its square root."
+    )
+    dropout: float = _setting(0.5, "Dropout in the head.")
     flip: bool = True
-    scheduler: Literal["plateau", "none"] = "plateau"
-    plateau_factor: float = 0.5
-    plateau_patience: int = 3
-    patience: int | None = None
-    train_norm: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    shuffle: Literal["full", "block"] = "full"
-    shuffle_block: int = 16
-    shuffle_window: int = 64
+    scheduler: Literal["plateau", "none"] = _setting("plateau", "Learning-rate schedule on validation macro AUC.")
+    plateau_factor: float = _setting(0.5, "Plateau: what the rate is multiplied by.")
+    plateau_patience: int = _setting(3, "Plateau: epochs without a better AUC that it waits.")
+    patience: int | None = _setting(None, "Stop a fold after this many epochs without a better AUC.")
+    train_norm: bool = _setting(False, "Train the final norm and projection too.")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Arithmetic of training; validation of the chosen model is always float32."
+    )
+    shuffle: Literal["full", "block"] = _setting(
+        "full", "Order of an epoch: any, or neighbours in the file together, for caches read from disk."
+    )
+    shuffle_block: int = _setting(16, "--shuffle block: neighbouring rows that stay together, read in one go.")
+    shuffle_window: int = _setting(64, "--shuffle block: blocks from all over the file whose rows are mixed.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -212,14 +225,20 @@ class SweepSpec:
         'best-fold'
     """
 
-    epochs: tuple[int, ...] = (30, 50, 75, 90, 100)
-    folds: int = 5
-    holdout: float = 0.2
-    seed: int = 0
-    split_by: Literal["group", "image"] = "group"
-    final: Literal["best-fold", "refit", "ensemble"] = "best-fold"
-    threshold_target: str = "f1"
-    calibration: Literal["none", "platt", "isotonic"] = "none"
+    epochs: tuple[int, ...] = _setting(
+        (30, 50, 75, 90, 100), "Budgets of the search; one run per fold passes through all of them."
+    )
+    folds: int = _setting(5, "Folds of the cross-validation.")
+    holdout: float = _setting(0.2, "Share of the groups kept out until the end.")
+    seed: int = _setting(0, "Decides splits, initialisation and every draw.")
+    split_by: Literal["group", "image"] = _setting(
+        "group", "What may not be shared between folds; image splits views of one patient."
+    )
+    final: Literal["best-fold", "refit", "ensemble"] = _setting(
+        "best-fold", "The final model: the best fold's, one trained on all folds, or the folds' mean."
+    )
+    threshold_target: str = _setting("f1", "f1, sensitivity=X or specificity=X, per class, out of fold.")
+    calibration: Literal["none", "platt", "isotonic"] = _setting("none", "Calibration per class, fitted out of fold.")
     train: TrainSpec = field(default_factory=TrainSpec)
 
     def __post_init__(self) -> None:

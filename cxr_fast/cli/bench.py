@@ -12,16 +12,16 @@ import click
 from ..config import CacheSpec, PreprocessSpec
 from ..errors import InputError
 from ..models import device as cpu
+from .console import ProgressBar
 from .options import (
     PATH,
-    Progress,
+    dataset_options,
     device_option,
-    images_option,
-    setting,
-    skip_option,
+    read_source,
     source_argument,
+    spec_from,
+    spec_options,
     threads_option,
-    unindexed_option,
 )
 
 json_option = click.option("--json", "json_out", type=PATH, help="Write the result here.")
@@ -76,10 +76,11 @@ def latency(
 
     Exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
     """
-    from ..bench import latency as benches
+    from ..bench.latency import describe_latency
+    from ..bench.latency import latency as measure
 
     _writable(json_out, plot)
-    result = benches.latency(
+    result = measure(
         model,
         images=images,
         repeats=repeats,
@@ -89,7 +90,7 @@ def latency(
         device=device,
         threads=threads,
     )
-    finish(result, benches.describe_latency(result), json_out, plot)
+    finish(result, describe_latency(result), json_out, plot)
 
 
 @bench.command()
@@ -144,7 +145,7 @@ def throughput(
     from ..bench import throughput as measuring
 
     _writable(json_out, plot)
-    bar = Progress()
+    bar = ProgressBar()
     result = measuring.throughput(
         model,
         images=images,
@@ -236,7 +237,7 @@ def compare(
         raise InputError("--run is for --against torch.")
     else:
         arms = tuple(comparison.Arm(path=path, device=device, threads=threads) for path in (model_a, model_b))  # type: ignore[assignment]
-    bar = Progress()
+    bar = ProgressBar()
     result = comparison.compare(
         *arms,
         images=images,
@@ -252,51 +253,26 @@ def compare(
 
 @bench.command()
 @source_argument
-@setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
-@setting(CacheSpec, "unfreeze_blocks", "Blocks left to train.", type=int)
-@setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
-@setting(PreprocessSpec, "resize", "How a film becomes a square; the plain pipeline always squashes.")
-@setting(CacheSpec, "dtype", "Stored precision.")
+@spec_options(CacheSpec, "weights", "unfreeze_blocks", "views")
+@spec_options(PreprocessSpec, "resize")
+@spec_options(CacheSpec, "dtype")
 @click.option("--count", type=click.IntRange(1), default=48, show_default=True, help="Images, evenly spread.")
 @click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Turns of each part.")
 @device_option
 @threads_option
-@images_option
-@skip_option
-@unindexed_option
+@dataset_options
 @json_option
-def cache(
-    source: Path,
-    weights: str,
-    unfreeze_blocks: int,
-    views: str,
-    resize: Any,
-    dtype: Any,
-    count: int,
-    rounds: int,
-    device: str,
-    threads: int | None,
-    images: Path | None,
-    skip_missing: bool,
-    unindexed: Any,
-    json_out: Path | None,
-) -> None:
+def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | None, **flags: Any) -> None:
     """`cxrfast cache` on some of SOURCE's images beside what its parts cost and the plain pipeline's pass over them."""
-    from ..data import manifest as datasets
-
-    manifest = datasets.read_dataset(
-        source, images=images, missing="skip" if skip_missing else "refuse", unindexed=unindexed
-    )
+    manifest = read_source(source, flags)
     from ..activations import encoder
     from ..bench import caching
     from ..models import backbone
 
     encoder.pick_device(device)
-    cpu.prepare(threads)
-    tower = backbone.load(weights)
-    names = tuple(view.strip() for view in views.split(","))
-    preprocess = PreprocessSpec(resize=resize)
-    spec = CacheSpec(weights=weights, unfreeze_blocks=unfreeze_blocks, views=names, dtype=dtype, preprocess=preprocess)
+    cpu.prepare(flags["threads"])
+    spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
+    tower = backbone.load(spec.weights)
     spec = encoder.with_size(spec, tower)
     some, left_out = caching.few(manifest, count, spec.preprocess)
     with tempfile.TemporaryDirectory() as scratch:
@@ -337,7 +313,7 @@ def train(
 
 
 def _rounds(total: int) -> Any:
-    bar = Progress()
+    bar = ProgressBar()
 
     def show(done: int) -> None:
         bar.show(done, total, f"round {done} of {total}")

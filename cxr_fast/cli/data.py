@@ -13,21 +13,21 @@ import click
 from ..config import CacheSpec, PreprocessSpec
 from ..errors import InputError
 from ..models import device as cpu
-from ..system.text import duration, file_name, gigabytes, table
+from ..system.files import write_json
+from ..system.text import Table, duration, file_name, gigabytes
+from .console import Part, ProgressBar, echo_notes, show, show_plan
 from .options import (
     PATH,
-    Progress,
     by_recipe,
     cluster_option,
+    dataset_options,
     device_option,
-    echo_notes,
-    images_option,
+    read_source,
     recipe_option,
-    setting,
-    skip_option,
     source_argument,
+    spec_from,
+    spec_options,
     threads_option,
-    unindexed_option,
 )
 
 
@@ -35,68 +35,58 @@ from .options import (
 @source_argument
 @click.option("--out", type=PATH, help="Write a manifest here (.csv or .parquet).")
 @click.option("--labels-only", is_flag=True, help="Do not look for the images.")
-@images_option
-@skip_option
-@unindexed_option
-def prepare(
-    source: Path, out: Path | None, labels_only: bool, images: Path | None, skip_missing: bool, unindexed: Any
-) -> None:
+@dataset_options
+def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     """Read a dataset folder or manifest and print its class table.
 
     SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, or a manifest.
     """
-    from ..data import manifest as datasets
-
-    missing: Any = "unchecked" if labels_only else "skip" if skip_missing else "refuse"
-    manifest = datasets.read_dataset(source, images=images, missing=missing, unindexed=unindexed)
-    click.echo(describe_manifest(manifest))
+    manifest = read_source(source, flags)
+    show(describe_manifest(manifest))
     if out is not None:
-        datasets.write_manifest(manifest, out)
+        from ..data.manifest import write_manifest
+
+        write_manifest(manifest, out)
         click.echo(f"\nwrote {out}")
 
 
-def describe_manifest(manifest: Any) -> str:
-    """The class table and the counts above it."""
-    from ..data import manifest as datasets
+def describe_manifest(manifest: Any) -> list[Part]:
+    """The counts of a dataset, its class table, and what to know of its label set."""
+    from ..data.manifest import class_table, summary
 
-    total = datasets.summary(manifest)
+    total = summary(manifest)
     views = ", ".join(f"{name or 'unknown'} {n:,}" for name, n in total["views"].items())
-    lines = [
+    parts: list[Part] = [
         f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
         f"{total['studies']:,} studies, {total['groups']:,} groups",
         f"views: {views}",
-        f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels an image",
+        f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels per image",
     ]
     if total["skipped_missing"]:
-        lines.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
-    rows = [
-        [r.name, f"{r.positives:,}", f"{r.percent:.2f}", f"{r.unknown:,}", f"{r.groups:,}"]
-        for r in datasets.class_table(manifest)
+        parts.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
+    rows: list[list[Any]] = [
+        [r.name, r.positives, f"{r.percent:.2f}", r.unknown, r.groups] for r in class_table(manifest)
     ]
-    lines += ["", table(["class", "positives", "% of images", "unknown", "groups"], rows)]
+    parts += ["", Table(columns=["class", "positives", "% of images", "unknown", "groups"], rows=rows)]
     if manifest.info.get("kind") in ("indiana", "openi"):
         from ..data.labels import TRAPS
 
         known = set(manifest.classes)
         notes = [f"  {name}: {text}" for name, text in TRAPS if name in known or not name]
-        lines += ["", "Know before you trust a class of this label set:", *notes]
-    return "\n".join(lines)
+        parts += ["", "Know before you trust a class of this label set:", *notes]
+    return parts
 
 
 @click.command()
 @source_argument
 @click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
 @recipe_option
-@setting(CacheSpec, "weights", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
-@setting(CacheSpec, "unfreeze_blocks", "Blocks left to train; 0 caches embeddings and trains the head alone.", type=int)
-@setting(CacheSpec, "views", "Views to cache: plain, or plain,flip.")
-@setting(PreprocessSpec, "resize", "How a film becomes a square.")
-@setting(PreprocessSpec, "dicom_policy", "How DICOM intensities become grey levels.")
-@setting(CacheSpec, "normalize", "Channel statistics: the model's own, or ImageNet's.")
-@setting(CacheSpec, "dtype", "Stored precision.")
+@spec_options(CacheSpec, "weights", "unfreeze_blocks", "views")
+@spec_options(PreprocessSpec, "resize", "dicom_policy")
+@spec_options(CacheSpec, "normalize", "dtype")
 @device_option
 @click.option(
-    "--batch-size", type=click.IntRange(1, 4096), help="Images a model call.  [default: 8 on CPU, 64 on CUDA]"
+    "--batch-size", type=click.IntRange(1, 4096), help="Images per model call.  [default: 8 on CPU, 64 on CUDA]"
 )
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
 @threads_option
@@ -116,111 +106,89 @@ def describe_manifest(manifest: Any) -> str:
     help="What an image that cannot be read does; it is never trained on.",
 )
 @click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
-@images_option
-@skip_option
-@unindexed_option
+@dataset_options
 @click.pass_context
-def cache(
-    ctx: click.Context,
-    source: Path,
-    out: Path | None,
-    recipe: str,
-    weights: str,
-    unfreeze_blocks: int,
-    views: str,
-    resize: Any,
-    dicom_policy: Any,
-    normalize: Any,  # read by by_recipe
-    dtype: Any,
-    device: str,
-    batch_size: int | None,
-    workers: int | None,
-    threads: int | None,
-    limit: int | None,
-    shards: int | None,
-    cluster: str | None,
-    gather: bool,
-    on_error: str,
-    repair: bool,
-    images: Path | None,
-    skip_missing: bool,
-    unindexed: Any,
-) -> None:
+def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **flags: Any) -> None:
     """Run every image once through the frozen layers and keep the activations in one HDF5 file, or in --shards K."""
-    spec = CacheSpec(
-        weights=weights,
-        unfreeze_blocks=unfreeze_blocks,
-        views=tuple(view.strip() for view in views.split(",")),
-        normalize=by_recipe(ctx, recipe, CacheSpec, "normalize"),
-        dtype=dtype,
-        preprocess=PreprocessSpec(resize=resize, dicom_policy=dicom_policy),
-    )
-    from ..data import manifest as datasets
-
-    manifest = datasets.read_dataset(
-        source, images=images, missing="skip" if skip_missing else "refuse", unindexed=unindexed, limit=limit
-    )
+    if flags["gather"] and not flags["cluster"]:
+        raise InputError("--gather is for --cluster: without it every shard is made here.")
+    normalize = by_recipe(ctx, recipe, CacheSpec, "normalize")
+    spec = spec_from(CacheSpec, flags, normalize=normalize, preprocess=spec_from(PreprocessSpec, flags))
+    manifest = read_source(source, flags, limit=flags["limit"])
     from ..activations import build, encoder
     from ..models import backbone
 
-    if gather and not cluster:
-        raise InputError("--gather is for --cluster: without it every shard is made here.")
-    if not cluster:
-        encoder.pick_device(device)
-    cpu.prepare(threads)
-    tower = backbone.load(weights)
+    if not flags["cluster"]:
+        encoder.pick_device(flags["device"])
+    cpu.prepare(flags["threads"])
+    tower = backbone.load(spec.weights)
     spec = encoder.with_size(spec, tower)
-    first, ending = f"-first{limit}" if limit else "", build.SUFFIX if shards or cluster else ".h5"
-    path = out or Path("cache") / f"{file_name(manifest.name)}{first}{ending}"
-    if not path.name.endswith(ending) or path.is_dir():  # else no other command would find it
-        raise InputError(
-            f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
-            + ("." if ending != ".h5" else f"; one that ends in {build.SUFFIX} wants --shards K.")
-        )
-    how: dict[str, Any] = {"workers": workers}
+    path, shards = _cache_path(out, manifest.name, flags), flags["shards"]
+    how = {name: flags[name] for name in ("device", "batch_size", "workers")}
+    line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
-        if cluster:
-            from ..cluster import activations
-
-            over = activations.over(
-                cluster,
-                manifest,
-                path,
-                device=device,
-                threads=threads,
-                batch_size=batch_size,
-                count=shards,
-                gather=gather,
-                image_bytes=encoder.row_bytes(tower, spec),
-            )
-            spread = stack.enter_context(over)
+        if flags["cluster"]:
+            spread = stack.enter_context(_spread(manifest, tower, spec, path, flags))
             click.echo(str(spread))
-            plan, run, shards = spread.plan(manifest, tower, spec, path), spread.run, spread.shards
+            shards, run = spread.shards, spread.run
+            plan, how = spread.plan(manifest, tower, spec, path), {"workers": flags["workers"]}
         else:
-            how |= {"device": device, "batch_size": batch_size} | ({"shards": shards} if shards else {})
-            plan = (build if shards else encoder).plan(manifest, tower, spec, path, **how)
-            run = (build if shards else encoder).run
-        if limit and plan.rows_dropped:
-            raise InputError(
-                f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
-            )
-        echo_cache_plan(plan, manifest, path, shards)
+            how |= {"shards": shards} if shards else {}
+            plan, run = (build if shards else encoder).plan(manifest, tower, spec, path, **how), None
+            how["on_looked"] = lambda more: line.looked(more, plan.rows_done)
+        _refuse_dropping(plan, path, flags["limit"])
+        show_cache_plan(plan, manifest, path, shards)
         if tower.random:
             click.echo("weights: RANDOM, not BiomedCLIP")
-        line = CacheProgress(many=cluster is not None)
-        how |= {} if cluster else {"on_looked": lambda more: line.looked(more, plan.rows_done)}
-        how |= {"repair": repair, "stop_on_error": on_error == "stop", "on_progress": line.show}
-        outcome = run(tower, manifest, spec, path, **how)
+        how |= {"repair": flags["repair"], "stop_on_error": flags["on_error"] == "stop", "on_progress": line.show}
+        outcome = (run or (build if shards else encoder).run)(tower, manifest, spec, path, **how)
         line.bar.done()
     echo_outcome(outcome, path)
 
 
+def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
+    """Where the cache goes. Raises InputError for a name under which no other command would find it."""
+    from ..activations.cache import SUFFIX
+
+    first = f"-first{flags['limit']}" if flags["limit"] else ""
+    ending = SUFFIX if flags["shards"] or flags["cluster"] else ".h5"
+    path = out or Path("cache") / f"{file_name(name)}{first}{ending}"
+    if not path.name.endswith(ending) or path.is_dir():
+        raise InputError(
+            f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
+            + ("." if ending != ".h5" else f"; one that ends in {SUFFIX} wants --shards K.")
+        )
+    return path
+
+
+def _spread(manifest: Any, tower: Any, spec: CacheSpec, path: Path, flags: dict[str, Any]) -> Any:
+    """The work spread over a cluster, as a context."""
+    from ..activations import encoder
+    from ..cluster import activations
+
+    return activations.over(
+        flags["cluster"],
+        manifest,
+        path,
+        count=flags["shards"],
+        image_bytes=encoder.row_bytes(tower, spec),
+        **{name: flags[name] for name in ("device", "threads", "batch_size", "gather")},
+    )
+
+
+def _refuse_dropping(plan: Any, path: Path, limit: int | None) -> None:
+    if limit and plan.rows_dropped:
+        raise InputError(
+            f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
+        )
+
+
 class CacheProgress:
-    """The line of a cache run: images compared with rows that are there, then images encoded; `many`: by many machines,
+    """The line of a cache run: images compared with their rows, then images encoded; `many`: by many machines,
     whose seconds do not add up to those that passed."""
 
     def __init__(self, *, many: bool) -> None:
-        self.bar, self.many, self.compared = Progress(), many, 0
+        self.bar, self.many, self.compared = ProgressBar(), many, 0
 
     def looked(self, more: int, rows: int) -> None:
         """`more` images were read, to see whether they are still those of the `rows` that are there."""
@@ -235,10 +203,10 @@ class CacheProgress:
         self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
 
 
-def echo_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
+def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
     """What a cache run will do, before it starts."""
     skipped = manifest.info["skipped_missing"]
-    click.echo(
+    show_plan(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
         f"{gigabytes(plan.bytes_needed)} "
         f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
@@ -278,17 +246,7 @@ def echo_outcome(outcome: Any, path: Path) -> None:
 @threads_option
 @click.option("--json", "json_out", type=PATH, help="Write what was found of a model here.")
 @click.pass_context
-def verify(
-    ctx: click.Context,
-    file: Path,
-    reencode: int,
-    images: Path | None,
-    weights: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    json_out: Path | None,
-) -> None:
+def verify(ctx: click.Context, file: Path, json_out: Path | None, **flags: Any) -> None:
     """Prove a cache, or that a model file answers on this machine as it did where it was exported.
 
     FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, or a
@@ -301,9 +259,7 @@ def verify(
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
             kind, other = ("a model", "a cache") if model else ("a cache", "a model")
             raise InputError(f"--{name.removesuffix('_out')} is for {other}; {file} is {kind}.")
-    if model:
-        sys.exit(_verify_models(file, device, threads, json_out))
-    sys.exit(_verify_cache(file, reencode, images, weights, seed, device, threads))
+    sys.exit(_verify_models(file, json_out, flags) if model else _verify_cache(file, flags))
 
 
 def _is_model(file: Path) -> bool:
@@ -320,49 +276,38 @@ def _is_model(file: Path) -> bool:
     return head[:1] == b"\x08" or not {".h5", ".json"}.intersection(file.suffixes)
 
 
-def _verify_models(file: Path, device: str, threads: int | None, json_out: Path | None) -> int:
-    from ..inference import verify as model_check
+def _verify_models(file: Path, json_out: Path | None, flags: dict[str, Any]) -> int:
+    from ..inference import verify as checks
 
-    paths = model_check.models(file)
+    paths = checks.models(file)
     if json_out is not None and json_out.exists() and any(json_out.samefile(path) for path in paths if path.exists()):
         raise InputError(f"--json: {json_out} is the model itself; give the name of a JSON file.")
-    found = model_check.verify_all(paths, device=device, threads=threads)
-    if len(found) == 1 and isinstance(found[0], model_check.Unjudged):
+    found = checks.verify_all(paths, device=flags["device"], threads=flags["threads"])
+    if len(found) == 1 and isinstance(found[0], checks.Unjudged):
         raise found[0].error
     for item in found:
-        click.echo(model_check.describe(item))
+        click.echo(checks.describe(item))
     if json_out is not None:
-        from ..bench.latency import write_json
-
-        write_json({"models": [model_check.to_json(item) for item in found]}, json_out)
+        write_json(json_out, {"models": [checks.to_json(item) for item in found]}, "--json")
         click.echo(f"wrote {json_out}")
-    return model_check.exit_code(found)
+    return checks.exit_code(found)
 
 
-def _verify_cache(
-    file: Path,
-    reencode: int,
-    images: Path | None,
-    weights: str | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-) -> int:
-    from ..activations import verify as verifying
+def _verify_cache(file: Path, flags: dict[str, Any]) -> int:
+    from ..activations import verify as checks
 
-    cpu.prepare(threads)
-    bar = Progress()
+    cpu.prepare(flags["threads"])
+    bar = ProgressBar()
 
-    def show(done: int, total: int) -> None:
+    def show_rows(done: int, total: int) -> None:
         bar.show(done, total, f"{done:,} of {total:,} rows checked")
 
-    found = verifying.cache(
-        file, reencode=reencode, images=images, weights=weights, device=device, seed=seed, on_progress=show
-    )
+    named = {name: flags[name] for name in ("reencode", "images", "weights", "device", "seed")}
+    found = checks.cache(file, on_progress=show_rows, **named)
     bar.done()
     text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
     if found.reencoded:
-        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {verifying.TOLERANCE:g})"
+        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {checks.TOLERANCE:g})"
     click.echo(text)
     return echo_verdict(found, file)
 
@@ -385,7 +330,8 @@ def echo_verdict(found: Any, file: Path) -> int:
             "or pass --reencode 0."
         )
     if why:
-        click.echo(f"NOT PROVEN: {found.asked - found.reencoded:,} of {found.asked:,} asked for: {'; '.join(why)}")
+        left = found.asked - found.reencoded
+        click.echo(f"NOT VERIFIED: {left:,} of the {found.asked:,} images could not be encoded again: {'; '.join(why)}")
     if not found.bad:
         click.echo("PASS")
     return 1 if found.bad else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -105,19 +104,15 @@ def describe(findings: Sequence[Finding]) -> str:
     )
 
 
-def write_json(findings: Sequence[Finding], out: Path) -> None:
-    """The findings as JSON; InputError where it cannot be written."""
-    values = {
+def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The findings as `doctor --json` writes them."""
+    return {
         "kind": "cxr-fast doctor",
         "schema": SCHEMA,
         "written_by": f"cxr-fast {__version__}",
         "healthy": healthy(findings),
         "findings": [asdict(finding) for finding in findings],
     }
-    try:
-        out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json: cannot write {out}: {error.strerror or error}.") from error
 
 
 # What is installed.

@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from ..cluster import connection
 from ..config import NOTICE
-from ..system.text import gigabytes, number, table
-from .options import (
-    PATH,
-    Progress,
-    cluster_option,
-    device_option,
-    images_option,
-    threads_option,
-)
+from ..system.files import write_json
+from ..system.text import Table, gigabytes, number
+from .console import Part, ProgressBar, show
+from .options import PATH, cluster_option, device_option, images_option, threads_option
 
 
 @click.command()
@@ -47,45 +43,27 @@ from .options import (
     help="Cached images that each variant is checked on, hold-out first.",
 )
 @images_option
-def export(
-    run: Path,
-    out: Path | None,
-    variants: str,
-    final: str | None,
-    embedding: bool,
-    allow_drift: bool,
-    check: int,
-    images: Path | None,
-) -> None:
+def export(run: Path, variants: str, check: int, **flags: Any) -> None:
     """Write self-describing ONNX files, each kept only when it agrees with torch on real cached images.
 
     Exit 1 where a variant was over its limit and not kept.
     """
-    from ..export import variants as exports
+    from ..export.variants import export as export_run
 
-    bars: dict[str, Progress] = {}  # one a stage, so that each stage's time left is its own
+    bars: dict[str, ProgressBar] = {}  # one per stage, so that each stage's time left is its own
 
-    def show(text: str, done: int, total: int) -> None:
-        bars.setdefault(text, Progress()).show(done, total, text)
+    def show_stage(text: str, done: int, total: int) -> None:
+        bars.setdefault(text, ProgressBar()).show(done, total, text)
 
-    found = exports.export(
-        run,
-        out=out,
-        variants=[name.strip() for name in variants.split(",")],
-        final=final,
-        images=images,
-        embedding=embedding,
-        allow_drift=allow_drift,
-        count=check,
-        on_progress=show,
-    )
-    Progress().done()
-    click.echo(describe_export(found))
+    names = [name.strip() for name in variants.split(",")]
+    found = export_run(run, variants=names, count=check, on_progress=show_stage, **flags)
+    ProgressBar.close()
+    show(describe_export(found))
     sys.exit(0 if all(one.kept for one in found) else 1)
 
 
-def describe_export(found: list[Any]) -> str:
-    """What was kept and why not, one line a variant, and the classes that lose most."""
+def describe_export(found: list[Any]) -> list[Part]:
+    """What was kept and why not, one line per variant, and the classes that lose most."""
     info, first, far = found[0].info, found[0].parity, found[0].drift
     head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
     rows = [
@@ -101,23 +79,23 @@ def describe_export(found: list[Any]) -> str:
         ]
         for one in found
     ]
-    lines = [
+    parts: list[Part] = [
         f"{info['final']['kind']} model, {len(info['labels'])} classes; against torch float32 on {far.images} images "
         f"({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
-        table(head, rows),
+        Table(columns=head, rows=rows),
     ]
     if any(one.variant == "fp16" for one in found):
-        lines.append("fp16 was computed on this CPU, as float32 between float16 values; `cxrfast verify` it on the GPU")
+        parts.append("fp16 was computed on this CPU, as float32 between float16 values; `cxrfast verify` it on the GPU")
     if first.cached is not None:
-        lines.append(f"largest difference to the sweep's own predictions from stored activations: {first.cached:.1e}")
-    lines += [worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
+        parts.append(f"largest difference to the sweep's own predictions from stored activations: {first.cached:.1e}")
+    parts += [worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
     for one in found:
         left = one.info["float_matrices"]
         text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
-        lines.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
+        parts.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
     if info["provenance"]:
-        lines.append(f"note: {info['provenance'].upper()}")
-    return "\n".join(lines)
+        parts.append(f"note: {info['provenance'].upper()}")
+    return parts
 
 
 def worst_classes(one: Any, labels: list[str], most: int = 3) -> str:
@@ -147,6 +125,7 @@ def signed(value: float | None) -> str:
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
 @click.option(
     "--study-pool",
+    "pool",
     type=click.Choice(["mean", "max"]),
     help="Also NAME.studies.csv: the images of a manifest's study (else group) as one.",
 )
@@ -156,52 +135,30 @@ def signed(value: float | None) -> str:
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
 @cluster_option
-def predict(
-    model: Path,
-    inputs: tuple[str, ...],
-    out: Path,
-    decide: bool,
-    study_pool: Literal["mean", "max"] | None,
-    overwrite: bool,
-    device: str,
-    threads: int | None,
-    batch_size: int,
-    workers: int | None,
-    cluster: str | None,
-) -> None:
+def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None, **flags: Any) -> None:
     """Probabilities for images, from the ONNX file alone; needs no torch.
 
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
-    a line, or - for such a list on standard input. The same command again does only what is missing or has changed.
+    per line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
-    from ..cluster import predict as cluster_predict
+    from ..cluster.predict import Remote
     from ..data.paths import read
     from ..inference import batch
-    from ..inference import predictor as predicting
+    from ..inference.predictor import Predictor
 
-    def show(state: batch.State) -> None:
-        fresh = state.done - state.reused
-        text = f"{state.done:,} of {state.total:,} images, {fresh / max(bar.seconds, 1e-9):.1f} images/s, "
-        text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")
-        bar.show(state.done, state.total, text, before=state.reused)
-
+    here = {name: flags.pop(name) for name in ("device", "threads")}
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        predictor: predicting.Predictor | cluster_predict.Remote
+        predictor: Predictor | Remote
         if joined is None:
-            predictor, wanted = predicting.Predictor(model, device=device, threads=threads), read(inputs)
+            predictor, wanted = Predictor(model, **here), read(inputs)
         else:
             wanted = read(inputs)
-            predictor = cluster_predict.Remote(
-                joined, model, wanted.paths, device=device, threads=threads, workers=workers
-            )
+            predictor = Remote(joined, model, wanted.paths, workers=flags["workers"], **here)
             click.echo(f"cluster: {joined}", err=True)
-        bar = Progress()
-        spec = batch.BatchSpec(
-            batch_size=batch_size, workers=workers, decide=decide, pool=study_pool, overwrite=overwrite
-        )
-        summary = batch.write(predictor, wanted, out, spec, show)
+        bar = ProgressBar()
+        summary = batch.write(predictor, wanted, out, batch.BatchSpec(**flags), partial(_show_batch, bar))
     bar.done()
-    _say_predicted(summary, predictor.where, out)
+    _echo_predicted(summary, predictor.where, out)
     click.echo(f"device: {predictor.why}", err=True)
     if lost := summary.get("cluster", {}).get("lost"):
         click.echo(f"note: lost on the way: node {', '.join(lost)}; others did its images", err=True)
@@ -212,7 +169,14 @@ def predict(
         sys.exit(1)
 
 
-def _say_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
+def _show_batch(bar: ProgressBar, state: Any) -> None:
+    fresh = state.done - state.reused
+    text = f"{state.done:,} of {state.total:,} images, {fresh / max(bar.seconds, 1e-9):.1f} images/s, "
+    text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")
+    bar.show(state.done, state.total, text, before=state.reused)
+
+
+def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
     from ..inference.batch import studies_path
 
     images, reused = summary["images"], summary["reused"]
@@ -247,7 +211,7 @@ def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, o
     rows = [
         [each.name, number(each.probability), number(each.threshold), f"{each.shares.max():.1%}"] for each in found.maps
     ]
-    click.echo(table(["class", "probability", "threshold", "highest patch"], rows))
+    show([Table(columns=["class", "probability", "threshold", "highest patch"], rows=rows)])
     click.echo(f"wrote {out}" + (f" and {npy}" if npy else ""))
     if found.warning:
         click.echo(f"note: {found.warning.upper()}: this picture says nothing about a patient", err=True)
@@ -259,11 +223,11 @@ def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, o
 @click.option("--json", "json_out", type=PATH, help="Write the findings here.")
 def doctor(deep: bool, json_out: Path | None) -> None:
     """What this machine and installation can do: ok, -- absent and optional, !! needed and wrong (exit 1)."""
-    from . import doctor as doctors
+    from .doctor import describe, examine, healthy, to_json
 
-    findings = doctors.examine(deep=deep)
-    click.echo(doctors.describe(findings))
+    findings = examine(deep=deep)
+    click.echo(describe(findings))
     if json_out is not None:
-        doctors.write_json(findings, json_out)
+        write_json(json_out, to_json(findings), "--json")
         click.echo(f"wrote {json_out}")
-    sys.exit(0 if doctors.healthy(findings) else 1)
+    sys.exit(0 if healthy(findings) else 1)

@@ -1,21 +1,26 @@
-"""What every command shares: options, the progress line, and errors as one or two lines."""
+"""What commands share: options, and errors as one or two lines."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..config import choices, default, reference_value
-from ..errors import CxrFastError
-from ..system.text import duration
+from ..config import reference_value
+from ..errors import CxrFastError, InputError
+from .console import ProgressBar
 
+if TYPE_CHECKING:
+    from ..data.manifest import Manifest
+
+T = TypeVar("T")
 PATH = click.Path(path_type=Path)
 
 
@@ -25,7 +30,10 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half-written files are cleaned up
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                ProgressBar.close()
         except CxrFastError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
@@ -57,20 +65,50 @@ def full_memory(error: Exception) -> str:
     return "this machine's" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
 
 
-def setting(cls: type, name: str, help: str, flag: str | None = None, **kwargs: Any) -> Callable[[Any], Any]:
-    """An option whose name, choices and default come from a field of a config dataclass."""
-    value = default(cls, name)
-    try:
-        kind: Any = click.Choice(choices(cls, name)) if choices(cls, name) and isinstance(value, str) else None
-    except TypeError:
-        kind = None
-    if isinstance(value, tuple):
+def spec_options(cls: type, *names: str) -> Callable[[Any], Any]:
+    """Options for fields of a spec: their names, types, choices, defaults and help are those of the fields."""
+    hints = typing.get_type_hints(cls)
+    found = {field.name: field for field in dataclasses.fields(cls)}
+
+    def add(command: Any) -> Any:
+        for name in reversed(names):
+            command = _field_option(found[name], hints[name])(command)
+        return command
+
+    return add
+
+
+def _field_option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
+    value, flag = field.default, f"--{field.name.replace('_', '-')}"
+    kind = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint)  # int of int | None
+    if typing.get_origin(hint) is typing.Literal:
+        kind = click.Choice(typing.get_args(hint))
+    elif isinstance(value, tuple):
         value, kind = ",".join(map(str, value)), str
-    if isinstance(value, bool):
-        flag = flag or f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
-    kind = kwargs.pop("type", kind)
-    flag = flag or "--" + name.replace("_", "-")
-    return click.option(flag, name, default=value, show_default=value is not None, type=kind, help=help, **kwargs)
+    elif isinstance(value, bool):
+        flag, kind = f"{flag}/--no-{flag.removeprefix('--')}", None
+    known = {"default": value, "show_default": value is not None, "help": field.metadata["help"]}
+    return click.option(flag, field.name, type=kind, **known)
+
+
+def spec_from(cls: type[T], flags: Mapping[str, Any], **others: Any) -> T:
+    """A spec from the options of its fields among `flags`, and from `others`. Raises InputError as the spec does."""
+    hints = typing.get_type_hints(cls)
+    values = {
+        name: _items(name, hint, flags[name]) if typing.get_origin(hint) is tuple else flags[name]
+        for name, hint in hints.items()
+        if name in flags and name not in others
+    }
+    return cls(**values, **others)
+
+
+def _items(name: str, hint: Any, text: str) -> tuple[Any, ...]:
+    """`30,50,75` as a tuple of the field's type; duplicates and order are left to the spec's own check."""
+    kind = typing.get_args(hint)[0]
+    try:
+        return tuple(kind(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--{name}: {text!r} is not a list of whole numbers such as 30,50,75.") from error
 
 
 threads_option = click.option(
@@ -102,8 +140,6 @@ source_argument = click.argument("source", type=PATH)
 
 images_option = click.option("--images", type=PATH, help="Folder to look for the images in, where it is not SOURCE.")
 
-skip_option = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not there.")
-
 unindexed_option = click.option(
     "--unindexed",
     type=click.Choice(["normal", "unknown"]),
@@ -113,57 +149,24 @@ unindexed_option = click.option(
 )
 
 
+def dataset_options(command: Any) -> Any:
+    """The options of `read_source`."""
+    skip = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not found.")
+    return images_option(skip(unindexed_option(command)))
+
+
+def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = None) -> Manifest:
+    """The dataset that a command names, read as its dataset options say."""
+    from ..data.manifest import read_dataset
+
+    missing: Any = "unchecked" if flags.get("labels_only") else "skip" if flags["skip_missing"] else "refuse"
+    named = {name: flags[name] for name in ("images", "unindexed")}
+    return read_dataset(source, missing=missing, limit=limit, **named)
+
+
 def by_recipe(ctx: click.Context, recipe: str, cls: type, name: str) -> Any:
     """A flag's value; where it was not given, the recipe's."""
     from click.core import ParameterSource
 
     given = ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
     return ctx.params[name] if given or recipe == "default" else reference_value(cls, name)
-
-
-class Progress:
-    """One line that updates on a terminal; elsewhere a plain line every few seconds."""
-
-    def __init__(self, every: float = 20.0) -> None:
-        self.live = sys.stderr.isatty()
-        self.every = 0.1 if self.live else every
-        self.began = self.last = time.monotonic()
-
-    def show(
-        self,
-        done: float,
-        total: float,
-        text: str,
-        *,
-        before: float = 0,
-        seconds: float | None = None,
-        force: bool = False,
-    ) -> None:
-        """`done` of `total` in any unit, `before` of them by an earlier run.
-
-        The time left follows from what this run did, in `seconds` or since the line began.
-        """
-        now = time.monotonic()
-        if now - self.last < self.every and not force:
-            return
-        self.last = now
-        took = now - self.began if seconds is None else seconds
-        left = f", {duration(took / (done - before) * (total - done))} left" if done > before else ""
-        line = f"{100 * done / total:5.1f} %  {text}{left}"
-        click.echo(f"\r{line:<100}" if self.live else line, err=True, nl=not self.live)
-
-    @property
-    def seconds(self) -> float:
-        """Since the line began."""
-        return time.monotonic() - self.began
-
-    def done(self) -> None:
-        """Leave the line."""
-        if self.live:
-            click.echo("\r" + " " * 100 + "\r", err=True, nl=False)
-
-
-def echo_notes(notes: Iterable[str]) -> None:
-    """What a user should know of the data and nothing went wrong with."""
-    for note in notes:
-        click.echo(f"note: {note}", err=True)

@@ -22,16 +22,17 @@ from ..config import (
 )
 from ..errors import InputError
 from ..models import device as cpu
-from ..system.text import duration, gigabytes, number, table
+from ..system.files import write_json
+from ..system.text import Table, duration, gigabytes, number
+from .console import Part, ProgressBar, echo_notes, show, show_plan
 from .options import (
     PATH,
-    Progress,
     by_recipe,
     cluster_option,
     device_option,
-    echo_notes,
     recipe_option,
-    setting,
+    spec_from,
+    spec_options,
     threads_option,
 )
 
@@ -40,29 +41,16 @@ from .options import (
 @click.argument("cache", type=PATH, required=False)
 @click.option("--out", type=PATH, help="The run folder.  [default: exports/NAME]")
 @recipe_option
-@setting(SweepSpec, "epochs", "Budgets of the search; one run a fold passes through all of them.")
-@setting(SweepSpec, "folds", "Folds of the cross-validation.", type=int)
-@setting(SweepSpec, "holdout", "Share of the groups kept out until the end.", type=float)
-@setting(SweepSpec, "seed", "Decides splits, initialisation and every draw.", type=int)
-@setting(SweepSpec, "split_by", "What may not be shared between folds; image splits views of one patient.")
+@spec_options(SweepSpec, "epochs", "folds", "holdout", "seed", "split_by")
 @click.option(
     "--grid",
     multiple=True,
     metavar="NAME=A,B",
     help="Try each value of a training field, such as lr=1e-5,2e-5; several flags: every combination.",
 )
-@setting(SweepSpec, "final", "The final model: the best fold's, one of all folds' data, or the folds' mean.")
-@setting(SweepSpec, "threshold_target", "f1, sensitivity=X or specificity=X, a class, out of fold.", type=str)
-@setting(SweepSpec, "calibration", "Calibration a class, fitted out of fold.")
-@setting(TrainSpec, "lr", "Learning rate of AdamW.", type=float)
-@setting(TrainSpec, "weight_decay", "Weight decay of AdamW.", type=float)
-@setting(TrainSpec, "batch_size", "Images a step.", type=int)
-@setting(TrainSpec, "clip_norm", "Gradient norm limit.", type=float)
-@setting(TrainSpec, "loss", "Loss; focal+jaccard is 0.7 focal and 0.3 soft Jaccard.")
-@setting(TrainSpec, "focal_alpha", "Focal loss: weight of positives.", type=float)
-@setting(TrainSpec, "focal_gamma", "Focal loss: focusing exponent.", type=float)
-@setting(TrainSpec, "class_weights", "Weigh rare classes up: by one over their share, or its square root.")
-@setting(TrainSpec, "dropout", "Dropout in the head.", type=float)
+@spec_options(SweepSpec, "final", "threshold_target", "calibration")
+@spec_options(TrainSpec, "lr", "weight_decay", "batch_size", "clip_norm", "loss", "focal_alpha", "focal_gamma")
+@spec_options(TrainSpec, "class_weights", "dropout")
 @click.option(
     "--views",
     type=click.Choice(["plain,flip", "plain"]),
@@ -70,15 +58,8 @@ from .options import (
     show_default=True,
     help="Views to train on: half the samples of an epoch are the flipped ones, or none.",
 )
-@setting(TrainSpec, "scheduler", "Learning-rate schedule on validation macro AUC.")
-@setting(TrainSpec, "plateau_factor", "Plateau: what the rate is multiplied by.", type=float)
-@setting(TrainSpec, "plateau_patience", "Plateau: epochs without a better AUC that it waits.", type=int)
-@setting(TrainSpec, "patience", "Stop a fold after this many epochs without a better AUC.", type=int)
-@setting(TrainSpec, "train_norm", "Train the final norm and projection too.")
-@setting(TrainSpec, "precision", "Arithmetic of training; validation of the chosen model is always float32.")
-@setting(TrainSpec, "shuffle", "Order of an epoch: any, or neighbours in the file together, for caches read from disk.")
-@setting(TrainSpec, "shuffle_block", "--shuffle block: neighbouring rows that stay together, read in one go.", type=int)
-@setting(TrainSpec, "shuffle_window", "--shuffle block: blocks from all over the file whose rows are mixed.", type=int)
+@spec_options(TrainSpec, "scheduler", "plateau_factor", "plateau_patience", "patience", "train_norm", "precision")
+@spec_options(TrainSpec, "shuffle", "shuffle_block", "shuffle_window")
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @device_option
@@ -93,78 +74,68 @@ from .options import (
 @cluster_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
-def sweep(
-    ctx: click.Context,
-    cache: Path | None,
-    out: Path | None,
-    recipe: str,
-    grid: tuple[str, ...],
-    views: str,
-    manifest: Path | None,
-    weights: str | None,
-    device: str,
-    residency: str,
-    threads: int | None,
-    cluster: str | None,
-    overwrite: bool,
-    epochs: str,
-    **flags: Any,
-) -> None:
+def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
     """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/).
 
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
-    names = ("folds", "holdout", "seed", "split_by", "final", "threshold_target", "calibration")
-    own = {name: flags.pop(name) for name in names}
-    own["split_by"] = by_recipe(ctx, recipe, SweepSpec, "split_by")
-    train = TrainSpec(flip="flip" in views, **flags)
-    for axis in (flag.partition("=")[0] for flag in grid):
-        if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
-            raise InputError(f"--{axis.replace('_', '-')} and --grid {axis}=... both say it; leave one of them out.")
-    spec = SweepSpec(epochs=parse_epochs(epochs), train=train, **own)
-    from ..activations import cache as index
-    from ..cluster import search
-    from ..training import sweep as sweeps
+    spec = _sweep_spec(ctx, recipe, flags)
+    from ..activations import cache as caches
+    from ..cluster.search import ClusterTrainers
+    from ..report import writer
+    from ..training.sweep import Sweep
 
     if cache is None:
-        cache = index.newest(Path("cache"))
+        cache = caches.newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     if recipe == "reference":
-        require_reference_cache(index.read_cache_header(cache).meta["spec"]["normalize"])
-    cpu.prepare(threads)
-    labels = None
-    if manifest is not None:
-        from ..data import manifest as datasets
-
-        labels = datasets.read_dataset(manifest, missing="keep")
+        require_reference_cache(caches.read_cache_header(cache).meta["spec"]["normalize"])
+    cpu.prepare(flags["threads"])
+    labels = _other_labels(flags["manifest"])
+    cluster = flags["cluster"]
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        job = sweeps.Sweep(
+        job = Sweep(
             cache,
             out,
             spec,
-            SweepOptions(device=device, residency=residency, weights=weights, grid=grid, overwrite=overwrite),
+            SweepOptions(**{name: flags[name] for name in ("device", "residency", "weights", "grid", "overwrite")}),
             manifest=labels,
-            trainers=None if joined is None else search.ClusterTrainers(joined),
+            trainers=None if joined is None else ClusterTrainers(joined),
         )
-        echo_plan(plan := job.plan(), spec)
+        plan = job.plan()
+        show_plan(describe_plan(plan, spec))
         shuffles = {str(train.shuffle) for _, train in job.points}
         echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
         echo_notes((*job.data.notes, *plan.notes))
         if recipe == "reference":
             echo_recipe(job)
-        bar = Progress()
+        bar = ProgressBar()
         run = job.run(epoch_line(bar, plan, spec))
         bar.done()
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
-    from ..report import writer
-
-    click.echo(describe_run(run))
+    show(describe_run(run))
     written = writer.write(job.out)
     click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
 
 
-def epoch_line(bar: Progress, plan: Any, spec: SweepSpec) -> Any:
+def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> SweepSpec:
+    for axis in (flag.partition("=")[0] for flag in flags["grid"]):
+        if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
+            flag = f"--{axis.replace('_', '-')}"
+            raise InputError(f"{flag} and --grid {axis}=... both say it; leave one of them out.")
+    train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
+    return spec_from(SweepSpec, flags, split_by=by_recipe(ctx, recipe, SweepSpec, "split_by"), train=train)
+
+
+def _other_labels(manifest: Path | None) -> Any:
+    """The labels of --manifest; images that are not found keep their names, so that a cache's can be matched."""
+    from ..data.manifest import read_dataset
+
+    return None if manifest is None else read_dataset(manifest, missing="keep")
+
+
+def epoch_line(bar: ProgressBar, plan: Any, spec: SweepSpec) -> Any:
     """What shows each epoch as it is trained: (configuration, fold, epoch)."""
     done = 0
 
@@ -201,25 +172,26 @@ def echo_recipe(job: Any) -> None:
         click.echo(f"  not restored: {text}")
 
 
-def echo_plan(plan: Any, spec: SweepSpec) -> None:
+def describe_plan(plan: Any, spec: SweepSpec) -> str:
     """The plan of a sweep, before it starts."""
     count = plan.trainable
     dropped = f", {plan.failed} failed images left out" if plan.failed else ""
     extra = "".join(f", {part} {count[part]:,}" for part in ("norm",) if count.get(part))
     many = f"{plan.configurations} configurations, " if plan.configurations > 1 else ""
     time = "unknown (no GPU here to time a step on)" if math.isnan(plan.seconds) else duration(plan.seconds)
-    click.echo(
+    lines = [
         f"{plan.images:,} images, {plan.groups:,} groups, {plan.classes} classes{dropped}; hold-out "
-        f"{plan.holdout_images:,} images; {plan.folds} folds by {spec.split_by}\n"
-        f"activations {gigabytes(plan.activation_bytes)} ({plan.where}), on {plan.device}, {plan.precision}\n"
-        f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{extra}\n"
+        f"{plan.holdout_images:,} images; {plan.folds} folds by {spec.split_by}",
+        f"activations {gigabytes(plan.activation_bytes)} ({plan.where}), on {plan.device}, {plan.precision}",
+        f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{extra}",
         f"{many}epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; final model "
-        f"{spec.final}; expected time {time} in all -> {plan.out}"
-    )
+        f"{spec.final}; expected time {time} in all -> {plan.out}",
+    ]
     if plan.cluster:
-        click.echo(f"cluster: {plan.cluster}")
+        lines.append(f"cluster: {plan.cluster}")
     if plan.resumed:
-        click.echo(f"going on with the unfinished run in {plan.out}.partial")
+        lines.append(f"going on with the unfinished run in {plan.out}.partial")
+    return "\n".join(lines)
 
 
 def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
@@ -235,15 +207,7 @@ def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
     ]
 
 
-def parse_epochs(text: str) -> tuple[int, ...]:
-    """`30,50,75` to a tuple; duplicates and order are left to the spec's own check."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--epochs: {text!r} is not a list of whole numbers such as 30,50,75.") from error
-
-
-def describe_run(run: dict[str, Any]) -> str:
+def describe_run(run: dict[str, Any]) -> list[Part]:
     """Fold table, budget table, hold-out figures."""
     from ..metrics import calibration
 
@@ -254,13 +218,14 @@ def describe_run(run: dict[str, Any]) -> str:
         for f in run["folds"]
     ]
     best = next(i for i, f in enumerate(run["folds"]) if f["best"])
-    lines = ["", "validation macro AUC of each fold", table(head, rows, mark=best, name="best"), ""]
+    folds = Table(columns=head, rows=rows, chosen=[best], mark="best")
+    parts: list[Part] = ["", "validation macro AUC of each fold", folds, ""]
     rows = [[str(b["epochs"]), number(b["mean_auc"]), number(b["std_auc"])] for b in run["budgets"]]
     chosen = next(i for i, b in enumerate(run["budgets"]) if b["chosen"])
-    lines += [table(["epochs", "mean AUC", "std"], rows, mark=chosen), ""]
+    parts += [Table(columns=["epochs", "mean AUC", "std"], rows=rows, chosen=[chosen]), ""]
     if len(run["grid"]) > 1:
-        lines += [describe_grid(run), ""]
-    lines += [positives_note(run), ""]
+        parts += [describe_grid(run), ""]
+    parts += [positives_note(run), ""]
     names = {
         "label_accuracy": "label-wise accuracy",
         "macro_auc": "macro AUC",
@@ -269,28 +234,28 @@ def describe_run(run: dict[str, Any]) -> str:
         "macro_f1": "macro F1",
         "map": "mAP",
     }
-    parts = {"out of fold": run["metrics"]["out_of_fold"], "hold-out": run["metrics"]["holdout"]}
-    found = {name: figures for name, figures in parts.items() if figures}
+    metrics = {"out of fold": run["metrics"]["out_of_fold"], "hold-out": run["metrics"]["holdout"]}
+    found = {name: figures for name, figures in metrics.items() if figures}
     rows = [[text, *(number(f[key]) for f in found.values())] for key, text in names.items()]
     rows.append(["classes with an AUC", *(f"{f['classes_defined']} of {f['classes_total']}" for f in found.values())])
     rows.append(["images", *(f"{f['n']:,}" for f in found.values())])
     goal = run["spec"]["threshold_target"].replace("f1", "F1")
-    lines += [table([f"figure (thresholds from out-of-fold {goal})", *found], rows)]
+    parts += [Table(columns=[f"figure (thresholds from out-of-fold {goal})", *found], rows=rows)]
     if run["calibration"]:
-        lines += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
+        parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
-        lines += ["", describe_finals(run)]
-    if held := parts["hold-out"]:
+        parts += ["", describe_finals(run)]
+    if held := metrics["hold-out"]:
         said = f" ({run['provenance']})" if run["provenance"] else ""
-        lines.append(
+        parts.append(
             f"\nheld-out macro AUC over the {held['frequent_classes']} classes with at least "
             f"{held['frequent_min_positives']} positives: {number(held['frequent_auc'])}{said}"
         )
-    lines.append(NOTICE)
-    return "\n".join(lines)
+    parts.append(NOTICE)
+    return parts
 
 
-def describe_grid(run: dict[str, Any]) -> str:
+def describe_grid(run: dict[str, Any]) -> Table:
     """Every configuration, best first."""
     plain = ("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen")
     fields = [name for name in run["grid"][0] if name not in plain]
@@ -306,23 +271,23 @@ def describe_grid(run: dict[str, Any]) -> str:
         for r in run["grid"]
     ]
     chosen = next(i for i, r in enumerate(run["grid"]) if r["chosen"])
-    return table(["configuration", *fields, "epochs", "mean AUC", "std", "time"], rows, mark=chosen)
+    return Table(columns=["configuration", *fields, "epochs", "mean AUC", "std", "time"], rows=rows, chosen=[chosen])
 
 
-def describe_finals(run: dict[str, Any]) -> str:
+def describe_finals(run: dict[str, Any]) -> Table:
     """The hold-out figures of the three final models; the arrow was chosen by flag, not by these."""
     keys = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1", "sample_jaccard": "sample Jaccard"}
     rows = [[kind, *(number(found[key]) for key in keys)] for kind, found in run["finals"].items()]
     chosen = list(run["finals"]).index(run["final"]["kind"])
-    return table(["final model, on the hold-out", *keys.values()], rows, mark=chosen)
+    return Table(columns=["final model, on the hold-out", *keys.values()], rows=rows, chosen=[chosen])
 
 
-def positives_note(run: dict[str, Any]) -> str:
+def positives_note(run: dict[str, Any]) -> Table:
     """Positives a fold of every class, as in split.csv."""
     rows = run["split_table"]
     columns = [name for name, value in rows[0].items() if isinstance(value, int)]
     head = ["positives a fold", *(column_name(name) for name in columns)]
-    return table(head, [[row["class"], *(f"{row[name]:,}" for name in columns)] for row in rows])
+    return Table(columns=head, rows=[[row["class"], *(row[name] for name in columns)] for row in rows])
 
 
 def column_name(name: str) -> str:
@@ -357,9 +322,9 @@ def report(runs: tuple[Path, ...], out: Path | None, pool: Any, resamples: int, 
         raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
     if len(runs) > 1 and resamples < 1:
         raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
-    from ..report import writer as reports
+    from ..report.writer import write_all
 
-    pages = reports.write_all(runs, out, resamples=resamples, seed=seed, pool=pool)
+    pages = write_all(runs, out, resamples=resamples, seed=seed, pool=pool)
     for written in pages:
         click.echo(written.page)
         for line in written.missing if not written.whole else ():
@@ -385,15 +350,13 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
     from ..report import comparison
 
     result = comparison.compare(run_a, run_b, part=part, resamples=resamples, seed=seed)
-    click.echo(describe_comparison(result))
+    show(describe_comparison(result))
     if json_out is not None:
-        from ..bench.latency import write_json
-
-        write_json(result, json_out)
+        write_json(json_out, result, "--json")
         click.echo(f"wrote {json_out}")
 
 
-def describe_comparison(result: dict[str, Any]) -> str:
+def describe_comparison(result: dict[str, Any]) -> list[Part]:
     """What was compared, the headline figures, and each class."""
     from ..metrics.figures import HEADLINE
 
@@ -408,19 +371,19 @@ def describe_comparison(result: dict[str, Any]) -> str:
     figures = [[HEADLINE[name], *row(found)] for name, found in result["figures"].items()]
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
     said = {side: f" ({text.upper()})" if (text := result[f"provenance_{side}"]) else "" for side in "ab"}
-    lines = [
+    parts: list[Part] = [
         f"A: {result['a']}{said['a']}\nB: {result['b']}{said['b']}",
         f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
         f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
         "",
-        table(["figure", *head], figures),
+        Table(columns=["figure", *head], rows=figures),
     ]
     shown = [r for r in result["per_class"] if r["auc"]["difference"] is not None]
     for key, text in (("auc", "AUC"), ("ap", "average precision")):
         rows = [[f"{r['class']} ({r['positives']:,})", *row(r[key])] for r in shown]
-        lines += ["", table([f"{text} (positives)", *head], rows)]
-    lines += ["", *comparison_notes(result, shown), NOTICE]
-    return "\n".join(lines)
+        parts += ["", Table(columns=[f"{text} (positives)", *head], rows=rows)]
+    parts += ["", *comparison_notes(result, shown), NOTICE]
+    return parts
 
 
 def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> list[str]:

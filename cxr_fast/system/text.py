@@ -69,8 +69,9 @@ Cell = str | int | float | Figure | Label | None
 class Table:
     """Rows of cells under columns: the first column names the row, the others are its figures.
 
-    `chosen` are indices of rows that stand out, `foot` rows close the table, `notes` say how to read it. Made once;
-    `to_plain`, `to_markdown` and `to_csv` show it here, the command line draws it with rich, a page with jinja2.
+    `chosen` are indices of rows that stand out and `mark` is the word for them in text, `foot` rows close the table,
+    `notes` say how to read it. Made once; `to_plain`, `to_markdown` and `to_csv` show it here, the command line draws
+    it with rich, a page with jinja2.
     """
 
     columns: Sequence[str]
@@ -80,6 +81,7 @@ class Table:
     foot: Sequence[Sequence[Cell]] = ()
     notes: Sequence[str] = ()
     sortable: bool = False
+    mark: str = "chosen"
 
     def texts(self) -> Iterator[list[str]]:
         """Every row and foot row as text."""
@@ -94,8 +96,8 @@ def cell_text(value: Cell) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def to_plain(table: Table, mark: str = "chosen") -> str:
-    """As aligned text without colour, for pipes and logs: an arrow with `mark` behind the chosen rows."""
+def to_plain(table: Table) -> str:
+    """As aligned text without colour, for pipes and logs: an arrow with the table's `mark` behind the chosen rows."""
     head, rows = list(table.columns), list(table.texts())
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
@@ -103,7 +105,7 @@ def to_plain(table: Table, mark: str = "chosen") -> str:
         first = cells[0].ljust(widths[0])
         return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
 
-    body = [line(row) + (f"  <- {mark}" if i in table.chosen else "") for i, row in enumerate(rows)]
+    body = [line(row) + (f"  <- {table.mark}" if i in table.chosen else "") for i, row in enumerate(rows)]
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *body, *table.notes])
 
 

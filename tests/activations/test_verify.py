@@ -100,7 +100,8 @@ def test_some_images_gone_others_are_drawn(own: tuple[Path, Path]) -> None:
     result = cxr(path, "--reencode", 9, "--images", images)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-2:] == [
-        f"NOT PROVEN: 2 of 9 asked for: 5 images are not below {images}; give their folder with --images",
+        "NOT VERIFIED: 2 of the 9 images could not be encoded again: "
+        f"5 images are not below {images}; give their folder with --images",
         "PASS",
     ]
 
@@ -129,7 +130,7 @@ def test_a_bad_row_is_bad_wherever_the_images_are(own: tuple[Path, Path], tmp_pa
     result = cxr(path, "--images", tmp_path / "gone")
     assert result.exit_code == 1
     assert f"{names_of(path)[0]}: checksum" in result.stderr
-    assert "NOT PROVEN: 8 of 8 asked for: 11 images are not below" in result.stdout
+    assert "NOT VERIFIED: 8 of the 8 images could not be encoded again: 11 images are not below" in result.stdout
 
 
 def test_an_image_that_cannot_be_decoded_here_is_not_proven(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from cxr_fast.cli.console import plain
 from cxr_fast.cli.models import describe_export
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.images import self_check
@@ -500,7 +501,7 @@ def test_the_table_gives_each_variant_its_own_auc(calm_run: Path) -> None:
     """Not torch's in every row, beside a change that it does not show."""
     (fp32,) = variants.export(calm_run)
     moved = dataclasses.replace(fp32.drift, macro_auc=0.75, macro_drop=0.0125)
-    lines = describe_export([fp32, dataclasses.replace(fp32, variant="int8", drift=moved)]).splitlines()
+    lines = plain(describe_export([fp32, dataclasses.replace(fp32, variant="int8", drift=moved)])).splitlines()
     (row,) = [line for line in lines if line.startswith("int8  ")]
     assert "  0.7375  -0.0125  " in row
 

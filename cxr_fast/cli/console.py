@@ -1,0 +1,152 @@
+"""Show tables, plans and progress: drawn by rich on a terminal, as plain text in pipes and logs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..system.text import Table, duration, to_plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Part = str | Table
+
+
+def plain(parts: Iterable[Part]) -> str:
+    """The parts as `show` writes them where there is no terminal."""
+    return "\n".join(part if isinstance(part, str) else to_plain(part) for part in parts)
+
+
+def show(parts: Iterable[Part]) -> None:
+    """Write lines and tables to standard output."""
+    if not sys.stdout.isatty():
+        click.echo(plain(parts))
+        return
+    console = _console(sys.stdout)
+    for part in parts:
+        if isinstance(part, str):
+            click.echo(part)
+        else:
+            console.print(_drawn(part), soft_wrap=True)
+
+
+def show_plan(text: str) -> None:
+    """Write what a long command is about to do: in a frame on a terminal."""
+    if not sys.stdout.isatty():
+        click.echo(text)
+        return
+    from rich.panel import Panel
+    from rich.text import Text
+
+    _console(sys.stdout).print(Panel(Text(text), title="plan", title_align="left"))
+
+
+def echo_notes(notes: Iterable[str]) -> None:
+    """Write to standard error what a user should know although nothing went wrong."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _console(file: Any) -> Console:
+    """NO_COLOR asks for text without any style, so no escape codes are written."""
+    from rich.console import Console
+
+    return Console(file=file, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+
+
+def _drawn(table: Table) -> Any:
+    """A table with the chosen rows marked and in bold, the foot below a rule and the notes under the frame."""
+    from rich import box
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    drawn = Drawn(box=box.ROUNDED, caption="\n".join(table.notes) or None, caption_justify="left")
+    for place, name in enumerate(table.columns):
+        drawn.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
+    texts = list(table.texts())
+    for place, cells in enumerate(texts):
+        chosen = place in table.chosen
+        first = f"{cells[0]} <- {table.mark}" if chosen else cells[0]
+        last = place == len(table.rows) - 1 and len(texts) > len(table.rows)
+        drawn.add_row(*map(Text, [first, *cells[1:]]), style="bold" if chosen else "", end_section=last)
+    return drawn
+
+
+class ProgressBar:
+    """How far a long command is: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+    _open: ProgressBar | None = None  # rich draws one at a time
+
+    def __init__(self, every: float = 20.0) -> None:
+        self.live = sys.stderr.isatty()
+        self.every = 0.1 if self.live else every
+        self.began = self.last = time.monotonic()
+        self.drawn: Any = None
+
+    def show(
+        self,
+        done: float,
+        total: float,
+        text: str,
+        *,
+        before: float = 0,
+        seconds: float | None = None,
+        force: bool = False,
+    ) -> None:
+        """`done` of `total` in any unit, `before` of them by an earlier run.
+
+        The time left follows from what this run did, in `seconds` or since the bar began.
+        """
+        now = time.monotonic()
+        if now - self.last < self.every and not force:
+            return
+        self.last = now
+        took = now - self.began if seconds is None else seconds
+        left = f", {duration(took / (done - before) * (total - done))} left" if done > before else ""
+        if self.live:
+            self._draw(100 * done / total, text + left)
+        else:
+            click.echo(f"{100 * done / total:5.1f} %  {text}{left}", err=True)
+
+    @property
+    def seconds(self) -> float:
+        """Since the bar began."""
+        return time.monotonic() - self.began
+
+    def _draw(self, percent: float, text: str) -> None:
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+        if self.drawn is None:
+            ProgressBar.close()
+            self.drawn = Progress(
+                BarColumn(24),
+                TextColumn("{task.percentage:5.1f} %"),
+                TextColumn("{task.description}", markup=False),
+                console=_console(sys.stderr),
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self.drawn.add_task("", total=100)
+            self.drawn.start()
+            ProgressBar._open = self
+        self.drawn.update(TaskID(0), completed=percent, description=text, refresh=True)
+
+    def done(self) -> None:
+        """Take the bar away."""
+        if self.drawn is not None:
+            self.drawn.stop()
+            self.drawn, ProgressBar._open = None, None
+
+    @staticmethod
+    def close() -> None:
+        """Take away whichever bar is drawn: an error leaves one, and with it a hidden cursor."""
+        if ProgressBar._open is not None:
+            ProgressBar._open.done()
