@@ -33,7 +33,7 @@ PATTERNS = [
     (r"\([\d.]+ [TGMk]B free\)", "(<FREE>)"),
     (r"[\d,.]+ images/s|\([\d,.]+/s\)", "<SPEED>"),
     (r"(\d+ h )?(\d+ min )?\b\d+(\.\d+)? ?(s|ms|min)\b", "<TIME>"),
-    (r"^(fp32|fp16|int8)( .*)? \S+$", r"\1\2 <TIME>"),  # the last column of the table of variants
+    (r"^(fp32|fp16|int8)( +[\d.]+e[-+]\d+ .*) \S+$", r"\1\2 <TIME>"),  # the last column of the table of variants
     (r"^ *\d+\.\d %  .*\n", ""),  # progress, every 20 seconds
     (r"[ \t]+", " "),
     (r"-{3,}", "---"),
@@ -61,9 +61,9 @@ def plain_text(text: str, here: str) -> str:
 
 
 def plain_json(value: Any, here: str, drop: set[str] = VOLATILE) -> Any:
-    """A JSON value without volatile keys; sentences in it are treated as text."""
+    """A JSON value with a placeholder under volatile keys; sentences in it are treated as text."""
     if isinstance(value, dict):
-        return {k: plain_json(v, here, drop) for k, v in value.items() if k not in drop}
+        return {k: "<VOLATILE>" if k in drop else plain_json(v, here, drop) for k, v in value.items()}
     if isinstance(value, list):
         return [plain_json(each, here, drop) for each in value]
     if isinstance(value, str):
@@ -81,7 +81,7 @@ def keys_of(value: Any) -> Any:
         return {"[]": out} if out else None
     if not isinstance(value, dict):
         return None
-    return {k: keys_of(v) for k, v in sorted(value.items()) if k not in VOLATILE and not k.isdigit()}
+    return {k: None if k in VOLATILE else keys_of(v) for k, v in sorted(value.items()) if not k.isdigit()}
 
 
 def merged(one: Any, other: Any) -> Any:
@@ -112,8 +112,8 @@ def of_model(path: Path, here: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    told = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items() if "sha256" not in k}
-    told = {k.removeprefix("cxr."): v for k, v in told.items()}
+    texts = session.get_modelmeta().custom_metadata_map
+    told = {name.removeprefix("cxr."): json.loads(texts[name]) for name in sorted(texts)}
     (pixels,) = session.get_inputs()
     images = np.random.default_rng(0).integers(0, 256, (6, *pixels.shape[1:]), np.uint8)
     names = [node.name for node in session.get_outputs()]
