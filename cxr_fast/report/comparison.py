@@ -48,7 +48,7 @@ def compare(
             f"{run_a} and {run_b} have no {PARTS[part]} image in common: compare runs of one data set and split, or "
             f"pass --part {other}."
         )
-    both = a.some(rows_a, a.of)
+    both = a.select_rows(rows_a, a.of)
     probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
     _same_labels(both.labels, labels_b, run_a, run_b)
     figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resamples=resamples, seed=seed)

@@ -153,7 +153,7 @@ def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
         return {}
     out = {}
     for value, members in rows.items():
-        part = scored.some(members, f"{name} {value}: {scored.of}")
+        part = scored.select_rows(members, f"{name} {value}: {scored.of}")
         groups = len(set(part.columns["group"].tolist()))
         if len(members) < SMALL or groups < 2:
             job.missing.append(f"by {name}: {value} has {len(members)} image(s) of {groups} group(s), too few")

@@ -141,10 +141,8 @@ class Journal:
     def save_snapshot(self, key: str, snapshot: Snapshot) -> None:
         """Write a snapshot before going on. Raises InputError when the disk refuses."""
         tensors = {**snapshot.state, "validation.probabilities": torch.from_numpy(snapshot.probabilities)}
-        try:
+        with self.guard():
             _save(self.snapshot_path(key, snapshot.budget), tensors, {"epoch": snapshot.epoch})
-        except (OSError, SafetensorError) as error:
-            raise self._failure(error) from error
 
     def load_snapshot(self, key: str, budget: int) -> tuple[dict[str, torch.Tensor], np.ndarray, int]:
         """Weights of the tail, validation probabilities (n_valid, C), and the epoch they are of."""
@@ -169,13 +167,22 @@ class Journal:
         return [path for part in ("states", "snapshots") for path in sorted((self.folder / part).glob(f"{key}.*"))]
 
     @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Where writing fails inside the `with` block, raise an InputError that says that what is saved is kept."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise self._failure(error) from error
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise self._failure(error.__cause__) from error
+            raise
+
+    @contextlib.contextmanager
     def replace(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file of the folder that gets its name when the `with` block ends well."""
-        try:
-            with atomic(self.folder / name) as file:
-                yield file
-        except InputError as error:
-            raise self._failure(error.__cause__ or error) from error
+        with self.guard(), atomic(self.folder / name) as file:
+            yield file
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file in the folder, whole or not at all."""

@@ -33,13 +33,13 @@ class Scored:
     probs: np.ndarray
     columns: dict[str, np.ndarray]
 
-    def some(self, rows: np.ndarray, of: str) -> Scored:
-        """The given rows, in their order."""
+    def select_rows(self, rows: np.ndarray, of: str) -> Scored:
+        """The given rows, in the given order."""
         columns = {name: values[rows] for name, values in self.columns.items()}
         return replace(self, of=of, labels=self.labels[rows], probs=self.probs[rows], columns=columns)
 
     def studies(self, pool: Pool = "mean") -> Scored:
-        """One row a study, its views' probabilities averaged (or the highest of them); in order of first view.
+        """One row per study, its views' probabilities averaged (or the highest of them); in order of first view.
 
         A class is positive where any view is, else negative where any view is known, else unknown. An image without a
         study is one.
@@ -52,7 +52,7 @@ class Scored:
         (np.maximum if pool == "max" else np.add).at(probs, place, self.probs)
         if pool == "mean":
             probs /= np.bincount(place)[:, None]
-        studies = self.some(np.sort(first), f"{self.of}; the {pool} of each study's views")
+        studies = self.select_rows(np.sort(first), f"{self.of}; the {pool} of each study's views")
         return replace(studies, labels=labels, probs=probs)
 
     def _study_keys(self) -> np.ndarray:
@@ -69,7 +69,7 @@ class Saved:
     arrays: Mapping[str, np.ndarray]
 
     def part(self, name: str) -> Scored:
-        """Everything scored in one of PARTS, calibrated. InputError, without a path, where it cannot be had."""
+        """Everything scored in one of PARTS, calibrated. InputError, without a path, where the run has none of it."""
         fold = self.arrays["fold"]
         if name == "holdout":
             of = f"images held out, scored by {self._final()}{self._shared()}"
@@ -115,7 +115,7 @@ class Saved:
 
 
 def read(folder: Path, run: Mapping[str, Any]) -> Saved:
-    """The predictions of the run that `run.json` (given read) describes. InputError with one line when unreadable."""
+    """Read the predictions of a run, given its `run.json`. InputError with one line when unreadable."""
     path = folder / "predictions.npz"
     if not path.is_file():
         raise InputError(f"{path} is missing; run the sweep again.")

@@ -179,7 +179,7 @@ def in_tower(tail: Mapping[str, Any], unfreeze_blocks: int, tower: Mapping[str, 
 
 
 def save_model(path: Path, backbone: Backbone, tails: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, str]:
-    """The whole frozen tower once and every tail beside it: nothing else is needed to build any of the models.
+    """Write the whole frozen tower once, and every tail: nothing else is needed to build any of the models.
 
     Returns the sha256 of each part, `tower` and the tails' names.
     """

@@ -29,6 +29,12 @@ Values = dict[str, Any]
 
 MIN_POSITIVES = 10
 
+FINAL_RULES = {
+    "best-fold": "the fold with the best validation macro AUC at the chosen budget",
+    "refit": "all folds' data for the chosen budget, learning rates the folds' medians",
+    "ensemble": "mean of the folds' probabilities at the chosen budget",
+}
+
 
 class ImageCounts(msgspec.Struct, frozen=True, kw_only=True):
     """How many images the cache holds (`in`), and what became of them; how many groups the used ones come from."""

@@ -23,7 +23,6 @@ from .checkpoints import REFIT, Journal, fold_key
 from .dataset import Data
 from .fold import Epoch, Fold, FoldData, OnEpoch, Recorder, fit, precision, predict, sigmoid
 from .head_fold import HeadFold, fit_side_by_side
-from .run_record import FinalChoice
 from .stacked_folds import fit_together
 
 # The kinds of final model.
@@ -125,7 +124,7 @@ class Search:
     """Trains configurations over folds with whichever trainer suits the device, and leaves snapshots in the journal.
 
     A head alone on a CPU: folds side by side, one core each. A GPU: all folds in one step. Else: one after another.
-    `train_folds` may be set to who trains them elsewhere.
+    `train_folds` may be replaced by that of a `FoldTrainer`, which trains them elsewhere.
     """
 
     def __init__(
@@ -169,14 +168,24 @@ class Search:
             rates=rates,
         )
 
+    def tail(self, train: TrainSpec) -> Tail:
+        """Build a tail of the shape that this configuration trains; its head is not initialised."""
+        return Tail(
+            self.backbone.visual,
+            unfreeze_blocks=self.unfreeze_blocks,
+            classes=self.data.labels.shape[1],
+            dropout=train.dropout,
+            train_norm=train.train_norm,
+        )
+
     def kind(self, train: TrainSpec) -> type[Fold]:
-        """The trainer of its folds."""
+        """The kind of fold that this configuration trains."""
         device = self.activations.device
         head_alone = self.unfreeze_blocks == 0 and device.type == "cpu"
         return HeadFold if head_alone and precision(train, device, 0) == "float32" else Fold
 
     def side_by_side(self, train: TrainSpec) -> int:
-        """How many folds share the time of one: heads alone on a CPU, a core each."""
+        """How many folds train in the time of one: heads alone on a CPU, a core each."""
         return min(torch.get_num_threads(), self.spec.folds) if self.kind(train) is HeadFold else 1
 
     def run(
@@ -322,24 +331,6 @@ class FinalModels:
         return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
 
     def _predict(self, name: str, rows: np.ndarray) -> np.ndarray:
-        tail = self.tail()
+        tail = self.search.tail(self.trained.train)
         tail.load_state_dict(self.state(name))
         return sigmoid(predict(tail.to(self.search.activations.device), self.search.activations, rows))
-
-    def tail(self) -> Tail:
-        """Build a tail of the right shape, weights not loaded."""
-        return Tail(
-            self.search.backbone.visual,
-            unfreeze_blocks=self.search.unfreeze_blocks,
-            classes=self.search.data.labels.shape[1],
-            train_norm=self.trained.train.train_norm,
-        )
-
-    def describe(self, kind: str) -> FinalChoice:
-        """The final model as `run.json` records it."""
-        rule = {
-            "best-fold": "the fold with the best validation macro AUC at the chosen budget",
-            "refit": "all folds' data for the chosen budget, learning rates the folds' medians",
-            "ensemble": "mean of the folds' probabilities at the chosen budget",
-        }[kind]
-        return FinalChoice(kind=kind, members=self.members(kind), rule=rule)

@@ -24,7 +24,7 @@ from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
 from ..metrics import calibration, figures
 from ..models.backbone import Backbone, load, tower_sha256
-from ..models.tail import Tail, count_trainable
+from ..models.tail import count_trainable
 from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
@@ -110,7 +110,7 @@ class Sweep:
         self.backbone = backbone_for(self.data.file, options.weights)
         self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
         self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
-        self.trainable = [count_trainable(self._tail(train)) for _, train in self.points]
+        self.trainable = [count_trainable(self.search.tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
         self.trainer: FoldTrainer | None = None
         if trainers is not None:
@@ -145,16 +145,6 @@ class Sweep:
             else kind
             for _, train in self.points
         ]
-
-    def _tail(self, train: TrainSpec) -> Tail:
-        classes = len(self.data.header.classes)
-        return Tail(
-            self.backbone.visual,
-            unfreeze_blocks=self.unfreeze_blocks,
-            classes=classes,
-            dropout=train.dropout,
-            train_norm=train.train_norm,
-        )
 
     def request(self) -> dict[str, Any]:
         """All that decides the result, as JSON: an unfinished run of the same request may be continued."""
@@ -282,12 +272,13 @@ class Sweep:
         elif self._with_refit:
             finals.refit(on_epoch, stop)
         folder = journal.folder / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        record = self._finish(folder, configurations, finals)
-        record.seconds = time.perf_counter() - began
-        run = record.to_dict()
-        run_record.write_run(folder, run, configurations)
+        with journal.guard():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            record = self._finish(folder, configurations, finals)
+            record.seconds = time.perf_counter() - began
+            run = record.to_dict()
+            run_record.write_run(folder, run, configurations)
         return run
 
     def _finish(self, folder: Path, configurations: list[Trained], finals: FinalModels) -> run_record.RunRecord:
@@ -314,7 +305,7 @@ class Sweep:
             **{f"holdout_{kind.replace('-', '_')}": p for kind, p in raw.items()},
         )
         on_holdout = (data.labels[held], scored[spec.final], limits) if held.any() else None
-        final = finals.describe(spec.final)
+        members = finals.members(spec.final)
         return run_record.RunRecord(
             **run_record.describe_origin(data, spec, self.labels_from),
             precision=self.kinds[chosen.number],
@@ -329,7 +320,7 @@ class Sweep:
             threshold_source=source,
             calibration=fitted,
             **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
-            final=final,
+            final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
             finals={kind: run_record.compute_figures(data.labels[held], p, limits) for kind, p in scored.items()},
             metrics={
                 "out_of_fold": run_record.compute_figures(labels, out_of_fold, limits),
@@ -337,7 +328,7 @@ class Sweep:
             },
             per_class=figures.per_class(*on_holdout, data.header.classes) if on_holdout else [],
             weights_sha256=weights,
-            model_sha256=model_sha256(weights, final.members),
+            model_sha256=model_sha256(weights, members),
             cluster=msgspec.UNSET if self.trainer is None else self.trainer.describe(),
         )
 

@@ -763,7 +763,7 @@ def test_overwrite_replaces_a_run_when_the_new_one_is_complete(
     (out / "report.html").write_text("of the old run")
     job = Sweep(toy_cache, out, SMALL, SweepOptions(device="cpu", overwrite=True))
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.run_record, "write", lambda *_: 1 / 0)
+        patch.setattr(sweep.run_record, "write_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             job.run()
     same_numbers(out, toy_run)
