@@ -1,4 +1,4 @@
-"""What a model file says of itself, read and checked without running it: no onnx package, no ONNX Runtime.
+"""Read and check the metadata of a model file without running it: no onnx package, no ONNX Runtime.
 
 Source: onnx.proto (ModelProto: graph 7, metadata_props 14).
 """
@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from .. import __version__
 from ..config import PreprocessSpec, from_dict
@@ -31,12 +31,20 @@ MOST_TEXT = 64 << 20
 CHUNK = 1 << 20
 
 
+class Entry(NamedTuple):
+    """A metadata entry: its key, its value, and where it lies in the file."""
+
+    key: str
+    value: str
+    record: Record
+
+
 def read(path: Path, *, check: bool = True) -> dict[str, Any]:
-    """The `cxr.*` entries of a model file, parsed and validated, without their prefix.
+    """Return the `cxr.*` entries of a model file, parsed and validated, without their prefix.
 
     `check` also hashes the file (1.6 GB/s with SHA instructions): then no bit of the weights, the graph or the entries
-    differs from what was written. Raises InputError for a file that is not ours or is damaged, SchemaError for one of
-    another schema.
+    differs from what was written. Raises InputError for a file that is damaged or that `cxrfast export` did not write,
+    SchemaError for one of another schema.
     """
     with _opened(path) as file:
         entries = _entries(file)
@@ -52,7 +60,7 @@ def read(path: Path, *, check: bool = True) -> dict[str, Any]:
 
 
 def content_sha256(path: Path) -> str:
-    """sha256 (hex) of a model file's bytes, without the entry that holds it and without entries of other programs.
+    """Hash (sha256, hex) a model file's bytes, without the entry that holds the hash and those of other programs.
 
     Raises InputError for a file that is no ONNX file.
     """
@@ -62,7 +70,7 @@ def content_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file, and what goes wrong with its bytes as InputError."""
+    """Open the file; raise what goes wrong with its bytes as InputError."""
     if not path.is_file():  # opening a pipe would wait for ever
         raise InputError(f"{path}: no such model; `cxrfast export RUN` makes one.")
     try:
@@ -88,21 +96,21 @@ def write(path: Path, serialised: bytes) -> None:
 
 
 def labels_sha256(labels: Sequence[str]) -> str:
-    """sha256 (hex) of the class names, in order, a line each."""
+    """Hash (sha256, hex) the class names, in order, a line each."""
     return hashlib.sha256("\n".join(labels).encode()).hexdigest()
 
 
 def check_operations(path: Path) -> None:
     """Raise InputError where a file holds what `cxrfast export` never writes, before ONNX Runtime sees it.
 
-    The seal is no signature: who seals a file again may have it compute for ever, or take all memory.
+    The hash is no signature: whoever writes a new one may make the graph compute for ever, or take all memory.
     """
     with _opened(path) as file:
         operations.check(file)
 
 
 def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
-    """Raise InputError unless a session takes `pixels` (N, S, S) and answers `probabilities` (N, C), as told."""
+    """Raise InputError unless a session takes `pixels` (N, S, S) and answers `probabilities` (N, C), as `info` says."""
     size, count = info["preprocess"]["size"], len(info["labels"])
     wanted = [("input", session.get_inputs(), "pixels", "tensor(uint8)", [size, size])]
     wanted += [("output", session.get_outputs(), "probabilities", "tensor(float)", [count])]
@@ -121,13 +129,14 @@ def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
 # The entries.
 
 
-def _info(entries: list[tuple[str, str, Record]], path: Path) -> dict[str, Any]:
+def _info(entries: list[Entry], path: Path) -> dict[str, Any]:
+    """Parse and validate the entries that are ours."""
     ours = [(key.removeprefix(PREFIX), value) for key, value, _ in entries if key.startswith(PREFIX)]
     names = [name for name, _ in ours]
     if "schema" not in names:
         raise InputError(f"{path}: an ONNX file, but not one `cxrfast export` wrote (no cxr.schema inside).")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{path}: damaged metadata ({_brief(twice[0])} is there twice).")
+        raise InputError(f"{path}: damaged metadata ({_brief(twice[0])} appears twice).")
     try:
         info = {name: json.loads(value) for name, value in ours}
     except (ValueError, RecursionError) as error:
@@ -149,7 +158,7 @@ def _info(entries: list[tuple[str, str, Record]], path: Path) -> dict[str, Any]:
 
 
 def _wrong(info: dict[str, Any]) -> str:
-    """What is wrong with the entries that predictions are made from; empty where nothing is."""
+    """Say what is wrong with the entries that predictions are made from; empty where nothing is."""
     labels, limits, spec = info["labels"], info["thresholds"], info["preprocess"]
     if not _texts(labels) or not labels or len(set(labels)) < len(labels):
         return "labels are not a list of different names"
@@ -173,14 +182,14 @@ def is_number(value: object) -> bool:
 
 
 def _texts(value: object) -> bool:
-    """A list of text that UTF-8 can write; JSON's \\ud800 alone cannot be."""
+    """Whether a JSON value is a list of text that UTF-8 can hold; JSON's \\ud800 alone cannot be written."""
     return isinstance(value, list) and all(
         isinstance(text, str) and text.strip() and not any("\ud800" <= c <= "\udfff" for c in text) for text in value
     )
 
 
 def _brief(value: object, most: int = 60) -> str:
-    """One short line of a value out of a file that may hold anything."""
+    """Show a value out of a file that may hold anything in one short line."""
     text = " ".join(str(value).encode("utf-8", "replace").decode().split())
     return text if len(text) <= most else text[:most] + "..."
 
@@ -188,8 +197,8 @@ def _brief(value: object, most: int = 60) -> str:
 # The bytes.
 
 
-def _entries(file: IO[bytes]) -> list[tuple[str, str, Record]]:
-    """Key, value and place of each metadata entry. Raises NotOnnx."""
+def _entries(file: IO[bytes]) -> list[Entry]:
+    """Read every metadata entry. Raises NotOnnx."""
     size = file.seek(0, io.SEEK_END)
     found, graphs, text = [], 0, 0
     for record in records(file, 0, size, operations.MOST_RECORDS):
@@ -199,14 +208,14 @@ def _entries(file: IO[bytes]) -> list[tuple[str, str, Record]]:
             text += record.end - record.body
             if text > MOST_TEXT:
                 raise NotOnnx(f"over {MOST_TEXT >> 20} MiB of metadata")
-            found.append((*_pair(file, record), record))
+            found.append(Entry(*_pair(file, record), record))
     if graphs != 1:
         raise NotOnnx("no graph inside" if not graphs else "several graphs inside")
     return found
 
 
 def _pair(file: IO[bytes], entry: Record) -> tuple[str, str]:
-    """Key and value of one entry."""
+    """Read key and value of one entry."""
     texts: dict[int, str] = {}
     for record in records(file, entry.body, entry.end, 2):
         file.seek(record.body)
@@ -219,8 +228,8 @@ def _pair(file: IO[bytes], entry: Record) -> tuple[str, str]:
     return texts.get(1, ""), texts.get(2, "")
 
 
-def _digest(file: IO[bytes], entries: list[tuple[str, str, Record]]) -> str:
-    """sha256 of the bytes in file order, but for the seal's entry and entries that are not ours."""
+def _digest(file: IO[bytes], entries: list[Entry]) -> str:
+    """Hash the bytes in file order, but for the entry of the hash itself and entries that are not ours."""
     left_out = [r for key, _, r in entries if key == PREFIX + SEAL or not key.startswith(PREFIX)]
     total, at = hashlib.sha256(), 0
     size = file.seek(0, io.SEEK_END)

@@ -1,4 +1,4 @@
-"""Which operations a model file may hold: those that `cxrfast export` writes, with their weights inside.
+"""Refuse operations in a model file that `cxrfast export` never writes, and weights outside the file.
 
 Read without ONNX Runtime, which runs whatever it is given: a loop without end, or an image padded to a million. Source:
 onnx.proto (ModelProto: graph 7, training_info 20, functions 25; GraphProto: node 1, initializer 5,
@@ -61,7 +61,7 @@ def check(file: IO[bytes]) -> None:
 
 
 def _graph(file: IO[bytes], graph: Record, pads: set[str], weights: Weights, deep: int) -> None:
-    """Collects what pads by how much, and where each weight's values lie."""
+    """Collect the names of padding amounts in `pads`, and in `weights` where each weight's values lie."""
     if deep == MOST_DEEP:
         raise NotOnnx("graphs within graphs, which `cxrfast export` never writes")
     for record in records(file, graph.body, graph.end, MOST_NODES):
@@ -94,7 +94,7 @@ def _node(file: IO[bytes], node: Record, pads: set[str], weights: Weights, deep:
 
 
 def _weight(file: IO[bytes], weight: Record, weights: Weights) -> None:
-    """Refuse one that lies in another file: `content_sha256` does not see it, and the file could be any."""
+    """Refuse a weight that lies in another file: `content_sha256` does not cover it, and the file could be any."""
     fields = {field.field: field for field in records(file, weight.body, weight.end, MOST_FIELDS)}
     location = fields.get(_DATA_LOCATION)
     if location is not None:
@@ -106,7 +106,7 @@ def _weight(file: IO[bytes], weight: Record, weights: Weights) -> None:
 
 
 def _padding(file: IO[bytes], values: Record | None) -> None:
-    """Pads are a few tokens in front of the patches, (N, T, D): nothing at the batch, nothing at the width."""
+    """Refuse padding but of a few tokens in front of the patches, (N, T, D): none of the batch, none of the width."""
     size = 6 * 8
     if values is None or values.end - values.body != size:
         raise NotOnnx("padding other than `cxrfast export` writes")

@@ -1,4 +1,4 @@
-"""A table of probabilities as CSV, Parquet or JSON lines, written row by row."""
+"""Write a table of probabilities as CSV, Parquet or JSON lines, row by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW_GROUP = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What a table says of each row: `keys`, one probability a class (C), and the findings where `decide`."""
+    """The columns of a table: `keys`, one probability per class (C), and the findings where `decide`."""
 
     keys: tuple[str, ...]
     labels: tuple[str, ...]
@@ -28,25 +28,25 @@ class Columns:
 
     @property
     def head(self) -> list[str]:
-        """The names, in order."""
+        """The column names, in order."""
         return [*self.keys, *self.labels, *(["findings"] if self.decide else [])]
 
     def findings(self, probabilities: np.ndarray) -> list[str]:
-        """The classes whose probability (C,) reaches its threshold, compared in double precision."""
+        """List the classes whose probability (C,) reaches its threshold, compared in double precision."""
         over = probabilities.astype(np.float64) >= self.thresholds
         return [label for label, positive in zip(self.labels, over, strict=True) if positive]
 
 
 def shown(name: str) -> str:
-    r"""A name that any UTF-8 file can hold: of bytes that are no UTF-8 each is written as `\udc` and its two digits."""
+    r"""Make a name that any UTF-8 file can hold: a byte that is no UTF-8 becomes `\udc` and its two hex digits."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def texts(probabilities: np.ndarray, thresholds: np.ndarray) -> list[str]:
-    """The shortest decimal that reads back as the same float32, (C,) each.
+    """Write each of (C,) as the shortest decimal that reads back as the same float32.
 
-    And longer where that, read in double precision, would fall on the other side of the threshold: whoever
-    thresholds the file finds what the findings say.
+    It is longer where that, read in double precision, would fall on the other side of the threshold: whoever
+    compares the file's numbers with the thresholds finds the same findings.
     """
     found = [str(p) for p in probabilities.astype(np.float32)]
     for c, (text, p, limit) in enumerate(zip(found, map(float, probabilities), thresholds, strict=True)):
@@ -85,7 +85,7 @@ def _jsonl(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
 
 
 def _parquet(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
-    """Text, whole numbers, float32 and null; 4,096 rows a group, so memory stays flat."""
+    """Write text, whole numbers, float32 and null, 4,096 rows per group, so that memory stays flat."""
     arrow, parquet = pyarrow("pyarrow", Path("--out")), pyarrow("pyarrow.parquet", Path("--out"))
     kinds = {key: arrow.int64() if key == "images" else arrow.string() for key in columns.keys}
     kinds |= dict.fromkeys(columns.labels, arrow.float32()) | ({"findings": arrow.string()} if columns.decide else {})

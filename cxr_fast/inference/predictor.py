@@ -1,4 +1,4 @@
-"""Files in, probabilities out, from the ONNX file alone: no torch, no pandas, no h5py in the process."""
+"""Predict probabilities from images with the ONNX file alone: no torch, no h5py in the process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Decoded = tuple[np.ndarray | None, "Result"]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One image's answer: probabilities (C,) float32, or a reason code and message; and which file it is of.
+    """The answer to one image: probabilities (C,) float32, or a reason code and message; and which file was read.
 
     `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
     where it was too young to show a change that came next.
@@ -91,13 +91,13 @@ class Predictor:
         return str(self.info.get("provenance", ""))
 
     def pixels(self, image: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
-        """uint8 (S, S) as the model wants them, by the same code that made the training pixels."""
+        """Read an image as uint8 (S, S), by the same code that made the training pixels."""
         if isinstance(image, np.ndarray):
             return array_pixels(image, self.spec)
         return load(image, self.spec)[0]
 
     def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
-        """uint8 (N, S, S) to probabilities, or another of the graph's outputs, (N, C) float32."""
+        """Run the model on uint8 (N, S, S): probabilities, or another of the graph's outputs, (N, C) float32."""
         try:
             out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
@@ -106,7 +106,7 @@ class Predictor:
         return out
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """`run`, with InputError where the answer is not a row of probabilities an image."""
+        """Call `run`; raise InputError where the answer is not one row of probabilities per image."""
         out = self._rows(pixels)
         if not all(map(_probable, out)):
             raise InputError(f"{self.path}: the model answers what is no probability (NaN, or outside 0..1).")
@@ -119,7 +119,7 @@ class Predictor:
         return out
 
     def __call__(self, images: Sequence[str | os.PathLike[str] | np.ndarray]) -> list[dict[str, float]]:
-        """One {label: probability} an image. Raises ImageError at the first that cannot be read."""
+        """Return one {label: probability} per image. Raises ImageError at the first that cannot be read."""
         out: list[dict[str, float]] = []
         for start in range(0, len(images), BATCH):
             batch = np.stack([self.pixels(image) for image in images[start : start + BATCH]])
@@ -129,7 +129,7 @@ class Predictor:
     def stream(
         self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[Result]:
-        """Results in input order; decoding runs ahead by a few batches only, so memory stays flat."""
+        """Yield results in input order; decoding runs ahead by a few batches only, so memory stays flat."""
         upcoming = iter(paths)
         batches = iter(lambda: list(itertools.islice(upcoming, batch_size)), [])
         with contextlib.closing(self.stream_batches(batches, workers=workers)) as answers:
@@ -144,7 +144,7 @@ class Predictor:
         seconds: dict[str, float] | None = None,
         stop: Callable[[], bool] = bool,
     ) -> Generator[list[Result], None, None]:
-        """The results of one batch after the other, in order, each batch one call of the model.
+        """Yield the results of one batch after the other, in order; each batch is one call of the model.
 
         The model runs in the calling thread while `workers` threads decode what comes next; Pillow and hashing drop
         the GIL. `seconds` collects what the caller's thread spent in each: `decode` waiting for pixels, `model`.
@@ -177,7 +177,7 @@ class Predictor:
                     future.cancel()
 
     def describe(self) -> dict[str, Any]:
-        """Nothing beyond the fields above; a cluster's answerer says here which nodes ran the model."""
+        """Return nothing beyond the fields above; a cluster's answerer names here the nodes that ran the model."""
         return {}
 
     def _decode(self, path: str | os.PathLike[str]) -> Decoded:
@@ -200,12 +200,12 @@ class Predictor:
 
 
 def _short(pending: Sequence[Sequence[Any]], workers: int) -> bool:
-    """Whether to hand out more: three batches, or two images a thread beside the next batch."""
+    """Whether to decode more: up to three batches, or two images per thread beside the next batch."""
     return len(pending) < 3 or sum(map(len, pending)) < len(pending[0]) + 2 * workers
 
 
 def _checked(result: Result, row: np.ndarray) -> Result:
-    """The result with its probabilities (C,), unless they are none: one row fails, the others stand."""
+    """Add probabilities (C,) to a result, or fail it where they are none; the other rows of the batch stand."""
     if _probable(row):
         return replace(result, probabilities=row)
     text = f"{result.path}: the model's answer is no probability"
@@ -217,11 +217,11 @@ def _probable(row: np.ndarray) -> bool:
 
 
 def golden_pixels(size: int) -> np.ndarray:
-    """The input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
+    """Make the input of the golden pair, (1, S, S) uint8: (7 i + 13 j + i j // 16) mod 256 at row i, column j."""
     i, j = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     return ((7 * i + 13 * j + i * j // 16) % 256).astype(np.uint8)[None]
 
 
 def changed_ns(status: os.stat_result) -> int:
-    """When a file was last changed, whichever says later; `cp -p`, tar and zip set the first and cannot the second."""
+    """Return when a file was last changed: the later of mtime, which `cp -p`, tar and zip set, and ctime."""
     return max(status.st_mtime_ns, status.st_ctime_ns)

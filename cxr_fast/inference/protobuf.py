@@ -1,4 +1,4 @@
-"""The records of a protobuf message, which an ONNX file is, without the onnx package.
+"""Read the records of a protobuf message, which an ONNX file is, without the onnx package.
 
 A message is a row of records: a tag (field number and wire type), then a number, or a length and so many bytes. Source:
 the protobuf encoding guide.
@@ -29,7 +29,7 @@ class Record:
 
 
 def records(file: IO[bytes], start: int, end: int, most: int) -> Iterator[Record]:
-    """The records of one message at [start, end) of the file. Raises NotOnnx where they do not fit it exactly."""
+    """Yield the records of one message at [start, end) of the file. Raises NotOnnx where they do not fit it exactly."""
     at = start
     for _ in range(most):
         if at == end:
@@ -57,7 +57,7 @@ def records(file: IO[bytes], start: int, end: int, most: int) -> Iterator[Record
 
 
 def varint(file: IO[bytes]) -> int:
-    """A number of 7 bits a byte, lowest first, at most ten bytes."""
+    """Read a number of 7 bits per byte, lowest first, at most ten bytes."""
     value = 0
     for i in range(10):
         byte = file.read(1)

@@ -1,4 +1,4 @@
-"""A model file to an ONNX Runtime session on a device that is really had, with the reason for each choice."""
+"""Open a model file as an ONNX Runtime session on a device that works, with the reason for each choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAME = ("model_sha256", "labels", "thresholds", "calibration", "preprocess")
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model ready to run: its file, session, what the file says of itself, and why this file on this device."""
+    """A model ready to run: its file, session and metadata, and why this file runs on this device."""
 
     path: Path
     session: Any
@@ -47,9 +47,9 @@ def open_model(
     """Open a model file, or of a folder of variants the one this device runs best.
 
     `strict=False` runs a variant where it is slow (float16 on a CPU), as an export that checks itself must. `check`
-    hashes the file before it is run: a flipped bit of a weight would answer without a word. Raises InputError for what
-    is no model or damaged, SchemaError for one of another schema, DeviceError where an explicit device cannot be had
-    or does not run it.
+    hashes the file first, for a flipped bit of a weight would change answers without a message. Raises InputError for
+    what is no model or damaged, SchemaError for another schema, DeviceError where an explicit device is not available
+    or does not run the file.
     """
     path, (name, number) = Path(path), runtime.parse(device)
     target, reason = _target(name, number, device)
@@ -58,9 +58,7 @@ def open_model(
     model_file.check_operations(path)
     kind = _variant(info, path)
     if chosen and f".{kind}." not in path.name:
-        raise InputError(
-            f"{path}: says of itself that it is {kind}; a renamed file? `cxrfast export RUN` makes it again."
-        )
+        raise InputError(f"{path}: its metadata say {kind}; was it renamed? `cxrfast export RUN` makes it again.")
     if name == "auto" and kind == "int8" and target != "cpu":
         target, reason = "cpu", "an int8 file, which has no CUDA kernels"
     if strict and kind not in RUNS[target]:
@@ -89,7 +87,7 @@ def open_model(
 
 
 def _target(name: str, number: int, device: str) -> tuple[str, str]:
-    """The device to try and why. Raises DeviceError where the one asked for cannot be had."""
+    """Choose the device to try, and say why. Raises DeviceError where the one asked for is not available."""
     if name == "cpu":
         return name, "as asked"
     if name == "auto":
@@ -101,7 +99,7 @@ def _target(name: str, number: int, device: str) -> tuple[str, str]:
 
 
 def choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
-    """The file of a folder that a device runs best, and why."""
+    """Choose the file of a folder that a device runs best, and say why."""
     there = [variant for variant in VARIANTS if _file(folder, variant).is_file()]
     if not there:
         names = ", ".join(_file(folder, variant).name for variant in VARIANTS)
@@ -128,7 +126,7 @@ def _preference(target: str) -> tuple[Sequence[str], str]:
 
 
 def _variant(info: dict[str, Any], path: Path) -> str:
-    """`fp32`, `fp16` or `int8`; a file that does not say is float32. Raises InputError for any other."""
+    """Read `fp32`, `fp16` or `int8`; a file without the entry is float32. Raises InputError for any other."""
     said = info.get("variant", "fp32")
     if said not in VARIANTS:
         raise InputError(f"{path}: damaged metadata (variant {str(said)[:40]!r} is not {', '.join(VARIANTS)}).")
@@ -136,7 +134,7 @@ def _variant(info: dict[str, Any], path: Path) -> str:
 
 
 def _require_one_model(folder: Path, there: Sequence[str]) -> None:
-    """The files of a folder must be one model: a variant left from an earlier run would answer for another.
+    """Refuse a folder whose files are not one model: a variant left from an earlier run would answer for another.
 
     `model_sha256` is of the weights alone; two runs may share them and differ in thresholds or calibration.
     """
@@ -154,7 +152,7 @@ def _file(folder: Path, variant: str) -> Path:
 
 
 def _wrong_pair(path: Path, variant: str, target: str, reason: str) -> str:
-    """One line: what does not go together, and which file does."""
+    """Say in one line why the device does not run this variant, and which file it runs."""
     fault = "int8 has no CUDA kernels" if variant == "int8" else "float16 is slower than float32 on a CPU"
     marked = f".{variant}." in path.name
     beside = [path.with_name(path.name.replace(f".{variant}.", f".{v}.")) if marked else _file(path.parent, v)
@@ -174,7 +172,7 @@ def _options(threads: int) -> Any:
 
 
 def _start(path: Path, target: str, number: int, options: Any) -> tuple[Any, str]:
-    """A session that runs on `target`, or what went wrong with the device. InputError where the file is at fault."""
+    """Start a session on `target`, or say what went wrong with the device. InputError where the file is at fault."""
     if target == "cpu":
         return _cpu(path, options), ""
     # TF32 keeps 10 bits of a float32 product's 23: not the arithmetic that the file was checked in.
@@ -187,7 +185,7 @@ def _start(path: Path, target: str, number: int, options: Any) -> tuple[Any, str
     except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
         _cpu(path, options)
         return None, f"ONNX Runtime could not start {SAID[target]} ({_first_line(error)})"
-    # A provider whose library does not load is left out without a word; only the session's own list tells.
+    # A provider whose library does not load is left out without a message; only the session's own list tells.
     if session.get_providers()[0] == PROVIDERS[target]:
         return session, ""
     said = runtime.loader_message(target) or "it gives no reason"

@@ -1,4 +1,4 @@
-"""Whether a model file answers here as it did where it was exported: bytes, labels, pixels, golden answer."""
+"""Verify that a model file answers here as it did where it was exported: bytes, labels, pixels, golden answer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ LIMITS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Check:
-    """One thing looked at: whether it is as the file says, and what was found."""
+    """One check by name: whether what was found agrees with the file, and what was found."""
 
     name: str
     ok: bool
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found of one model file; `note` is what must be said beside every figure of it."""
+    """The checks of one model file; `note` must be shown beside every figure of it."""
 
     path: str
     bytes: int
@@ -72,7 +72,7 @@ class Unjudged:
 
 
 def models(path: Path) -> list[Path]:
-    """The model files to check: the file itself, or every `model.*.onnx` of a folder. Raises InputError for none."""
+    """List the model files to check: the file, or every `model.*.onnx` of a folder. Raises InputError for none."""
     if not path.is_dir():
         return [path]
     found = sorted(path.glob("model.*.onnx"))
@@ -82,10 +82,10 @@ def models(path: Path) -> list[Path]:
 
 
 def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> Report:
-    """Check a model file on the machine and the device that will run it; nothing is run whose bytes are damaged.
+    """Check a model file on the machine and the device that will run it; a file with damaged bytes is not run.
 
-    Raises InputError for a file that is not ours or cannot be judged, SchemaError for another schema, DeviceError
-    for a device that cannot be had.
+    Raises InputError for a file that `cxrfast export` did not write or that cannot be checked, SchemaError for another
+    schema, DeviceError for a device that cannot be had.
     """
     info = model_file.read(path, check=False)
     content = _content(info, path)
@@ -96,7 +96,7 @@ def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> R
         provider = predictor.where
         checks += [_graph(predictor), *_answers(predictor)]
     else:
-        checks.append(Check(name="golden answer", ok=False, detail="not run: the content differs"))
+        checks.append(Check("golden answer", False, "not run: the content differs"))
     return Report(
         path=str(path),
         bytes=path.stat().st_size,
@@ -109,7 +109,7 @@ def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> R
 
 
 def verify_all(paths: list[Path], *, device: str = "auto", threads: int | None = None) -> list[Report | Unjudged]:
-    """A report of each file, or why it could not be judged."""
+    """Return a report of each file, or why it could not be checked."""
     found: list[Report | Unjudged] = []
     for path in paths:
         try:
@@ -120,7 +120,7 @@ def verify_all(paths: list[Path], *, device: str = "auto", threads: int | None =
 
 
 def exit_code(found: list[Report | Unjudged]) -> int:
-    """0 all pass, 1 one differs, 2 one could not be judged.
+    """Return 0 where all pass, 1 where one differs, 2 where one could not be checked.
 
     Of several files those that this device cannot run (an int8 file on CUDA) do not count, unless none can.
     """
@@ -131,7 +131,7 @@ def exit_code(found: list[Report | Unjudged]) -> int:
 
 
 def describe(found: Report | Unjudged) -> str:
-    """A line a check, and PASS or FAIL; of a file that could not be judged why."""
+    """Show a report as a line per check and PASS or FAIL; of a file that could not be checked, show why."""
     if isinstance(found, Unjudged):
         return f"{found.path}: NOT CHECKED\n  {str(found.error).removeprefix(found.path + ': ')}"
     width = max(len(check.name) for check in found.checks)
@@ -143,7 +143,7 @@ def describe(found: Report | Unjudged) -> str:
 
 
 def to_json(found: Report | Unjudged) -> dict[str, Any]:
-    """The same as JSON-ready values."""
+    """Return the same as JSON-ready values."""
     if isinstance(found, Unjudged):
         return {"path": found.path, "verdict": "NOT CHECKED", "error": str(found.error)}
     return {**asdict(found), "verdict": "PASS" if found.ok else "FAIL"}
@@ -153,11 +153,11 @@ def to_json(found: Report | Unjudged) -> dict[str, Any]:
 
 
 def _content(info: dict[str, Any], path: Path) -> Check:
-    found, told = model_file.content_sha256(path), info[model_file.SEAL]
-    if found == told:
-        return Check(name="content", ok=True, detail=f"every byte as it was written, sha256 {found[:16]}")
-    detail = f"sha256 {found[:16]}, the file says {told[:16]}: damaged or edited since; export the run again"
-    return Check(name="content", ok=False, detail=detail)
+    found, written = model_file.content_sha256(path), info[model_file.SEAL]
+    if found == written:
+        return Check("content", True, f"every byte as it was written, sha256 {found[:16]}")
+    detail = f"sha256 {found[:16]}, the file says {written[:16]}: damaged or edited since; export the run again"
+    return Check("content", False, detail)
 
 
 def _keys(info: dict[str, Any], path: Path) -> Check:
@@ -167,33 +167,31 @@ def _keys(info: dict[str, Any], path: Path) -> Check:
         wrong.append(f"variant {info.get('variant')!r} in a file called {path.name}")
     if "dicom_policy" in info and info["dicom_policy"] != info["preprocess"]["dicom_policy"]:
         wrong.append(f"dicom_policy {info['dicom_policy']!r} is not the one in preprocess")
-    return Check(name="metadata", ok=not wrong, detail=", ".join(wrong) or f"schema {info['schema']}, {len(info)} keys")
+    return Check("metadata", not wrong, ", ".join(wrong) or f"schema {info['schema']}, {len(info)} keys")
 
 
 def _labels(info: dict[str, Any]) -> Check:
-    found, told = model_file.labels_sha256(info["labels"]), info["labels_sha256"]
-    if found == told:
-        return Check(name="labels", ok=True, detail=f"{len(info['labels'])} in this order, sha256 {found[:16]}")
-    return Check(
-        name="labels", ok=False, detail=f"sha256 of the names in order {found[:16]}, the file says {told[:16]}"
-    )
+    found, written = model_file.labels_sha256(info["labels"]), info["labels_sha256"]
+    if found == written:
+        return Check("labels", True, f"{len(info['labels'])} in this order, sha256 {found[:16]}")
+    return Check("labels", False, f"sha256 of the names in order {found[:16]}, the file says {written[:16]}")
 
 
 def _preprocessing(info: dict[str, Any]) -> Check:
-    spec = ", ".join(f"{name} {value}" for name, value in info["preprocess"].items())
     if "pixel_check" not in info:
-        return Check(name="preprocessing", ok=False, detail="the file does not say which pixels it was made from")
+        return Check("preprocessing", False, "the file does not say which pixels it was made from")
     if info["pixel_check"] == self_check():
-        return Check(name="preprocessing", ok=True, detail=f"{spec}; the built-in pictures give the same pixels here")
+        spec = ", ".join(f"{name} {value}" for name, value in info["preprocess"].items())
+        return Check("preprocessing", True, f"{spec}; the built-in pictures give the same pixels here")
     made = info.get("toolchain")
     was = made.get("pillow") if isinstance(made, dict) else None
-    by = f"it was made with Pillow {was}" if was else "it was made with another one"
-    detail = f"the built-in pictures give other pixels with this Pillow {PIL.__version__}; {by}"
-    return Check(name="preprocessing", ok=False, detail=detail)
+    by = f"Pillow {was}" if was else "another one"
+    here = f"the built-in pictures give other pixels with this Pillow {PIL.__version__}"
+    return Check("preprocessing", False, f"{here}; it was made with {by}")
 
 
 def _graph(predictor: Predictor) -> Check:
-    """Names, types and shapes; `pixels` and `probabilities` were checked when it was loaded."""
+    """Check names, types and shapes; `pixels` and `probabilities` were checked when the file was loaded."""
     count, outputs = len(predictor.labels), predictor.session.get_outputs()
     found = {node.name: (node.type, list(node.shape or [])[1:]) for node in outputs}
     wanted = {"logits": count, "probabilities": count}
@@ -203,7 +201,7 @@ def _graph(predictor: Predictor) -> Check:
     wrong += [f"unknown output {name}" for name in found if name not in (*wanted, "embedding")]
     size = predictor.spec.size
     text = f"pixels uint8 (N, {size}, {size}) to {', '.join(found)}, {count} classes"
-    return Check(name="graph", ok=not wrong, detail=", ".join(wrong) or text)
+    return Check("graph", not wrong, ", ".join(wrong) or text)
 
 
 # The answers.
@@ -212,19 +210,19 @@ def _graph(predictor: Predictor) -> Check:
 def _answers(predictor: Predictor) -> list[Check]:
     pair = predictor.info.get("golden")
     if wrong := _pair_wrong(pair, len(predictor.labels)):
-        return [Check(name="golden answer", ok=False, detail=wrong)]
+        return [Check("golden answer", False, wrong)]
     assert isinstance(pair, dict)
     pixels = golden_pixels(predictor.spec.size)
     try:
         alone = predictor.probabilities(pixels)[0]
         beside = predictor.probabilities(np.concatenate([pixels, flip(pixels)]))[0]
     except InputError as error:
-        return [Check(name="golden answer", ok=False, detail=str(error).removeprefix(f"{predictor.path}: "))]
+        return [Check("golden answer", False, str(error).removeprefix(f"{predictor.path}: "))]
     return [_golden(predictor, pair, alone), _batch(pair["tolerance"], alone, beside)]
 
 
 def _pair_wrong(pair: Any, count: int) -> str:
-    """Why a golden pair cannot be used; empty where it can."""
+    """Say why a golden pair cannot be used; empty where it can."""
     if not isinstance(pair, dict):
         return "the file has no golden pair"
     if pair.get("recipe") != RECIPE:
@@ -240,20 +238,23 @@ def _pair_wrong(pair: Any, count: int) -> str:
 
 
 def _limits(info: dict[str, Any]) -> Check:
-    """Whether the file was within its limits where it was exported; `--allow-drift` keeps one that was not."""
+    """Check that the file was within its limits where it was exported; `--allow-drift` keeps one that was not."""
     parity = info.get("parity")
     parity = parity if isinstance(parity, dict) else {}
-    told = [(text, parity.get(name), parity[limit]) for name, limit, text in LIMITS if is_number(parity.get(limit))]
-    if not told:
-        return Check(name="drift", ok=False, detail="the file does not say what it was held to")
-    # No AUC is defined where no class has both signs; the other limits hold then.
-    over = [told for told in told if not (is_number(told[1]) and told[1] <= told[2]) and told[0] != AUC_TEXT]
-    over += [told for told in told if told[0] == AUC_TEXT and is_number(told[1]) and told[1] > told[2]]
-    shown = ", ".join(f"{text} {'none' if value is None else format(value, '.3g')} (limit {limit:g})"
-                      for text, value, limit in over or told)  # fmt: skip
-    return Check(
-        name="drift", ok=not over, detail=f"from torch where exported: {shown}" + "; kept all the same" * bool(over)
+    figures = [(text, parity.get(name), parity[limit]) for name, limit, text in LIMITS if is_number(parity.get(limit))]
+    if not figures:
+        return Check("drift", False, "the file does not say which limits it was held to")
+    over = [figure for figure in figures if _over(*figure)]
+    shown = ", ".join(
+        f"{text} {'none' if value is None else format(value, '.3g')} (limit {limit:g})"
+        for text, value, limit in over or figures
     )
+    return Check("drift", not over, f"from torch where exported: {shown}" + "; kept all the same" * bool(over))
+
+
+def _over(text: str, value: Any, limit: float) -> bool:
+    """Whether a figure is over its limit, or is none; no AUC is defined where no class has both signs."""
+    return bool(value > limit) if is_number(value) else text != AUC_TEXT
 
 
 def _golden(predictor: Predictor, pair: dict[str, Any], found: np.ndarray) -> Check:
@@ -266,11 +267,11 @@ def _golden(predictor: Predictor, pair: dict[str, Any], found: np.ndarray) -> Ch
         f"largest difference {apart:.1e} to the answer where it was exported (tolerance {pair['tolerance']:g}), "
         f"{flips} of {len(found)} decisions flip; {torch:.1e} to torch float32"
     )
-    return Check(name="golden answer", ok=ok, detail=detail + _machines(predictor, pair, ok))
+    return Check("golden answer", ok, detail + _machines(predictor, pair, ok))
 
 
 def _machines(predictor: Predictor, pair: dict[str, Any], ok: bool) -> str:
-    """What differs between the machines, where that may be why the answers do."""
+    """Say how the machines differ, where that may be why the answers do."""
     integer = predictor.info.get("variant") == "int8" and predictor.provider == "CPUExecutionProvider"
     if ok and not integer:
         return ""
@@ -287,4 +288,4 @@ def _machines(predictor: Predictor, pair: dict[str, Any], ok: bool) -> str:
 def _batch(tolerance: float, alone: np.ndarray, beside: np.ndarray) -> Check:
     apart = np.abs(alone.astype(np.float64) - beside).max()
     detail = f"largest difference {apart:.1e} between the image alone and beside its mirror (tolerance {tolerance:g})"
-    return Check(name="batch of 2", ok=bool(apart <= tolerance), detail=detail)
+    return Check("batch of 2", bool(apart <= tolerance), detail)

@@ -403,7 +403,7 @@ def test_a_folder_without_a_model_and_a_renamed_file(toy_model: Path, tmp_path: 
     with pytest.raises(InputError, match=r"no such model in this folder \(model\.fp32\.onnx, .*`cxrfast export RUN`"):
         open_model(tmp_path, "cpu")
     shutil.copy(toy_model, tmp_path / "model.int8.onnx")
-    with pytest.raises(InputError, match=r"model\.int8\.onnx: says of itself that it is fp32; a renamed file\?"):
+    with pytest.raises(InputError, match=r"model\.int8\.onnx: its metadata say fp32; was it renamed\?"):
         open_model(tmp_path, "cpu")
 
 

@@ -185,7 +185,7 @@ def test_a_pair_that_this_device_cannot_run_does_not_fail_the_folder(toy_model: 
     report = verified(toy_model)
     refused = verify.Unjudged(path="m", error=DeviceError("m: int8 has no CUDA kernels"))
     broken = verify.Unjudged(path="m", error=InputError("m: broken"))
-    bad = replace(report, checks=(verify.Check(name="x", ok=False, detail=""),))
+    bad = replace(report, checks=(verify.Check("x", False, ""),))
     assert verify.exit_code([report]) == 0
     assert verify.exit_code([report, refused]) == 0
     assert verify.exit_code([bad, refused]) == 1
