@@ -15,7 +15,8 @@ from typing import Any
 import common
 import numpy as np
 
-from cxr_fast.metrics import figures
+from cxr_fast.metrics import figures, intervals
+from cxr_fast.metrics.intervals import Resampling
 
 
 def draw(random: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -28,7 +29,7 @@ def naive(labels: np.ndarray, probs: np.ndarray, groups: list[str], resamples: i
     """Macro AUC of rows really repeated, one resample after another."""
     ids = np.unique(groups, return_inverse=True)[1]
     out = []
-    for weights in figures.group_weights(ids, resamples, seed):
+    for weights in intervals.group_weights(ids, resamples, seed):
         for column in weights.T:
             rows = np.repeat(np.arange(len(labels)), column)
             out.append(figures.macro(figures.auc(labels[rows], probs[rows]))[0])
@@ -42,13 +43,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     groups = [f"p{row // 2}" for row in range(len(labels))]
     probs, other, limit = draw(random, labels), draw(random, labels), np.full(args.classes, 0.5)
     ids = np.unique(groups, return_inverse=True)[1]
-    drawn = figures._resampled(figures._figures(labels, probs, limit), ids, 50, 1)["macro_auc"]
+    weigh = intervals.weighted_figures(labels, probs, limit)
+    drawn = intervals.resample(weigh, ids, Resampling(resamples=50, seed=1))["macro_auc"]
     assert np.allclose(drawn, naive(labels, probs, groups, 50, 1), rtol=0, atol=1e-12)
     named = {"resamples": args.resamples, "seed": 0}
-    two_runs, both = (labels, probs, other, groups), (limit, limit)
+    how, two_runs = Resampling(resamples=args.resamples), (labels, (probs, limit), (other, limit), groups)
     arms = {
-        "every figure, one run": partial(common.seconds, figures.bootstrap, labels, probs, groups, limit, **named),
-        "paired, two runs": partial(common.seconds, figures.paired_bootstrap, *two_runs, *both, **named),
+        "every figure, one run": partial(common.seconds, intervals.bootstrap, labels, probs, groups, limit, how),
+        "paired, two runs": partial(common.seconds, intervals.paired_bootstrap, *two_runs, how),
         "AUC of every class once, as after each epoch": partial(common.seconds, figures.auc, labels, probs),
         "macro AUC alone, rows repeated": partial(common.seconds, naive, labels, probs, groups, **named),
     }

@@ -1,4 +1,8 @@
-"""ROC and precision-recall curves with few enough points to draw."""
+"""ROC and precision-recall curves with few enough points to draw.
+
+Not by sklearn.metrics: its import is 1 s of a report that needs nothing else of it, and its ROC curve keeps points on
+straight lines, so that the points chosen to draw would be others.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ Points = list[list[float]]
 
 
 def roc(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
-    """[false positive rate, sensitivity] from (0, 0) to (1, 1), at most `most` points; labels and scores (n,).
+    """Return [false positive rate, sensitivity] from (0, 0) to (1, 1), at most `most` points; labels and scores (n,).
 
     Labels are 1, 0, -1 unknown. Corners alone: a point on the line between its neighbours is left out. Empty without a
     known positive or a known negative.
     """
-    true, called = _steps(labels, scores)
+    true, called = count_steps(labels, scores)
     positive, negative = int(true[-1]), int(called[-1] - true[-1])
     if not positive or not negative:
         return []
@@ -26,8 +30,8 @@ def roc(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
 
 
 def precision_recall(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
-    """[recall, precision] from recall 0, where precision is 1 by convention, to 1; same arguments as `roc`."""
-    true, called = _steps(labels, scores)
+    """Return [recall, precision] from recall 0, where precision is 1 by convention, to 1; same arguments as `roc`."""
+    true, called = count_steps(labels, scores)
     positive, negative = int(true[-1]), int(called[-1] - true[-1])
     if not positive or not negative:
         return []
@@ -38,8 +42,8 @@ def precision_recall(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -
     return _thinned(points[kept], most)
 
 
-def _steps(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positives and images called at each distinct score, from none to all, (k + 1,) each."""
+def count_steps(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count positives and images called at each distinct score, from none to all, (k + 1,) each."""
     known = labels >= 0
     order = np.argsort(-scores[known], kind="stable")
     ranked, truth = scores[known][order], labels[known][order] == 1
@@ -49,7 +53,7 @@ def _steps(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _thinned(points: np.ndarray, most: int) -> Points:
-    """Up to `most` of the points (k, 2), evenly along the curve, both ends kept."""
+    """Keep up to `most` of the points (k, 2), evenly along the curve, both ends kept."""
     if len(points) > most:
         along = np.concatenate([[0], np.cumsum(np.abs(np.diff(points, axis=0)).sum(axis=1))])
         points = points[np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)))]

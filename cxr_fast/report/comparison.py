@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import InputError
-from ..metrics import figures as metrics
-from ..metrics.figures import Interval
+from ..metrics.figures import HEADLINE, headline, overall_key, per_class
+from ..metrics.intervals import Interval, Resampling, paired_bootstrap
 from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
 from .charts import excludes_zero
-from .evaluation import LEVEL, bootstrap_key, enough_groups
+from .evaluation import LEVEL, enough_groups
 from .summary import FIGURES, as_figure, of_classes
 
 Row = Mapping[str, Any]
@@ -53,7 +53,8 @@ def compare(
     both = a.some(rows_a, a.of)
     probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
     _same_labels(both.labels, labels_b, run_a, run_b)
-    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resamples=resamples, seed=seed)
+    resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
+    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resampling)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
@@ -113,20 +114,16 @@ def _differences(
     probs_b: np.ndarray,
     limits_b: np.ndarray,
     classes: Sequence[str],
-    *,
-    resamples: int,
-    seed: int,
+    how: Resampling,
 ) -> dict[str, Any]:
     groups = a.columns["group"]
     if len(set(groups.tolist())) < 2:
         raise InputError("the common images are all of one group: nothing can be resampled.")
-    paired = metrics.paired_bootstrap(
-        a.labels, a.probs, probs_b, groups.tolist(), limits_a, limits_b, resamples=resamples, seed=seed, level=LEVEL
-    )
     sides = ((a.probs, limits_a), (probs_b, limits_b))
-    one, two = (metrics.headline(a.labels, probs, limits) for probs, limits in sides)
-    figures = {name: _difference(one[name], two[name], paired[bootstrap_key(name)]) for name in metrics.HEADLINE}
-    tables = [metrics.per_class(a.labels, probs, limits, classes) for probs, limits in sides]
+    paired = paired_bootstrap(a.labels, *sides, groups.tolist(), how)
+    one, two = (headline(a.labels, probs, limits) for probs, limits in sides)
+    figures = {name: _difference(one[name], two[name], paired[overall_key(name)]) for name in HEADLINE}
+    tables = [per_class(a.labels, probs, limits, classes) for probs, limits in sides]
     enough = enough_groups(a.labels, groups)
     rows = []
     for c, (row_a, row_b) in enumerate(zip(*tables, strict=True)):

@@ -24,6 +24,7 @@ from ..config import (
 )
 from ..data import splits
 from ..metrics import figures as metrics
+from ..metrics.thresholds import best_f1_thresholds, thresholds_for
 from ..system import hardware
 from .dataset import Data
 from .run_folder import KIND, SCHEMA
@@ -126,11 +127,11 @@ def thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) -> tuple[
     assert spec.threshold_goal is not None
     goal, value = spec.threshold_goal
     if goal == "f1":
-        found = metrics.best_f1_thresholds(labels, probs)
+        found = best_f1_thresholds(labels, probs)
         return np.where(np.isnan(found), 0.5, found), (
             "F1 on out-of-fold predictions; 0.5 where a class had no positive or no negative"
         )
-    found = metrics.thresholds_for(labels, probs, "sensitivity" if goal == "sensitivity" else "specificity", value)
+    found = thresholds_for(labels, probs, "sensitivity" if goal == "sensitivity" else "specificity", value)
     lacking = "positive" if goal == "sensitivity" else "negative"
     text = f"{goal} {value:g} on out-of-fold predictions; 0.5 where a class had no {lacking}"
     return np.where(np.isnan(found), 0.5, found), text

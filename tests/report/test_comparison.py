@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
+from cxr_fast.metrics.intervals import Resampling, paired_bootstrap
 from cxr_fast.report.comparison import compare
 from cxr_fast.report.evaluation import evaluate
 from cxr_fast.report.writer import comparison_page
@@ -117,9 +118,10 @@ def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> N
         own = [random.normal(0, math.sqrt(0.5), labels.shape) for _ in range(3)]
         a, b, c = (1 / (1 + np.exp(-skill * labels - shared - own[i])) for i, skill in enumerate((1.2, 0.8, 1.2)))
         groups = [str(g) for g in np.repeat(np.arange(100), 2)]
-        found = figures.paired_bootstrap(labels, a, b, groups, 0.5, 0.5, resamples=200, seed=k)["macro_auc"]
+        how = Resampling(resamples=200, seed=k)
+        found = paired_bootstrap(labels, (a, 0.5), (b, 0.5), groups, how)["macro_auc"]
         hit += bool(found.low <= truth <= found.high)
-        same = figures.paired_bootstrap(labels, a, c, groups, 0.5, 0.5, resamples=200, seed=k)["macro_auc"]
+        same = paired_bootstrap(labels, (a, 0.5), (c, 0.5), groups, how)["macro_auc"]
         null += bool(same.low <= 0 <= same.high)
     assert 0.90 <= hit / times <= 0.985
     assert 0.90 <= null / times <= 0.985

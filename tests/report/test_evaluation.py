@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import calibration as calibrate
 from cxr_fast.metrics import figures as metrics
+from cxr_fast.metrics.intervals import Resampling, bootstrap
 from cxr_fast.report.evaluation import (
     FEW,
-    bootstrap_key,
     cooccurrence,
     enough_groups,
     evaluate,
@@ -247,10 +247,11 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     naive = 0
     for k in range(times):
         labels, probs, groups = population(random, 100, 3)
-        found = metrics.bootstrap(labels, probs, groups, 0.5, resamples=200, seed=k)
+        how = Resampling(resamples=200, seed=k)
+        found = bootstrap(labels, probs, groups, 0.5, how)
         for name, value in truth.items():
             hit[name] += bool(found[name].low <= value <= found[name].high)
-        alone = metrics.bootstrap(labels, probs, [str(i) for i in range(300)], 0.5, resamples=200, seed=k)["macro_auc"]
+        alone = bootstrap(labels, probs, [str(i) for i in range(300)], 0.5, how)["macro_auc"]
         naive += bool(alone.low <= truth["macro_auc"] <= alone.high)
     for name, count in hit.items():
         assert 0.90 <= count / times <= 0.985, name
@@ -389,9 +390,9 @@ def test_another_schema_or_no_predictions_are_one_line(run: Path, tmp_path: Path
 
 def test_headline_names_are_those_of_the_bootstrap() -> None:
     labels, probs, groups = population(np.random.default_rng(0), 20, 1)
-    found = metrics.bootstrap(labels, probs, groups, 0.5, resamples=5)
+    found = bootstrap(labels, probs, groups, 0.5, Resampling(resamples=5))
     scalars = {name for name, interval in found.items() if interval.value.shape == ()}
-    assert {bootstrap_key(name) for name in metrics.HEADLINE} == scalars
+    assert {metrics.overall_key(name) for name in metrics.HEADLINE} == scalars
     assert set(metrics.OF_CLASSES) | {"accuracy"} == found.keys() - scalars
     assert set(metrics.HEADLINE) == metrics.headline(labels, probs, 0.5).keys() - {
         "n",
