@@ -1,1 +1,1 @@
-"""Figures from labels and probabilities, as arrays. It knows no file of ours, no model and no torch."""
+"""Figures, intervals, thresholds and calibration of labels and probabilities as arrays; no file, model or torch."""

@@ -1,4 +1,4 @@
-"""Calibration of each class's probabilities, fitted on out-of-fold predictions, as JSON beside the model."""
+"""Fit and apply the calibration of each class's probabilities, as JSON beside the model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-# Probabilities nearer to 0 or 1 than float32 can tell from them have no logit.
+# Nearer to 0 or 1 than this a float32 probability rounds to it, and has no finite logit.
 EDGE = 1e-7
 
 
 def fit(labels: np.ndarray, probs: np.ndarray, kind: str) -> dict[str, Any] | None:
-    """Calibration of `kind` (`none`, `platt`, `isotonic`) from labels and probabilities (N, C); JSON-ready.
+    """Fit a calibration of `kind` (`none`, `platt`, `isotonic`) to labels and probabilities (N, C); JSON-ready.
 
     Platt: sigmoid(a logit(p) + b), on his smoothed targets (Platt 1999), so that a separable class stays finite.
     Isotonic: the pooled blocks of isotonic regression (Zadrozny and Elkan 2002), joined by lines between their centres
@@ -33,7 +33,7 @@ def fit(labels: np.ndarray, probs: np.ndarray, kind: str) -> dict[str, Any] | No
 
 
 def apply(calibration: dict[str, Any] | None, probs: np.ndarray) -> np.ndarray:
-    """Calibrated probabilities (N, C) float32 of raw ones; the same array for None."""
+    """Calibrate raw probabilities (N, C) to float32; None returns the same array."""
     if calibration is None:
         return probs
     p = probs.astype(np.float64)
@@ -46,21 +46,21 @@ def apply(calibration: dict[str, Any] | None, probs: np.ndarray) -> np.ndarray:
 
 
 def describe(calibration: dict[str, Any], classes: int) -> str:
-    """What was fitted in words, and how many of the classes were not."""
-    said = f"{calibration['kind']} a class, fitted out of fold"
+    """Say in words what was fitted, and how many of the classes were not."""
+    said = f"{calibration['kind']} per class, fitted out of fold"
     left = classes - calibration["fitted"]
     return said + (f"; {left} of {classes} classes could not be fitted and are not calibrated" if left else "")
 
 
 def logit(p: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) with p kept EDGE away from 0 and 1."""
+    """Return log(p / (1 - p)) with p kept EDGE away from 0 and 1."""
     p = np.clip(p, EDGE, 1 - EDGE)
     return np.asarray(np.log(p / (1 - p)))
 
 
 def _platt(labels: np.ndarray, probs: np.ndarray) -> tuple[float, float] | None:
-    """(a, b) of logistic regression on the logit, each sample counted as both outcomes with Platt's weights; None
-    where a would not be positive."""
+    """Fit (a, b) by logistic regression on the logit, each sample counted as both outcomes with Platt's weights;
+    return None where a would not be positive."""
     from sklearn.linear_model import LogisticRegression
 
     positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
@@ -74,7 +74,7 @@ def _platt(labels: np.ndarray, probs: np.ndarray) -> tuple[float, float] | None:
 
 
 def _isotonic(labels: np.ndarray, probs: np.ndarray) -> tuple[list[float], list[float]]:
-    """Knots x and values y, both rising; constant beyond the ends. Knots are float32, which the graph computes in."""
+    """Fit knots x and values y, both rising; constant beyond the ends. Knots are float32, as in the ONNX graph."""
     from sklearn.isotonic import IsotonicRegression
 
     fitted = IsotonicRegression(y_min=0, y_max=1).fit_transform(probs, labels == 1)

@@ -1,4 +1,4 @@
-"""How far a variant's answers are from torch's: differences, decisions, AUC."""
+"""Measure how far the probabilities of an exported variant are from torch's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 
 from . import figures
 
-# What a float16 or int8 file may cost: macro AUC, and decisions that change sides in 10,000.
+# Limits of a float16 or int8 file: drop of the macro AUC, and changed decisions in 10,000.
 AUC_DROP, FLIPS = 0.002, 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Probabilities (n, C) of a variant against the reference's on the same images.
+    """Differences between two sets of probabilities (n, C) of the same images, a reference's and a variant's.
 
-    `macro_drop` and `auc_drop` are reference minus variant; NaN (None a class) where no AUC is defined.
+    `largest` and `p99` are absolute differences in probability; `flipped` counts decisions that differ, `flips` in
+    10,000. `macro_drop` and `auc_drop` are reference minus variant; NaN (None in `auc_drop`) where no AUC is defined.
     """
 
     images: int
@@ -32,7 +33,7 @@ class Drift:
     auc_drop: tuple[float | None, ...]
 
     def over(self) -> list[str]:
-        """What is over the limits of float16 and int8, in words; empty where nothing is."""
+        """Say in words what is over the limits of float16 and int8; empty where nothing is."""
         out = [] if math.isfinite(self.largest) else ["its probabilities are not all finite"]
         if self.flips > FLIPS:
             out.append(f"{self.flips:.1f} of 10,000 decisions change sides (limit {FLIPS:g})")

@@ -1,4 +1,4 @@
-"""Which images belong to which subgroup of a column: sex, age, scanner, view."""
+"""Split images into subgroups by a column: sex, age, scanner, view."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ..data.public_tables import decade
 from ..errors import InputError
 
 UNKNOWN = "unknown"
-# More different values than this are no subgroups: ages become decades, other numbers quarters.
+# A column of more different values than this is grouped first: ages into decades, other numbers into quarters.
 MOST = 12
 
 
 def split(name: str, values: Sequence[str]) -> dict[str, np.ndarray]:
-    """Row numbers of each subgroup of one column of N texts, in reading order; empty ones are `unknown`, last.
+    """Return the row numbers of each subgroup of one column of N texts, in reading order; empty texts are `unknown`,
+    last.
 
     Raises InputError, without a path, where the column holds nothing, or too many values that are no numbers.
     """
@@ -33,7 +34,7 @@ def split(name: str, values: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _quarters(values: Sequence[str], different: int) -> list[str]:
-    """`up to 12`, `12 to 30`, ...: between the quartiles, an equal value in one quarter alone."""
+    """Group numbers between their quartiles, `up to 12`, `12 to 30`, ...; equal values stay in one quarter."""
     try:
         numbers = np.array([float(value) if value else np.nan for value in values])
     except ValueError as error:
@@ -46,7 +47,7 @@ def _quarters(values: Sequence[str], different: int) -> list[str]:
 
 
 def _reading_order(name: str) -> tuple[bool, bool, float, bool, str]:
-    """`unknown` last; by the first number where there is one, `up to` before its equal, `over` after."""
+    """Sort key: `unknown` last; by the first number in the name, `up to` before an equal number, `over` after."""
     number = re.search(r"-?\d+(\.\d+)?(e[+-]?\d+)?", name)
     value = float(number[0]) if number else 0.0
     return name == UNKNOWN, name.startswith("over "), value, not name.startswith("up to "), name

@@ -187,9 +187,9 @@ def test_an_inverted_class_is_left_alone_by_platt() -> None:
 
 def test_classes_left_as_they_are_are_told() -> None:
     found = {"kind": "platt", "fitted": 6, "a": [1.0] * 14, "b": [0.0] * 14}
-    said = "platt a class, fitted out of fold; 8 of 14 classes could not be fitted and are not calibrated"
+    said = "platt per class, fitted out of fold; 8 of 14 classes could not be fitted and are not calibrated"
     assert describe(found, 14) == said
-    assert describe(found | {"fitted": 14}, 14) == "platt a class, fitted out of fold"
+    assert describe(found | {"fitted": 14}, 14) == "platt per class, fitted out of fold"
 
 
 def test_unknown_labels_do_not_count() -> None:

@@ -232,7 +232,7 @@ def test_page_and_card_count_the_classes_that_are_not_calibrated(folder: Path) -
     classes = len(run["classes"])
     run["calibration"] = {"kind": "platt", "fitted": classes - 2, "a": [1.0] * classes, "b": [0.0] * classes}
     (folder / "run.json").write_text(json.dumps(run))
-    said = f"platt a class, fitted out of fold; 2 of {classes} classes could not be fitted"
+    said = f"platt per class, fitted out of fold; 2 of {classes} classes could not be fitted"
     assert said in page(folder).text
     assert said in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
 
