@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import InputError
-from ..metrics import figures as metrics
+from ..metrics.figures import HEADLINE, headline, overall_key, per_class
 from ..metrics.intervals import Interval, Resampling, paired_bootstrap
 from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
@@ -51,7 +51,8 @@ def compare(
     both = a.select_rows(rows_a, a.of)
     probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
     _same_labels(both.labels, labels_b, run_a, run_b)
-    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resamples=resamples, seed=seed)
+    resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
+    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resampling)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
@@ -111,19 +112,16 @@ def _differences(
     probs_b: np.ndarray,
     limits_b: np.ndarray,
     classes: Sequence[str],
-    *,
-    resamples: int,
-    seed: int,
+    how: Resampling,
 ) -> dict[str, Any]:
     groups = a.columns["group"]
     if len(set(groups.tolist())) < 2:
         raise InputError("the common images are all of one group: nothing can be resampled.")
     sides = ((a.probs, limits_a), (probs_b, limits_b))
-    how = Resampling(resamples=resamples, seed=seed, level=LEVEL)
     paired = paired_bootstrap(a.labels, *sides, groups.tolist(), how)
-    one, two = (metrics.headline(a.labels, probs, limits) for probs, limits in sides)
-    figures = {name: _difference(one[name], two[name], paired[metrics.overall_key(name)]) for name in metrics.HEADLINE}
-    tables = [metrics.per_class(a.labels, probs, limits, classes) for probs, limits in sides]
+    one, two = (headline(a.labels, probs, limits) for probs, limits in sides)
+    figures = {name: _difference(one[name], two[name], paired[overall_key(name)]) for name in HEADLINE}
+    tables = [per_class(a.labels, probs, limits, classes) for probs, limits in sides]
     enough = enough_groups(a.labels, groups)
     rows = []
     for c, (row_a, row_b) in enumerate(zip(*tables, strict=True)):

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..metrics import curves, subgroups
-from ..metrics import figures as metrics
+from ..metrics import curves, figures, subgroups
 from ..metrics.intervals import Interval, Resampling, bootstrap, support
 from ..system.files import AnyPath
 from ..system.text import Table
@@ -52,16 +51,16 @@ class _Job:
 
     def part(self, title: str, scored: Scored, intervals: dict[str, Interval]) -> dict[str, Any]:
         """The figures of one set of images."""
-        found = metrics.headline(scored.labels, scored.probs, self.limits)
-        figures = {}
-        for name in metrics.HEADLINE:
-            interval = intervals.get(metrics.overall_key(name))
-            figures[name] = _figure(found[name], interval)
-            if interval is not None and found[name] == found[name] and figures[name]["low"] is None:
+        found = figures.headline(scored.labels, scored.probs, self.limits)
+        values = {}
+        for name in figures.HEADLINE:
+            interval = intervals.get(figures.overall_key(name))
+            values[name] = _figure(found[name], interval)
+            if interval is not None and found[name] == found[name] and values[name]["low"] is None:
                 self.withheld[name].append(title)
         counted = {key: found[key] for key in ("n", "classes_defined", "classes_total")}
         groups = len(set(scored.columns["group"].tolist()))
-        return {"of": scored.of, **counted, "groups": groups, "figures": figures}
+        return {"of": scored.of, **counted, "groups": groups, "figures": values}
 
 
 def evaluate(folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean") -> dict[str, Any]:
@@ -109,7 +108,7 @@ def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
     for name, title in PARTS.items():
         try:
             part = saved.part(name)
-            metrics.headline(part.labels, part.probs, job.limits)
+            figures.headline(part.labels, part.probs, job.limits)
         except InputError as error:
             job.missing.append(f"{title}: {error}")
         else:
@@ -164,7 +163,7 @@ def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
 
 def _details(scored: Scored, intervals: dict[str, Interval], job: _Job) -> dict[str, Any]:
     """Per-class table, curves, reliability and confusion counts of one part."""
-    table = metrics.counts(scored.labels, metrics.decisions(scored.probs, job.limits))
+    table = figures.counts(scored.labels, figures.decisions(scored.probs, job.limits))
     cells = {name: getattr(table, name).tolist() for name in ("tp", "fp", "fn", "tn")}
     return {
         "per_class": _per_class(scored, intervals, job),
@@ -180,10 +179,10 @@ def _per_class(scored: Scored, intervals: dict[str, Interval], job: _Job) -> lis
     enough = enough_groups(scored.labels, scored.columns["group"])
     plain = ("class", "positives", "negatives", "unknown", "prevalence", "threshold", "tier")
     rows = []
-    for c, row in enumerate(metrics.per_class(scored.labels, scored.probs, job.limits, job.classes)):
-        of_class = {name: intervals[name].of_class(c) for name in metrics.OF_CLASSES if name in intervals and enough[c]}
-        figures = {name: _figure(row[name], of_class.get(name)) for name in metrics.OF_CLASSES}
-        rows.append({name: row[name] for name in plain} | figures)
+    for c, row in enumerate(figures.per_class(scored.labels, scored.probs, job.limits, job.classes)):
+        of_class = {name: intervals[name].of_class(c) for name in figures.OF_CLASSES if name in intervals and enough[c]}
+        values = {name: _figure(row[name], of_class.get(name)) for name in figures.OF_CLASSES}
+        rows.append({name: row[name] for name in plain} | values)
     if intervals and not enough.all():
         names = [name for name, ok in zip(job.classes, enough, strict=True) if not ok]
         job.missing.append(
@@ -224,7 +223,7 @@ def _curves(scored: Scored, classes: Sequence[str]) -> dict[str, Any]:
 
 def reliability(labels: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
     """Bins of predicted probability over all known entries (n, C) as one, and their calibration error."""
-    value, bins = metrics.ece(labels.reshape(-1, 1), probs.reshape(-1, 1))
+    value, bins = figures.ece(labels.reshape(-1, 1), probs.reshape(-1, 1))
     table = {"count": bins.count[0], "confidence": bins.confidence[0], "frequency": bins.frequency[0]}
     lists = {"edges": bins.edges.tolist(), **{name: values.tolist() for name, values in table.items()}}
     return lists | {"ece": float(value[0])}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_fast.config import PreprocessSpec
@@ -152,13 +153,13 @@ def pixels(found: Explained) -> np.ndarray:
 def words(found: Explained, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text drawn."""
     said: list[str] = []
-    real = overlay.ImageDraw.ImageDraw.text
+    real = Figure.text
 
-    def text(self: Any, place: Any, what: str, *rest: Any, **named: Any) -> None:
-        said.append(what)
-        real(self, place, what, *rest, **named)
+    def text(self: Any, **named: Any) -> Any:
+        said.append(named["s"])
+        return real(self, **named)
 
-    monkeypatch.setattr(overlay.ImageDraw.ImageDraw, "text", text)
+    monkeypatch.setattr(Figure, "text", text)
     picture(found)
     return said
 
@@ -190,6 +191,22 @@ def test_it_says_class_probability_threshold_and_that_it_is_no_proof(monkeypatch
     assert "Dimmed" not in said
 
 
+def test_names_are_written_as_they_are_whatever_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Umlauts; and no formula is made of two dollar signs."""
+    names = ("Pleuraerguß rechts, Ödem", "$x^", "costs $1 or $2")
+    maps = tuple(Map(name=name, probability=0.7, threshold=0.4, shares=np.ones((2, 2)) / 4) for name in names)
+    assert set(names) <= set(words(explained(maps=maps), monkeypatch))
+
+
+def test_no_line_leaves_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right margin stays white beside the longest notes, a warning in capitals, and names of wide letters."""
+    maps = tuple(Map(name="W" * 300, probability=0.7, threshold=0.4, shares=np.ones((2, 2)) / 4) for _ in range(3))
+    for warning in ("random backbone", "m w " * 60):
+        page = pixels(explained(maps=maps, warning=warning, spec=spec("crop"), members=5))
+        assert (page[:, -10:] == 255).all()
+        assert (page[-10:] == 255).all()
+
+
 def test_it_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = Map(name="x" * 300, probability=0.1, threshold=0.4, shares=np.zeros((GRID, GRID)))
     said = " ".join(words(explained(maps=(empty,), members=5, spec=spec("crop")), monkeypatch))
@@ -203,7 +220,8 @@ def test_it_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_random_backbone_is_said_in_red() -> None:
     def reds(found: Explained) -> int:
-        return int((pixels(found) == RED).all(axis=2).sum())
+        red = [int(RED[i : i + 2], 16) for i in (1, 3, 5)]
+        return int((pixels(found) == red).all(axis=2).sum())
 
     assert reds(explained()) == 0
     assert reds(explained(warning="random backbone")) > 100
