@@ -180,6 +180,7 @@ def comparison_table(pair: Record, names: Sequence[str], digits: int = 3) -> Tab
         columns=["figure", *names, "difference"],
         rows=[[FIGURES[key], *_sides(each, digits)] for key, each in found.items()],
         chosen=[row for row, each in enumerate(found.values()) if excludes_zero(each)],
+        mark="differs",
     )
 
 
@@ -194,6 +195,7 @@ def class_comparison_table(rows: Sequence[Record], names: Sequence[str], key: st
         columns=["class", "positives", *(f"{word}, {name}" for name in names), "difference"],
         rows=[[str(row["class"]), row["positives"], *_sides(row[key], digits)] for row in rows],
         chosen=[place for place, row in enumerate(rows) if excludes_zero(row[key])],
+        mark="differs",
         sortable=True,
     )
 

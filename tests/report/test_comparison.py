@@ -189,10 +189,11 @@ def test_the_command_prints_what_the_file_holds(two: tuple[Path, Path], tmp_path
     assert found == compare(*two, part="out_of_fold", resamples=100)
     lines = {line.split("  ")[0]: line for line in done.output.splitlines()}
     figure = found["figures"]["macro_auc"]
-    for value in (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['low']:+.4f} to {figure['high']:+.4f}", "*"):
-        assert value in lines["macro AUC"]
+    for value in (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"[{figure['low']:+.4f}, {figure['high']:+.4f}]"):
+        assert value in lines["Macro AUC"]
+    assert ("<- differs" in lines["Macro AUC"]) == (figure["low"] > 0 or figure["high"] < 0)
     assert f"{found['images']} out-of-fold images of {found['groups']} groups in common" in done.output
-    assert all(f"class {c} (" in done.output for c in range(4))
+    assert all(f"\nclass {c} " in done.output for c in range(4))
     assert "Not a medical device" in done.output or "not a medical device" in done.output
 
 
@@ -207,8 +208,8 @@ def test_the_command_says_what_the_figures_are_worth(tmp_path: Path) -> None:
     assert "1 of 4 classes have no positive or no negative among these images and are left out." in text
     assert "1 of 4 classes are in too few groups for an interval." in text
     assert "about 0.1 of 2 AUC intervals are marked" in text
-    assert "class 2 (" not in text
-    assert "*" not in text.split("* the interval")[0], "nothing differs"
+    assert "\nclass 2 " not in text
+    assert "<- differs" not in text.split("<- differs: the 95% interval")[0], "nothing differs"
 
 
 # What a page of several runs says of each.
@@ -224,7 +225,10 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     arrays["labels"][np.flatnonzero(arrays["fold"] == -1)[:2]] = 1
     runs = [str(made.write(tmp_path / name, arrays)) for name in "ab"]
     text = CliRunner().invoke(main, ["compare", *runs, "--resamples", "100"]).output
-    assert "2 of 2 classes are in too few groups for an interval.\n* the interval holds no 0; 100 paired" in text
+    assert (
+        "2 of 2 classes are in too few groups for an interval.\n<- differs: the 95% interval holds no 0; 100 paired"
+        in text
+    )
     assert "by chance" not in text
     pair = compare(*map(Path, runs), resamples=100)
     page = " ".join(
