@@ -81,16 +81,16 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
     spec = _sweep_spec(ctx, recipe, flags)
-    from ..activations import cache as caches
+    from ..activations.cache import newest, open_cache
     from ..cluster.search import ClusterTrainers
     from ..report import writer
     from ..training.sweep import Sweep
 
     if cache is None:
-        cache = caches.newest(Path("cache"))
+        cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     if recipe == "reference":
-        require_reference_cache(caches.read_cache_header(cache).meta["spec"]["normalize"])
+        require_reference_cache(open_cache(cache, partial=True).meta["spec"]["normalize"])
     cpu.prepare(flags["threads"])
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
@@ -116,7 +116,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
     show(describe_run(run))
-    written = writer.write(job.out)
+    written = writer.write_report(job.out)
     click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
 
 
@@ -286,7 +286,7 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
     """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
     from ..report import comparison
 
-    result = comparison.compare(run_a, run_b, part=part, resamples=resamples, seed=seed)
+    result = comparison.compare_runs(run_a, run_b, part=part, resamples=resamples, seed=seed)
     show(describe_comparison(result))
     if json_out is not None:
         write_json(json_out, result, "--json")
