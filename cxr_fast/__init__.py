@@ -16,8 +16,11 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
     from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
     from .errors import SchemaError as SchemaError
+    from .export.variants import export_run as export_run
     from .inference.predictor import Predictor as Predictor, Result as Result
+    from .report.comparison import compare_runs as compare_runs
     from .report.evaluation import evaluate as evaluate
+    from .report.writer import write_report as write_report
     from .training.run_folder import read_run as read_run
     from .training.run_record import RunRecord as RunRecord, read_record as read_record
     from .training.sweep import Sweep as Sweep
@@ -32,10 +35,14 @@ _MODULE = {
     **dict.fromkeys(("CxrFastError", "DeviceError", "ImageError", "InputError"), "errors"),
     **dict.fromkeys(("Interrupted", "ParityError", "SchemaError"), "errors"),
     **dict.fromkeys(("Predictor", "Result"), "inference.predictor"),
+    **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
+    "compare_runs": "report.comparison",
     "evaluate": "report.evaluation",
+    "export_run": "export.variants",
     "read_run": "training.run_folder",
     **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
     "Sweep": "training.sweep",
+    "write_report": "report.writer",
 }
 __all__ = sorted(_MODULE)
 

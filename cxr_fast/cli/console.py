@@ -20,7 +20,10 @@ Part = str | Table
 
 def plain(parts: Iterable[Part]) -> str:
     """The parts as `show` writes them where there is no terminal."""
-    return "\n".join(part if isinstance(part, str) else to_plain(part) for part in parts)
+    lines: list[str] = []
+    for part in parts:
+        lines += [part] if isinstance(part, str) else [*filter(None, [part.title]), to_plain(part)]
+    return "\n".join(lines)
 
 
 def show(parts: Iterable[Part]) -> None:
@@ -28,12 +31,15 @@ def show(parts: Iterable[Part]) -> None:
     if not sys.stdout.isatty():
         click.echo(plain(parts))
         return
+    from rich.text import Text
+
     console = _console(sys.stdout)
     for part in parts:
         if isinstance(part, str):
             click.echo(part)
-        else:
-            console.print(_drawn(part), soft_wrap=True)
+            continue
+        title = [Text(part.title, style="bold")] if part.title else []
+        console.print(*title, _drawn(part), *map(Text, part.notes), sep="\n")
 
 
 def show_plan(text: str) -> None:
@@ -61,14 +67,14 @@ def _console(file: Any) -> Console:
 
 
 def _drawn(table: Table) -> Any:
-    """A table with the chosen rows marked and in bold, the foot below a rule and the notes under the frame."""
+    """A table with the chosen rows marked and in bold, the foot below a rule, and cells folded where it is too wide."""
     from rich import box
     from rich.table import Table as Drawn
     from rich.text import Text
 
-    drawn = Drawn(box=box.ROUNDED, caption="\n".join(table.notes) or None, caption_justify="left")
+    drawn = Drawn(box=box.ROUNDED)
     for place, name in enumerate(table.columns):
-        drawn.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
+        drawn.add_column(Text(name), justify="right" if place else "left", overflow="fold")
     texts = list(table.texts())
     for place, cells in enumerate(texts):
         chosen = place in table.chosen

@@ -191,7 +191,7 @@ class CacheProgress:
         self.bar, self.many, self.compared = ProgressBar(), many, 0
 
     def looked(self, more: int, rows: int) -> None:
-        """`more` images were read, to see whether they are still those of the `rows` that are there."""
+        """`more` images were read and compared with the `rows` that the cache holds."""
         self.compared += more
         total = max(rows, self.compared)
         self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
@@ -277,24 +277,24 @@ def _is_model(file: Path) -> bool:
 
 
 def _verify_models(file: Path, json_out: Path | None, flags: dict[str, Any]) -> int:
-    from ..inference import verify as checks
+    from ..inference import verify as model_check
 
-    paths = checks.models(file)
+    paths = model_check.models(file)
     if json_out is not None and json_out.exists() and any(json_out.samefile(path) for path in paths if path.exists()):
         raise InputError(f"--json: {json_out} is the model itself; give the name of a JSON file.")
-    found = checks.verify_all(paths, device=flags["device"], threads=flags["threads"])
-    if len(found) == 1 and isinstance(found[0], checks.Unjudged):
+    found = model_check.verify_all(paths, device=flags["device"], threads=flags["threads"])
+    if len(found) == 1 and isinstance(found[0], model_check.Unjudged):
         raise found[0].error
     for item in found:
-        click.echo(checks.describe(item))
+        click.echo(model_check.describe(item))
     if json_out is not None:
-        write_json(json_out, {"models": [checks.to_json(item) for item in found]}, "--json")
+        write_json(json_out, {"models": [model_check.to_json(item) for item in found]}, "--json")
         click.echo(f"wrote {json_out}")
-    return checks.exit_code(found)
+    return model_check.exit_code(found)
 
 
 def _verify_cache(file: Path, flags: dict[str, Any]) -> int:
-    from ..activations import verify as checks
+    from ..activations import verify as cache_check
 
     cpu.prepare(flags["threads"])
     bar = ProgressBar()
@@ -303,11 +303,11 @@ def _verify_cache(file: Path, flags: dict[str, Any]) -> int:
         bar.show(done, total, f"{done:,} of {total:,} rows checked")
 
     named = {name: flags[name] for name in ("reencode", "images", "weights", "device", "seed")}
-    found = checks.cache(file, on_progress=show_rows, **named)
+    found = cache_check.cache(file, on_progress=show_rows, **named)
     bar.done()
     text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
     if found.reencoded:
-        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {checks.TOLERANCE:g})"
+        text += f", largest difference {found.largest:.1e} of a row's peak (tolerance {cache_check.TOLERANCE:g})"
     click.echo(text)
     return echo_verdict(found, file)
 

@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, line by line, and what to type where something is missing."""
+"""Examine what this machine and this installation can do, and say what to type where something is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..system import hardware
 
 SCHEMA = 1
 OK, ABSENT, WRONG = "ok", "--", "!!"
-# Distribution, least version (pyproject's), and what it is there for.
+# Distribution, least version (pyproject's), and what it brings.
 PREDICTING = (
     ("numpy", "2.0"),
     ("pillow", "10.3"),
@@ -171,35 +171,35 @@ def _numbers(text: str) -> tuple[int, ...]:
 # ONNX Runtime and the GPU.
 
 
-def _devices() -> Any:
+def _import_runtime() -> Any:
     """The module that knows ONNX Runtime, or what its import says."""
     try:
-        from ..inference import runtime as devices
+        from ..inference import runtime
     except Exception as error:  # absent, or one of its libraries is: whatever it raises is the finding
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-    return devices
+    return runtime
 
 
 def _runtime(machine: dict[str, Any]) -> Iterator[Finding]:
     there = [(name, version(name)) for name in RUNTIMES if version(name)]
     text = ", ".join(f"{name} {found}" for name, found in there)
     both = "pip uninstall onnxruntime onnxruntime-gpu; pip install 'cxr-fast[gpu]'"
-    devices = _devices()
+    runtime = _import_runtime()
     if len(there) > 1:
         text += "; they overwrite each other's files"
         yield Finding(name="ONNX Runtime", state=WRONG, text=text, mend=both)
-    elif isinstance(devices, str):
-        yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({devices})", mend=both)
+    elif isinstance(runtime, str):
+        yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({runtime})", mend=both)
     elif not there:
         yield Finding(name="ONNX Runtime", state=OK, text="of a build of its own")
     else:
         yield _package(there[0][0], RUNTIME_LEAST, WRONG)
-    if not isinstance(devices, str):
-        yield from _gpu(devices, machine["gpus"])
+    if not isinstance(runtime, str):
+        yield from _gpu(runtime, machine["gpus"])
 
 
-def _gpu(devices: Any, gpus: list[str]) -> Iterator[Finding]:
-    present = devices.gpu_present()
+def _gpu(runtime: Any, gpus: list[str]) -> Iterator[Finding]:
+    present = runtime.gpu_present()
     if gpus:
         yield Finding(name="GPU", state=OK, text="; ".join(gpus))
     elif present:
@@ -208,19 +208,19 @@ def _gpu(devices: Any, gpus: list[str]) -> Iterator[Finding]:
         yield Finding(name="GPU", state=WRONG, text=text, mend=mend)
     else:
         yield Finding(name="GPU", state=ABSENT, text="no NVIDIA GPU visible; everything runs on the CPU")
-    devices.preload()
+    runtime.preload()
     serious = WRONG if present else ABSENT
-    libraries = [(name, serious, devices.PIP_CUDA) for name in devices.cuda_libraries()]
-    libraries += [(name, ABSENT, devices.PIP_CUDA) for name in devices.optional_libraries()]
-    libraries += [(name, ABSENT, devices.pip_tensorrt()) for name in devices.tensorrt_libraries()]
+    libraries = [(name, serious, runtime.PIP_CUDA) for name in runtime.cuda_libraries()]
+    libraries += [(name, ABSENT, runtime.PIP_CUDA) for name in runtime.optional_libraries()]
+    libraries += [(name, ABSENT, runtime.pip_tensorrt()) for name in runtime.tensorrt_libraries()]
     for name, state, mend in libraries:
-        if devices.loads(name):
+        if runtime.loads(name):
             yield Finding(name=name, state=OK, text="loads")
         else:
             yield Finding(name=name, state=state, text=f"does not load; a GPU {_needs(state, name)}", mend=mend)
-    reason = devices.obstacle("cuda")
+    reason = runtime.obstacle("cuda")
     yield Finding(name="--device cuda", state=serious if reason else OK, text=reason or "can be had")
-    reason = devices.obstacle("tensorrt")
+    reason = runtime.obstacle("tensorrt")
     yield Finding(name="--device tensorrt", state=ABSENT if reason else OK, text=reason or "can be had")
 
 
@@ -249,7 +249,7 @@ def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
         yield Finding(name="bfloat16", state=ABSENT, text=text)
     quota = machine["cores_quota"]
     text = f"{machine['cores']} of the machine's {machine['cores_host']}"
-    text += f"; affinity {machine['cores_affinity'] or 'not told'}, container quota {quota or 'none'}"
+    text += f"; affinity {machine['cores_affinity'] or 'unknown'}, container quota {quota or 'none'}"
     yield Finding(name="cores to use", state=OK, text=text)
 
 
@@ -273,7 +273,7 @@ def _disk(path: Path, name: str, wanted: float) -> Finding:
     try:
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Finding(name=f"{name}/", state=WRONG, text=f"cannot be looked at ({error.strerror})", mend=mend)
+        return Finding(name=f"{name}/", state=WRONG, text=f"cannot be read ({error.strerror})", mend=mend)
     if not there.is_dir() or not os.access(there, os.W_OK):
         return Finding(name=f"{name}/", state=WRONG, text=f"{there} cannot be written", mend=mend)
     text = f"{free / 1e9:.1f} GB free"
@@ -317,16 +317,16 @@ def reach(address: str, seconds: float = HUB_SECONDS) -> str:
 
 
 def _deep() -> Iterator[Finding]:
-    devices = _devices()
-    present = not isinstance(devices, str) and devices.gpu_present()
+    runtime = _import_runtime()
+    present = not isinstance(runtime, str) and runtime.gpu_present()
     if version("torch"):
         yield _try("torch imports", WRONG, _torch)
         yield _try("torch on CUDA", WRONG if present else ABSENT, _torch_cuda)
-    if isinstance(devices, str):
+    if isinstance(runtime, str):
         return
     for name in ("cpu", "cuda", "tensorrt"):
         state = WRONG if name == "cpu" or (name == "cuda" and present) else ABSENT
-        yield _try(f"session on {devices.SAID[name]}", state, partial(_session, devices, name))
+        yield _try(f"session on {runtime.SAID[name]}", state, partial(_session, runtime, name))
 
 
 def _try(name: str, otherwise: str, work: Callable[[], str]) -> Finding:
@@ -356,18 +356,18 @@ def _torch_cuda() -> str:
     return f"a tensor lives on {torch.cuda.get_device_name(0)}"
 
 
-def _session(devices: Any, name: str) -> str:
-    if name != "cpu" and (reason := devices.obstacle(name)):
+def _session(runtime: Any, name: str) -> str:
+    if name != "cpu" and (reason := runtime.obstacle(name)):
         raise InputError(reason)
     import numpy as np
 
-    options = devices.onnxruntime.SessionOptions()
+    options = runtime.onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     order = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[name]
-    providers = [devices.PROVIDERS[provider] for provider in order]
-    session = devices.onnxruntime.InferenceSession(RELU, options, providers=providers, enable_fallback=0)
+    providers = [runtime.PROVIDERS[provider] for provider in order]
+    session = runtime.onnxruntime.InferenceSession(RELU, options, providers=providers, enable_fallback=0)
     if session.get_providers()[0] != providers[0]:
-        said = devices.loader_message(name) or "no reason given"
+        said = runtime.loader_message(name) or "no reason given"
         raise InputError(f"fell back to {session.get_providers()[0]}: {said}")
     found = session.run(None, {"x": np.array([3.0], np.float32)})[0]
     if found.tolist() != [3.0]:

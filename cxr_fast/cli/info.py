@@ -1,4 +1,4 @@
-"""What a file of ours is: a cache, a run folder, an ONNX model or a benchmark's JSON, in a few lines."""
+"""Describe a cache, a run folder, an ONNX model or a benchmark's JSON in a few lines."""
 
 from __future__ import annotations
 
@@ -113,7 +113,6 @@ def _model(path: Path) -> str:
     from ..inference import model_file
 
     info = model_file.read(path)
-    parity: dict[str, Any] = info.get("parity", {})
     return lines(
         {
             "model": f"{path}, schema {info['schema']}, {info['written_by']}, {path.stat().st_size / 1e6:,.0f} MB",
@@ -123,11 +122,26 @@ def _model(path: Path) -> str:
             "weights": info["weights"],
             "data": info["data"]["name"],
             "pixels": json.dumps(info["preprocess"]),
-            "parity": f"{parity.get('max_probability_difference', float('nan')):.1e} to {parity.get('against')} on "
-            f"{parity.get('images')} images (limit {parity.get('limit')})",
+            "parity": _parity(info.get("parity", {})),
             "nodes": ", ".join(f"{n} {op}" for op, n in sorted(info["nodes"].items(), key=lambda kv: -kv[1])),
             "intended use": info["intended_use"],
         }
+    )
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    """How far a variant is from torch, and the limits it was held to: float32 has one, fp16 and int8 two."""
+    if not parity:
+        return ""
+    found = float("nan") if (most := parity.get("max_probability_difference")) is None else most
+    text = f"{found:.1e} to {parity.get('against')} on {parity.get('images')} images"
+    if "limit" in parity:
+        return f"{text} (limit {parity['limit']})"
+    drop, flips = parity.get("macro_auc_drop"), parity.get("flips_per_10000")
+    lost = "undefined" if drop is None else f"{round(drop, 4) + 0.0:.4f}"
+    return (
+        f"{text}; macro AUC lost {lost} (limit {parity.get('limit_macro_auc_drop')}), decisions changed "
+        f"{'undefined' if flips is None else f'{flips:.1f}'} per 10,000 (limit {parity.get('limit_flips_per_10000')})"
     )
 
 

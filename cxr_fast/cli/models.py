@@ -48,7 +48,7 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
 
     Exit 1 where a variant was over its limit and not kept.
     """
-    from ..export.variants import export as export_run
+    from ..export.variants import export_run
 
     bars: dict[str, ProgressBar] = {}  # one per stage, so that each stage's time left is its own
 

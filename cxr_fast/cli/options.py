@@ -59,7 +59,7 @@ class Group(click.Group):
 
 
 def full_memory(error: Exception) -> str:
-    """Whose memory an error says is full, empty for another error; torch's own are told without importing it."""
+    """Whose memory an error says is full, empty for another error; torch's errors are known by name, without torch."""
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's"
     return "this machine's" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""

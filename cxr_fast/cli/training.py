@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..config import (
 from ..errors import InputError
 from ..models import device as cpu
 from ..system.files import write_json
-from ..system.text import Table, duration, gigabytes, number
+from ..system.text import duration, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, show_plan
 from .options import (
     PATH,
@@ -80,16 +81,16 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
     spec = _sweep_spec(ctx, recipe, flags)
-    from ..activations import cache as caches
+    from ..activations.cache import newest, open_cache
     from ..cluster.search import ClusterTrainers
     from ..report import writer
     from ..training.sweep import Sweep
 
     if cache is None:
-        cache = caches.newest(Path("cache"))
+        cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     if recipe == "reference":
-        require_reference_cache(caches.read_cache_header(cache).meta["spec"]["normalize"])
+        require_reference_cache(open_cache(cache, partial=True).meta["spec"]["normalize"])
     cpu.prepare(flags["threads"])
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
@@ -115,7 +116,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
     show(describe_run(run))
-    written = writer.write(job.out)
+    written = writer.write_report(job.out)
     click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
 
 
@@ -208,91 +209,27 @@ def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
 
 
 def describe_run(run: dict[str, Any]) -> list[Part]:
-    """Fold table, budget table, hold-out figures."""
+    """The folds, the epoch budgets, the grid, positives per fold, and the figures of the final model."""
     from ..metrics import calibration
+    from ..report import tables
 
-    budgets = [b["epochs"] for b in run["budgets"]]
-    head = ["fold", "images", "classes", *(f"{b} epochs" for b in budgets)]
-    rows = [
-        [str(f["fold"] + 1), str(f["images"]), str(f["classes_defined"]), *(number(f[f"auc_{b}"]) for b in budgets)]
-        for f in run["folds"]
-    ]
-    best = next(i for i, f in enumerate(run["folds"]) if f["best"])
-    folds = Table(columns=head, rows=rows, chosen=[best], mark="best")
-    parts: list[Part] = ["", "validation macro AUC of each fold", folds, ""]
-    rows = [[str(b["epochs"]), number(b["mean_auc"]), number(b["std_auc"])] for b in run["budgets"]]
-    chosen = next(i for i, b in enumerate(run["budgets"]) if b["chosen"])
-    parts += [Table(columns=["epochs", "mean AUC", "std"], rows=rows, chosen=[chosen]), ""]
+    parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if len(run["grid"]) > 1:
-        parts += [describe_grid(run), ""]
-    parts += [positives_note(run), ""]
-    names = {
-        "label_accuracy": "label-wise accuracy",
-        "macro_auc": "macro AUC",
-        "sample_jaccard": "sample-wise Jaccard",
-        "class_jaccard": "per-class Jaccard, mean",
-        "macro_f1": "macro F1",
-        "map": "mAP",
-    }
-    metrics = {"out of fold": run["metrics"]["out_of_fold"], "hold-out": run["metrics"]["holdout"]}
-    found = {name: figures for name, figures in metrics.items() if figures}
-    rows = [[text, *(number(f[key]) for f in found.values())] for key, text in names.items()]
-    rows.append(["classes with an AUC", *(f"{f['classes_defined']} of {f['classes_total']}" for f in found.values())])
-    rows.append(["images", *(f"{f['n']:,}" for f in found.values())])
+        parts += [tables.grid_table(run, 4), ""]
     goal = run["spec"]["threshold_target"].replace("f1", "F1")
-    parts += [Table(columns=[f"figure (thresholds from out-of-fold {goal})", *found], rows=rows)]
+    figures = tables.run_figure_table(run, 4)
+    parts += [tables.positives_table(run), "", replace(figures, notes=[f"thresholds from out-of-fold {goal}"])]
     if run["calibration"]:
         parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
-        parts += ["", describe_finals(run)]
-    if held := metrics["hold-out"]:
+        parts += ["", tables.final_table(run, 4)]
+    if held := run["metrics"]["holdout"]:
         said = f" ({run['provenance']})" if run["provenance"] else ""
         parts.append(
             f"\nheld-out macro AUC over the {held['frequent_classes']} classes with at least "
             f"{held['frequent_min_positives']} positives: {number(held['frequent_auc'])}{said}"
         )
-    parts.append(NOTICE)
-    return parts
-
-
-def describe_grid(run: dict[str, Any]) -> Table:
-    """Every configuration, best first."""
-    plain = ("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen")
-    fields = [name for name in run["grid"][0] if name not in plain]
-    rows = [
-        [
-            str(r["config"] + 1),
-            *(str(r[name]) for name in fields),
-            str(r["epochs"]),
-            number(r["mean_auc"]),
-            number(r["std_auc"]),
-            duration(r["seconds"]),
-        ]
-        for r in run["grid"]
-    ]
-    chosen = next(i for i, r in enumerate(run["grid"]) if r["chosen"])
-    return Table(columns=["configuration", *fields, "epochs", "mean AUC", "std", "time"], rows=rows, chosen=[chosen])
-
-
-def describe_finals(run: dict[str, Any]) -> Table:
-    """The hold-out figures of the three final models; the arrow was chosen by flag, not by these."""
-    keys = {"macro_auc": "macro AUC", "map": "mAP", "macro_f1": "macro F1", "sample_jaccard": "sample Jaccard"}
-    rows = [[kind, *(number(found[key]) for key in keys)] for kind, found in run["finals"].items()]
-    chosen = list(run["finals"]).index(run["final"]["kind"])
-    return Table(columns=["final model, on the hold-out", *keys.values()], rows=rows, chosen=[chosen])
-
-
-def positives_note(run: dict[str, Any]) -> Table:
-    """Positives a fold of every class, as in split.csv."""
-    rows = run["split_table"]
-    columns = [name for name, value in rows[0].items() if isinstance(value, int)]
-    head = ["positives a fold", *(column_name(name) for name in columns)]
-    return Table(columns=head, rows=[[row["class"], *(row[name] for name in columns)] for row in rows])
-
-
-def column_name(name: str) -> str:
-    """`fold_0` of split.csv as people count, `fold 1`, and the hold-out spelled as everywhere."""
-    return f"fold {int(name[5:]) + 1}" if name.startswith("fold_") else name.replace("holdout", "hold-out")
+    return [*parts, NOTICE]
 
 
 @click.command()
@@ -349,7 +286,7 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
     """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
     from ..report import comparison
 
-    result = comparison.compare(run_a, run_b, part=part, resamples=resamples, seed=seed)
+    result = comparison.compare_runs(run_a, run_b, part=part, resamples=resamples, seed=seed)
     show(describe_comparison(result))
     if json_out is not None:
         write_json(json_out, result, "--json")
@@ -358,43 +295,39 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
 
 def describe_comparison(result: dict[str, Any]) -> list[Part]:
     """What was compared, the headline figures, and each class."""
-    from ..metrics.figures import HEADLINE
+    from ..report.comparison import class_comparison_table, comparison_table
 
-    def row(found: dict[str, Any]) -> list[str]:
-        low, high = found["low"], found["high"]
-        ends = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
-        sure = "*" if low is not None and (low > 0 or high < 0) else ""
-        change = "-" if found["difference"] is None else f"{found['difference']:+.4f}"
-        return [number(found["a"]), number(found["b"]), change, ends, sure]
-
-    head = ["A", "B", "B - A", f"{result['level']:.0%} interval", ""]
-    figures = [[HEADLINE[name], *row(found)] for name, found in result["figures"].items()]
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
     said = {side: f" ({text.upper()})" if (text := result[f"provenance_{side}"]) else "" for side in "ab"}
-    parts: list[Part] = [
+    shown = [row for row in result["per_class"] if row["auc"]["difference"] is not None]
+    return [
         f"A: {result['a']}{said['a']}\nB: {result['b']}{said['b']}",
         f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
         f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
         "",
-        Table(columns=["figure", *head], rows=figures),
+        comparison_table(result, "AB", 4),
+        "",
+        class_comparison_table(shown, "AB", "auc", 4),
+        "",
+        class_comparison_table(shown, "AB", "ap", 4),
+        "",
+        *comparison_notes(result, shown),
+        NOTICE,
     ]
-    shown = [r for r in result["per_class"] if r["auc"]["difference"] is not None]
-    for key, text in (("auc", "AUC"), ("ap", "average precision")):
-        rows = [[f"{r['class']} ({r['positives']:,})", *row(r[key])] for r in shown]
-        parts += ["", Table(columns=[f"{text} (positives)", *head], rows=rows)]
-    parts += ["", *comparison_notes(result, shown), NOTICE]
-    return parts
 
 
 def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> list[str]:
-    """What is left out, and what a star is worth."""
+    """What is left out, and what a marked row is worth."""
     total, sure = len(result["per_class"]), sum(r["auc"]["low"] is not None for r in shown)
     notes = []
     if left := total - len(shown):
         notes.append(f"{left} of {total} classes have no positive or no negative among these images and are left out.")
     if few := len(shown) - sure:
         notes.append(f"{few} of {total} classes are in too few groups for an interval.")
-    star = f"* the interval holds no 0; {result['resamples']:,} paired resamples of groups, seed {result['seed']}."
+    level, resamples = f"{result['level']:.0%}", f"{result['resamples']:,}"
+    mark = (
+        f"<- differs: the {level} interval holds no 0; {resamples} paired resamples of groups, seed {result['seed']}."
+    )
     chance = f"about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
-    notes.append(f"{star} Where nothing differs, {chance}" if sure else star)
+    notes.append(f"{mark} Where nothing differs, {chance}" if sure else mark)
     return notes

@@ -1,4 +1,4 @@
-"""The same image under two names: what leaks between folds, what contradicts itself."""
+"""Find duplicate images: same bytes in different groups (leakage) or with different labels (conflict)."""
 
 from __future__ import annotations
 

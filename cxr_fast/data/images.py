@@ -1,4 +1,4 @@
-"""One image file to pixels: the only place where pixels change, for the cache, the predictor and the benchmarks."""
+"""Turn one image file into pixels, by the same code for the cache, the predictor and the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -70,7 +70,6 @@ _MAGIC = (
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # "BM" alone also begins ordinary text
 _END = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 
-_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -118,7 +117,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndarray:
     """The bytes of one image file to grey pixels, uint8 (H, W), at full size.
 
-    The format is told from the content, never from a name: PNG, JPEG, TIFF, BMP, or DICOM (`dicom.decode`).
+    The format follows from the content, never from a name: PNG, JPEG, TIFF, BMP, or DICOM (`dicom.decode`).
 
     - Colour becomes ITU-R 601 luma (Pillow's `L`); CMYK goes through RGB. ICC profiles and gamma are ignored.
     - 16 bits are divided by 257 and rounded, the full range: never stretched to what is found, so 12-bit values
@@ -174,8 +173,7 @@ def array_pixels(array: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
         return np.array(_square(Image.fromarray(np.ascontiguousarray(array)).convert("L"), spec))
     if kind == ("uint8", 2):
         return resize(array, spec)
-    message = f"{_describe(array)}: give uint8 (H, W), uint8 (H, W, 3) or uint16 (H, W)"
-    raise ImageError("bad_array", message)
+    raise ImageError("bad_array", f"{_describe(array)}: give uint8 (H, W), uint8 (H, W, 3) or uint16 (H, W)")
 
 
 def flip(pixels: np.ndarray) -> np.ndarray:
@@ -312,11 +310,11 @@ def _grey(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; Pillow has done so already for TIFF."""
+    """Apply the EXIF orientation, unless the metadata is broken; Pillow has done so already for TIFF."""
     if isinstance(image, TiffImageFile):
         return image
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken metadata around sound pixels
         return image
     return image if turn is None else image.transpose(turn)

@@ -61,7 +61,7 @@ def _indiana_study_labels(studies: Cells, file: Path, unindexed: Unindexed) -> t
     headings = studies.get("MeSH", studies.get("Problems"))
     if "label" in studies:
         if headings is None and unindexed == "unknown":
-            raise InputError(f"{file} has no MeSH column, so what was not indexed cannot be told.")
+            raise InputError(f"{file} has no MeSH column to find unindexed studies by: leave --unindexed out.")
         values = _published_labels(studies["label"], file)
     elif headings is not None:
         values = _heading_labels(headings)

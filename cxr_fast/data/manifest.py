@@ -1,4 +1,4 @@
-"""A dataset folder or manifest file to a `Manifest`: image, group, view, labels; and back to a file."""
+"""Read a dataset folder or manifest file into a `Manifest` (image, group, view, labels), and write one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command line names to the image files meant: files, folders, globs, lists and manifests."""
+"""Find the image files that a command line names: files, folders, globs, lists and manifests."""
 
 from __future__ import annotations
 

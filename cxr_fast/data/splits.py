@@ -1,4 +1,4 @@
-"""Hold-out and folds: no group in two of them, every label spread over all of them."""
+"""Split images into hold-out and folds: no group in two of them, every label spread over all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split(
     labels (N, C) int8 with 1, 0, -1 unknown; groups N names; the answer is (N,) int16: -1 for the hold-out,
     else 0..K-1. A group counts as positive for a class when any of its images is. `holdout` is a fraction of
     the groups, met to about 2 %, and 0 gives no -1. The same seed gives every group the same place whatever
-    the order of the rows; with by="image" rows are told apart by their position alone.
+    the order of the rows; with by="image" only their position distinguishes rows.
     Raises InputError when there are fewer groups than parts, or when shapes disagree.
     Source: Sechidis, Tsoumakas, Vlahavas, On the Stratification of Multi-Label Data, 2011.
     """

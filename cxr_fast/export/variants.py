@@ -25,6 +25,7 @@ from ..inference.predictor import golden_pixels
 from ..inference.verify import LOOSEST
 from ..metrics import calibration, drift
 from ..metrics.drift import Drift
+from ..system.files import AnyPath
 from ..system.hardware import machine
 from ..training.run_folder import Run, clean, read_run
 from .graph import VARIANTS, all_nodes, build, matrices
@@ -63,13 +64,13 @@ class Exported:
         return not self.reason
 
 
-def export(
-    run_folder: Path,
+def export_run(
+    run_folder: AnyPath,
     *,
-    out: Path | None = None,
+    out: AnyPath | None = None,
     variants: Sequence[str] = ("fp32",),
     final: str | None = None,
-    images: Path | None = None,
+    images: AnyPath | None = None,
     embedding: bool = False,
     allow_drift: bool = False,
     count: int = IMAGES,
@@ -81,7 +82,12 @@ def export(
     the cached ones (hold-out first), read again under the dataset's folder or `images`. Limits: fp32 1e-5 in
     probability before calibration, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept
     unless `allow_drift`. A float16 or int8 file not kept takes an earlier one of its name away.
+
+        >>> (one,) = export_run("exports/indiana", out="exports/indiana/again.onnx", count=8)
+        >>> one.kept, one.path.name
+        (True, 'again.onnx')
     """
+    run_folder, out, images = Path(run_folder), _as_path(out), _as_path(images)
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
     run = read_run(run_folder, final)
@@ -97,6 +103,10 @@ def export(
         if not found[-1].kept:
             _remove(path)
     return found
+
+
+def _as_path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..metrics.figures import HEADLINE, headline, overall_key, per_class
 from ..metrics.intervals import Interval, Resampling, paired_bootstrap
+from ..system.files import AnyPath
 from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
@@ -27,15 +28,20 @@ ROUNDING = 1e-12
 Part = Literal["holdout", "out_of_fold"]
 
 
-def compare(
-    run_a: Path, run_b: Path, *, part: Part = "holdout", resamples: int = 1000, seed: int = 0
+def compare_runs(
+    run_a: AnyPath, run_b: AnyPath, *, part: Part = "holdout", resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """B minus A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
+    """Compare B with A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
 
     `figures` (those of HEADLINE) and the rows of `per_class` (auc, ap) hold a, b, difference, low, high; null where
     undefined. Images are matched by their bytes. Raises InputError where the runs share no image, have other
     classes, or label an image differently.
+
+        >>> found = compare_runs("exports/indiana", "exports/indiana", resamples=100)
+        >>> found["figures"]["macro_auc"]["difference"]
+        0.0
     """
+    run_a, run_b = Path(run_a), Path(run_b)
     info_a, a, limits_a = _side(run_a, part)
     info_b, b, limits_b = _side(run_b, part)
     classes, others = list(info_a["classes"]), list(info_b["classes"])
@@ -178,6 +184,7 @@ def comparison_table(pair: Record, names: Sequence[str], digits: int = 3) -> Tab
         columns=["figure", *names, "difference"],
         rows=[[FIGURES[key], *_sides(each, digits)] for key, each in found.items()],
         chosen=[row for row, each in enumerate(found.values()) if excludes_zero(each)],
+        mark="differs",
     )
 
 
@@ -192,6 +199,7 @@ def class_comparison_table(rows: Sequence[Record], names: Sequence[str], key: st
         columns=["class", "positives", *(f"{word}, {name}" for name in names), "difference"],
         rows=[[str(row["class"]), row["positives"], *_sides(row[key], digits)] for row in rows],
         chosen=[place for place, row in enumerate(rows) if excludes_zero(row[key])],
+        mark="differs",
         sortable=True,
     )
 

@@ -44,6 +44,7 @@ def fold_table(run: Record, digits: int = 3) -> Table:
             for fold in run["folds"]
         ],
         chosen=[row for row, fold in enumerate(run["folds"]) if fold["best"]],
+        mark="best",
         foot=[
             [name, "", "", *(Figure(value=b[key], digits=digits) for b in budgets)]
             for name, key in (("mean", "mean_auc"), ("std", "std_auc"))

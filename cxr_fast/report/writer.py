@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..system.files import write_bytes
+from ..system.files import AnyPath, write_bytes
 from ..system.text import Table, to_csv
 from ..training import predictions
 from ..training.predictions import Pool
@@ -58,20 +58,20 @@ def write_all(
     seed: int = 0,
     pool: Pool = "mean",
 ) -> list[Written]:
-    """`write` for each run, and with two or more the comparison of each with the first, `out` or in the first's folder.
+    """Call `write_report` for each run, and with two or more compare each with the first, into `out` or its folder.
 
-    All runs are checked before anything is written. Raises as `write` does.
+    All runs are checked before anything is written. Raises as `write_report` does.
     """
     titles = name_runs(folders)
     runs = {title: read_whole(folder) for title, folder in zip(titles, folders, strict=True)}
-    pages = [write(folder, resamples=resamples, seed=seed, pool=pool) for folder in folders]
+    pages = [write_report(folder, resamples=resamples, seed=seed, pool=pool) for folder in folders]
     if len(folders) < 2:
         return pages
     found = {title: page.evaluation for title, page in zip(titles, pages, strict=True)}
     missing, pairs = [], {}
     for title, folder in zip(titles[1:], folders[1:], strict=True):
         try:
-            pairs[title] = compare_runs(folders[0], folder, resamples=resamples, seed=seed)
+            pairs[title] = compare_any_part(folders[0], folder, resamples=resamples, seed=seed)
         except InputError as error:
             missing.append(f"the comparison of {title} with {titles[0]}: {error}")
     path = out or folders[0] / COMPARISON
@@ -79,21 +79,25 @@ def write_all(
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
 
 
-def compare_runs(a: Path, b: Path, **named: Any) -> dict[str, Any]:
+def compare_any_part(a: Path, b: Path, **named: Any) -> dict[str, Any]:
     """B against A on the held-out images of both, else on those both scored out of fold. InputError where neither."""
     try:
-        return comparison.compare(a, b, part="holdout", **named)
+        return comparison.compare_runs(a, b, part="holdout", **named)
     except InputError as error:
         with contextlib.suppress(InputError):
-            return comparison.compare(a, b, part="out_of_fold", **named)
+            return comparison.compare_runs(a, b, part="out_of_fold", **named)
         raise InputError(str(error).replace(", or pass --part out_of_fold", "")) from error
 
 
-def write(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool = "mean") -> Written:
+def write_report(folder: AnyPath, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool = "mean") -> Written:
     """Write the page of one run and all that goes with it into its folder.
 
     InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
+
+        >>> write_report("exports/indiana", resamples=0).page.name
+        'report.html'
     """
+    folder = Path(folder)
     material, whole = gather(folder, resamples=resamples, seed=seed, pool=pool)
     files = {**material.plots, CARD: render_card(material), PAGE: render_run(material)}
     if material.evaluation is not None:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..metrics import figures
 from ..metrics.thresholds import best_f1_thresholds, thresholds_for
 from ..system import hardware
-from ..system.files import write_csv, write_json
+from ..system.files import AnyPath, write_csv, write_json
 from .run_folder import KIND, SCHEMA, clean, read_info
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
     trained on one.
 
-        >>> record: RunRecord = read_record(Path("exports/indiana"))
+        >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
         True
     """
@@ -122,12 +122,13 @@ class RunRecord(msgspec.Struct, kw_only=True):
         return values
 
 
-def read_record(folder: Path) -> RunRecord:
+def read_record(folder: AnyPath) -> RunRecord:
     """Read `run.json` of a run folder. InputError or SchemaError with one line where it is not one.
 
-    >>> read_record(Path("exports/indiana")).final.kind
+    >>> read_record("exports/indiana").final.kind
     'best-fold'
     """
+    folder = Path(folder)
     try:
         return msgspec.convert(read_info(folder), RunRecord)
     except msgspec.ValidationError as error:

@@ -25,6 +25,7 @@ from ..errors import InputError, Interrupted
 from ..metrics import calibration, figures
 from ..models.backbone import Backbone, load, tower_sha256
 from ..models.tail import count_trainable
+from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
@@ -81,7 +82,7 @@ class Sweep:
     refit are trained there and all else happens here; on CPUs the figures are a local run's to the last bit.
 
         >>> spec = SweepSpec(epochs=(1,), folds=2)
-        >>> sweep = Sweep(Path("cache/indiana.h5"), Path("exports/short"), spec, SweepOptions(device="cpu"))
+        >>> sweep = Sweep("cache/indiana.h5", "exports/short", spec, SweepOptions(device="cpu"))
         >>> sweep.plan().folds
         2
         >>> sweep.run()["final"]["kind"]
@@ -90,14 +91,15 @@ class Sweep:
 
     def __init__(
         self,
-        cache: Path,
-        out: Path | None,
+        cache: AnyPath,
+        out: AnyPath | None,
         spec: SweepSpec,
         options: SweepOptions = SweepOptions(),  # noqa: B008
         *,
         manifest: Manifest | None = None,
         trainers: Trainers | None = None,
     ) -> None:
+        cache, out = Path(cache), None if out is None else Path(out)
         if out is not None:
             _require_free(out, options.overwrite)
         self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)

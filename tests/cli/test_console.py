@@ -17,7 +17,7 @@ from cxr_fast.system.text import Table
 show_plan("two folds [of three]")
 table = Table(
     columns=["fold", "AUC"], rows=[["1", "0.8"], ["2", "0.9"]], foot=[["mean", "0.85"]], chosen=[1], mark="best",
-    notes=["higher is better"],
+    notes=["higher [or equal] is better"], title="AUC [valid]",
 )
 show(["validation", table])
 """
@@ -84,8 +84,9 @@ def test_a_table_and_a_plan_are_drawn_on_a_terminal() -> None:
     assert lines[0].startswith("╭─ plan ─")
     assert re.fullmatch(r"│ two folds \[of three\] +│", lines[1])
     assert any(re.fullmatch(r"│ 2 <- best │ +0\.9 │", line) for line in lines)
-    assert any(line.startswith("├──") for line in lines[lines.index("validation") + 4 :]), "a rule above the foot"
-    assert "higher is better" in lines[-1]
+    assert any(line.startswith("├──") for line in lines[lines.index("AUC [valid]") + 4 :]), "a rule above the foot"
+    assert lines[-1] == "higher [or equal] is better"
+    assert lines[lines.index("validation") + 1] == "AUC [valid]"
 
 
 def test_no_color_means_no_escape_codes() -> None:
@@ -100,12 +101,13 @@ def test_a_pipe_gets_plain_text_without_rich() -> None:
     assert result.stdout.splitlines() == [
         "two folds [of three]",
         "validation",
+        "AUC [valid]",
         "fold   AUC",
         "----  ----",
         "1      0.8",
         "2      0.9  <- best",
         "mean  0.85",
-        "higher is better",
+        "higher [or equal] is better",
         "False",
     ]
 

@@ -90,6 +90,19 @@ def test_a_model(toy_model: Path, toy_run: Path) -> None:
     assert "Not a medical device" in found["intended use"]
 
 
+def test_a_variant_with_limits_of_its_own_says_them() -> None:
+    """fp16 and int8 have no limit in probability: theirs are of the AUC lost and of the decisions changed."""
+    parity = {"against": "torch", "images": 79, "max_probability_difference": 0.0123, "flips_per_10000": 4.56}
+    limits = {"macro_auc_drop": 0.00123, "limit_macro_auc_drop": 0.002, "limit_flips_per_10000": 10}
+    said = info._parity(parity | limits)
+    assert said == (
+        "1.2e-02 to torch on 79 images; macro AUC lost 0.0012 (limit 0.002), "
+        "decisions changed 4.6 per 10,000 (limit 10)"
+    )
+    assert "macro AUC lost undefined" in info._parity(parity | limits | {"macro_auc_drop": None})
+    assert "None" not in said + info._parity({})
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [

@@ -26,7 +26,7 @@ from cxr_fast import __version__
 from cxr_fast.activations import encoder
 from cxr_fast.activations import file as store
 from cxr_fast.bench import results as benchmark_record
-from cxr_fast.cli import console, data, training
+from cxr_fast.cli import console, data
 from cxr_fast.cli.main import main
 from cxr_fast.inference import runtime
 from cxr_fast.system import hardware
@@ -122,7 +122,7 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert said["sweep"].stdout.count("<- chosen") == 2, "the budget and the final model"
     assert said["sweep"].stdout.count("<- best\n") == 1, "a fold, chosen by no more than one of the final models"
     assert "(random backbone, phantom images)" in said["sweep"].stdout
-    assert re.search(r"positives a fold +total( +fold \d)+ +hold-out\n", said["sweep"].stdout)
+    assert re.search(r"Positives a fold\nclass +total( +fold \d)+ +hold-out\n", said["sweep"].stdout)
     assert "Not a medical device" in said["sweep"].stdout
     assert re.search(r"against torch float32 on 58 images .*\nfp32 +\S+e-0[6789]", said["export"].stdout, re.DOTALL)
     assert "wrote exports/phantom/model.fp32.onnx" in said["export"].stdout
@@ -725,8 +725,6 @@ def test_every_command_shows_its_help() -> None:
         (gigabytes, 2.1e5, "210 kB"),
         (number, None, "-"),
         (number, 0.123456, "0.1235"),
-        (training.column_name, "fold_0", "fold 1"),
-        (training.column_name, "holdout", "hold-out"),
     ],
 )
 def test_numbers_for_people(function: Callable[[object], object], value: object, expected: object) -> None:

@@ -39,7 +39,7 @@ def real(name: str) -> Path:
 
 
 def put(path: Path, text: str | bytes = b"") -> Path:
-    """A file with its folders; an image is any file here, for no pixel is looked at."""
+    """A file with its folders; an image is any file here, for no pixel is read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path

@@ -15,7 +15,7 @@ from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
 from cxr_fast.metrics.intervals import Resampling, paired_bootstrap
-from cxr_fast.report.comparison import compare
+from cxr_fast.report.comparison import compare_runs
 from cxr_fast.report.evaluation import evaluate
 from cxr_fast.report.writer import render_comparison
 from tests.helpers import made
@@ -43,7 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("part", ["holdout", "out_of_fold"])
 def test_figures_are_those_of_each_run(two: tuple[Path, Path], part: Any) -> None:
-    found = compare(*two, part=part, resamples=100)
+    found = compare_runs(*two, part=part, resamples=100)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     each = [evaluate(run, resamples=0)["parts"][part] for run in two]
     assert found["images"] == each[0]["n"]
@@ -54,7 +54,7 @@ def test_figures_are_those_of_each_run(two: tuple[Path, Path], part: Any) -> Non
         assert figure["difference"] == figure["b"] - figure["a"]
         assert figure["low"] <= figure["difference"] <= figure["high"]
     assert found["figures"]["macro_auc"]["high"] < 0
-    back = compare(two[1], two[0], part=part, resamples=100)
+    back = compare_runs(two[1], two[0], part=part, resamples=100)
     assert back["figures"]["macro_auc"]["low"] == pytest.approx(-found["figures"]["macro_auc"]["high"], abs=0.02)
     if part == "holdout":
         rows = evaluate(two[0], resamples=0)["per_class"]
@@ -63,7 +63,7 @@ def test_figures_are_those_of_each_run(two: tuple[Path, Path], part: Any) -> Non
 
 
 def test_a_run_against_itself_differs_by_nothing(two: tuple[Path, Path]) -> None:
-    found = compare(two[0], two[0], resamples=100)
+    found = compare_runs(two[0], two[0], resamples=100)
     for figure in [*found["figures"].values(), *(row[name] for row in found["per_class"] for name in ("auc", "ap"))]:
         assert (figure["difference"], figure["low"], figure["high"]) == (0, 0, 0)
 
@@ -76,7 +76,7 @@ def test_only_common_images_count_in_whatever_order(two: tuple[Path, Path], tmp_
     random.shuffle(kept)
     half = taken(arrays, kept)
     half["image"] = np.array([f"elsewhere/{name}" for name in half["image"]])
-    plain = compare(two[0], made.write(tmp_path / "half", half), resamples=100)
+    plain = compare_runs(two[0], made.write(tmp_path / "half", half), resamples=100)
     assert plain["images"] == len(held[::2])
     assert plain["only_a"] == len(held) - len(held[::2])
     whole = made.arrays(240, 4)
@@ -85,7 +85,7 @@ def test_only_common_images_count_in_whatever_order(two: tuple[Path, Path], tmp_
     assert all(plain["figures"][name]["a"] == expected[name] for name in figures.HEADLINE)
     turned = half | {name: half[name][..., ::-1] for name in ("labels", "final", "out_of_fold")}
     changes = {"classes": made.description(4)["classes"][::-1], "thresholds": limits[::-1].tolist()}
-    other = compare(two[0], made.write(tmp_path / "turned", turned, **changes), resamples=100)
+    other = compare_runs(two[0], made.write(tmp_path / "turned", turned, **changes), resamples=100)
     assert other["figures"] == plain["figures"]
     assert other["per_class"] == plain["per_class"]
 
@@ -93,7 +93,7 @@ def test_only_common_images_count_in_whatever_order(two: tuple[Path, Path], tmp_
 def test_files_of_equal_bytes_are_matched_one_to_one(tmp_path: Path) -> None:
     arrays = made.arrays(60, 2)
     arrays["sha256"][:] = arrays["sha256"][0]
-    found = compare(*[made.write(tmp_path / name, arrays) for name in "ab"], resamples=100)
+    found = compare_runs(*[made.write(tmp_path / name, arrays) for name in "ab"], resamples=100)
     assert (found["images"], found["only_a"], found["only_b"]) == ((arrays["fold"] == -1).sum(), 0, 0)
 
 
@@ -102,7 +102,7 @@ def test_pairing_narrows_the_interval(tmp_path: Path) -> None:
     arrays = made.arrays(300, 3)
     near = arrays | {"final": (arrays["final"] * 0.9 + 0.1 * worse(arrays)["final"]).astype(np.float32)}
     runs = [made.write(tmp_path / "a", arrays), made.write(tmp_path / "b", near)]
-    paired = compare(*runs, resamples=300)["figures"]["macro_auc"]
+    paired = compare_runs(*runs, resamples=300)["figures"]["macro_auc"]
     alone = [evaluate(run, resamples=300)["parts"]["holdout"]["figures"]["macro_auc"] for run in runs]
     unpaired = math.hypot(*(figure["high"] - figure["low"] for figure in alone))
     assert paired["high"] - paired["low"] < 0.5 * unpaired
@@ -131,7 +131,7 @@ def test_a_class_in_few_groups_has_no_interval(tmp_path: Path) -> None:
     arrays = made.arrays(120, 2)
     arrays["labels"][:, 1] = 0
     arrays["labels"][np.flatnonzero(arrays["fold"] == -1)[:2], 1] = 1
-    row = compare(made.write(tmp_path / "a", arrays), made.write(tmp_path / "b", worse(arrays)), resamples=100)[
+    row = compare_runs(made.write(tmp_path / "a", arrays), made.write(tmp_path / "b", worse(arrays)), resamples=100)[
         "per_class"
     ][1]
     assert row["auc"]["difference"] is not None
@@ -167,13 +167,13 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, change: Any, said: 
     arrays = made.arrays(120, 4)
     runs = made.write(tmp_path / "a", arrays), made.write(tmp_path / "b", change(arrays))
     with pytest.raises(InputError, match=said) as caught:
-        compare(*runs, resamples=100)
+        compare_runs(*runs, resamples=100)
     assert "\n" not in str(caught.value)
 
 
 def test_another_schema_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="schema 99"):
-        compare(two[0], made.write(tmp_path / "b", schema=99))
+        compare_runs(two[0], made.write(tmp_path / "b", schema=99))
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -186,13 +186,14 @@ def test_the_command_prints_what_the_file_holds(two: tuple[Path, Path], tmp_path
     )
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
-    assert found == compare(*two, part="out_of_fold", resamples=100)
+    assert found == compare_runs(*two, part="out_of_fold", resamples=100)
     lines = {line.split("  ")[0]: line for line in done.output.splitlines()}
     figure = found["figures"]["macro_auc"]
-    for value in (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['low']:+.4f} to {figure['high']:+.4f}", "*"):
-        assert value in lines["macro AUC"]
+    for value in (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"[{figure['low']:+.4f}, {figure['high']:+.4f}]"):
+        assert value in lines["Macro AUC"]
+    assert ("<- differs" in lines["Macro AUC"]) == (figure["low"] > 0 or figure["high"] < 0)
     assert f"{found['images']} out-of-fold images of {found['groups']} groups in common" in done.output
-    assert all(f"class {c} (" in done.output for c in range(4))
+    assert all(f"\nclass {c} " in done.output for c in range(4))
     assert "Not a medical device" in done.output or "not a medical device" in done.output
 
 
@@ -207,8 +208,8 @@ def test_the_command_says_what_the_figures_are_worth(tmp_path: Path) -> None:
     assert "1 of 4 classes have no positive or no negative among these images and are left out." in text
     assert "1 of 4 classes are in too few groups for an interval." in text
     assert "about 0.1 of 2 AUC intervals are marked" in text
-    assert "class 2 (" not in text
-    assert "*" not in text.split("* the interval")[0], "nothing differs"
+    assert "\nclass 2 " not in text
+    assert "<- differs" not in text.split("<- differs: the 95% interval")[0], "nothing differs"
 
 
 # What a page of several runs says of each.
@@ -224,9 +225,12 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
     arrays["labels"][np.flatnonzero(arrays["fold"] == -1)[:2]] = 1
     runs = [str(made.write(tmp_path / name, arrays)) for name in "ab"]
     text = CliRunner().invoke(main, ["compare", *runs, "--resamples", "100"]).output
-    assert "2 of 2 classes are in too few groups for an interval.\n* the interval holds no 0; 100 paired" in text
+    assert (
+        "2 of 2 classes are in too few groups for an interval.\n<- differs: the 95% interval holds no 0; 100 paired"
+        in text
+    )
     assert "by chance" not in text
-    pair = compare(*map(Path, runs), resamples=100)
+    pair = compare_runs(*map(Path, runs), resamples=100)
     page = " ".join(
         render_comparison(dict.fromkeys("ab", SAID), {"a": None, "b": None}, {"b": pair}, []).decode().split()
     )
@@ -237,7 +241,7 @@ def test_chance_is_not_told_of_no_intervals(tmp_path: Path) -> None:
 def test_a_page_of_runs_without_any_auc(tmp_path: Path) -> None:
     arrays = made.arrays(240, 2)
     arrays["labels"][:] = 0
-    pair = compare(*(made.write(tmp_path / name, arrays) for name in "ab"), resamples=100)
+    pair = compare_runs(*(made.write(tmp_path / name, arrays) for name in "ab"), resamples=100)
     runs: dict[str, Any] = {"a": SAID, "b": SAID | {"provenance": "<drawn>", "device": "cuda"}}
     page = " ".join(render_comparison(runs, {"a": None, "b": None}, {"b": pair}, ["one <thing>."]).decode().split())
     for said in (

@@ -74,8 +74,8 @@ def test_the_figures_are_run_jsons_to_the_last_bit(toy_run: Path) -> None:
 def test_it_reads_files_and_never_a_model(run: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom cxr_fast.report.evaluation import evaluate\n"
-        "from cxr_fast.report.comparison import compare\nfolder = Path(sys.argv[1])\nevaluate(folder, resamples=5)\n"
-        "compare(folder, folder, resamples=5)\n"
+        "from cxr_fast.report.comparison import compare_runs\nfolder = Path(sys.argv[1])\n"
+        "evaluate(folder, resamples=5)\ncompare_runs(folder, folder, resamples=5)\n"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'h5py'} & set(sys.modules)))"
     )
     done = subprocess.run(

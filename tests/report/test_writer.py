@@ -42,7 +42,7 @@ def made(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "SMALL", 2)  # the toy's views are few images
-        writer.write(folder, **FEW)
+        writer.write_report(folder, **FEW)
     return folder
 
 
@@ -79,7 +79,7 @@ def edit_predictions(folder: Path, change: Callable[[dict[str, np.ndarray]], Any
 
 
 def page(folder: Path) -> Page:
-    return Page(writer.write(folder, **FEW).page.read_text(encoding="utf-8"))
+    return Page(writer.write_report(folder, **FEW).page.read_text(encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def test_a_run_without_a_hold_out(folder: Path) -> None:
     edit(folder, change)
     # Held-out images have no out-of-fold prediction: here they stand for folds' images.
     edit_predictions(folder, lambda arrays: arrays.update(out_of_fold=np.nan_to_num(arrays["out_of_fold"], nan=0.3)))
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert written.whole
     assert "There is no hold-out" in parsed.text
@@ -445,7 +445,7 @@ def test_two_images(folder: Path) -> None:
     fold = np.load(folder / "predictions.npz")["fold"]
     rows = [int(np.flatnonzero(fold == -1)[0]), int(np.flatnonzero(fold == 0)[0])]
     edit_predictions(folder, lambda arrays: only(arrays, rows, slice(None)))
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert parsed.tables["Figures of each part"][1][-1] == "1"
     assert "[" not in "".join(row[-1] for row in parsed.tables["Figures of each part"])
@@ -458,7 +458,7 @@ def test_predictions_with_nan_leave_a_partial_page(folder: Path) -> None:
         arrays["final"][arrays["fold"] == -1, 0] = np.nan
 
     edit_predictions(folder, spoil)
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
     assert "saved probabilities are NaN" in parsed.text
@@ -472,7 +472,7 @@ def test_predictions_with_nan_leave_a_partial_page(folder: Path) -> None:
 @pytest.mark.usefixtures("unpainted")
 def test_predictions_all_nan(folder: Path) -> None:
     edit_predictions(folder, lambda arrays: arrays.update({n: arrays[n] * np.nan for n in ("final", "out_of_fold")}))
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
     assert parsed.sections == ["cooccurrence", "search", "data", "recipe", "made"]
@@ -490,7 +490,7 @@ def test_damaged_predictions_leave_what_run_json_tells(folder: Path, damage: str
         "other": lambda: edit_predictions(folder, lambda arrays: arrays.update(final=arrays["final"][:3])),
     }[damage]()
     (folder / "evaluation.json").write_text("of an earlier report")
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
     assert parsed.sections == ["search", "data", "recipe", "made"]
@@ -507,7 +507,7 @@ def test_damaged_predictions_leave_what_run_json_tells(folder: Path, damage: str
 def test_a_missing_or_foreign_history(folder: Path, text: str | None) -> None:
     path = folder / "history.csv"
     path.unlink() if text is None else path.write_text(text)
-    written = writer.write(folder, **FEW)
+    written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
     assert "Training progression: " in parsed.text
@@ -529,14 +529,14 @@ def test_a_missing_or_foreign_history(folder: Path, text: str | None) -> None:
 def test_what_is_no_run_is_refused(folder: Path, break_it: Callable[[Path], Any], match: str) -> None:
     break_it(folder)
     with pytest.raises(InputError, match=match):
-        writer.write(folder)
+        writer.write_report(folder)
     assert not (folder / "report.html").exists()
 
 
 def test_an_unknown_schema_is_refused(folder: Path) -> None:
     edit(folder, lambda run: run.update(schema=99, written_by="cxr-fast 9"))
     with pytest.raises(SchemaError, match=r"schema 99 .*cxr-fast 9"):
-        writer.write(folder)
+        writer.write_report(folder)
     result = cxr("report", folder)
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
@@ -544,8 +544,8 @@ def test_an_unknown_schema_is_refused(folder: Path) -> None:
 
 @pytest.mark.usefixtures("unpainted")
 def test_a_page_written_twice_is_the_same(folder: Path) -> None:
-    first = writer.write(folder, **FEW).page.read_bytes()
-    assert writer.write(folder, **FEW).page.read_bytes() == first
+    first = writer.write_report(folder, **FEW).page.read_bytes()
+    assert writer.write_report(folder, **FEW).page.read_bytes() == first
     assert not [path for path in folder.iterdir() if "partial" in path.name]
 
 
@@ -553,7 +553,7 @@ def test_a_page_written_twice_is_the_same(folder: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "report.html").mkdir()
     with pytest.raises(InputError, match="cannot write"):
-        writer.write(folder, **FEW)
+        writer.write_report(folder, **FEW)
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -635,7 +635,7 @@ def test_two_runs_on_one_page(folder: Path, other: Path, tmp_path: Path) -> None
     result = cxr("report", folder, other, "--out", out, "--resamples", 40)
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [str(folder / "report.html"), str(other / "report.html"), str(out)]
-    parsed, found = Page(out.read_text(encoding="utf-8")), comparison.compare(folder, other, resamples=40)
+    parsed, found = Page(out.read_text(encoding="utf-8")), comparison.compare_runs(folder, other, resamples=40)
     assert parsed.requests() == []
     assert parsed.sections == ["beside", "pair1", "settings"]
     rows = {row[0]: row[1:] for row in parsed.tables["Differences in the figures, other minus run"]}
@@ -706,7 +706,7 @@ def test_runs_are_named_as_briefly_as_they_differ() -> None:
 
 
 def test_a_difference_plot(folder: Path, other: Path) -> None:
-    found = comparison.compare(folder, other, resamples=40)
+    found = comparison.compare_runs(folder, other, resamples=40)
     assert charts.differences(found["per_class"], ("a", "b")).startswith(b"\x89PNG")
 
 
