@@ -291,7 +291,7 @@ def cache(
     from ..bench import caching
     from ..models import backbone
 
-    encoder.pick_device(device)
+    cpu.pick_device(device)
     cpu.prepare(threads)
     tower = backbone.load(weights)
     names = tuple(view.strip() for view in views.split(","))
@@ -325,10 +325,9 @@ def train(
     json_out: Path | None,
 ) -> None:
     """An epoch from CACHE beside the plain pipeline, which takes every image through the whole model every epoch."""
-    from ..activations import encoder
     from ..bench import training
 
-    encoder.pick_device(device)
+    cpu.pick_device(device)
     cpu.prepare(threads)
     material = training.from_cache(cache, count=count, images=images, weights=weights)
     arms = training.Arms(material, device)

@@ -166,7 +166,7 @@ def cache(
     if gather and not cluster:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
     if not cluster:
-        encoder.pick_device(device)
+        cpu.pick_device(device)
     cpu.prepare(threads)
     tower = backbone.load(weights)
     spec = encoder.with_size(spec, tower)
