@@ -160,7 +160,10 @@ def cache(
     manifest = datasets.read_dataset(
         source, images=images, missing="skip" if skip_missing else "refuse", unindexed=unindexed, limit=limit
     )
-    from ..activations import build, encoder
+    from ..activations import build
+    from ..activations.cache import SUFFIX
+    from ..activations.encoder import with_size
+    from ..activations.job import CacheJob
     from ..models import backbone
 
     if gather and not cluster:
@@ -169,48 +172,45 @@ def cache(
         cpu.pick_device(device)
     cpu.prepare(threads)
     tower = backbone.load(weights)
-    spec = encoder.with_size(spec, tower)
-    first, ending = f"-first{limit}" if limit else "", build.SUFFIX if shards or cluster else ".h5"
+    first, ending = f"-first{limit}" if limit else "", SUFFIX if shards or cluster else ".h5"
     path = out or Path("cache") / f"{file_name(manifest.name)}{first}{ending}"
     if not path.name.endswith(ending) or path.is_dir():  # else no other command would find it
         raise InputError(
             f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
-            + ("." if ending != ".h5" else f"; one that ends in {build.SUFFIX} wants --shards K.")
+            + ("." if ending != ".h5" else f"; one that ends in {SUFFIX} wants --shards K.")
         )
-    how: dict[str, Any] = {"workers": workers}
+    job = CacheJob(
+        manifest=manifest,
+        backbone=tower,
+        spec=with_size(spec, tower),
+        out=path,
+        shards=shards,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        repair=repair,
+        stop_on_error=on_error == "stop",
+    )
     with contextlib.ExitStack() as stack:
+        remote: Any = None
         if cluster:
-            from ..cluster import activations
+            from ..cluster.activations import connect_build
 
-            over = activations.over(
-                cluster,
-                manifest,
-                path,
-                device=device,
-                threads=threads,
-                batch_size=batch_size,
-                count=shards,
-                gather=gather,
-                image_bytes=encoder.row_bytes(tower, spec),
-            )
-            spread = stack.enter_context(over)
-            click.echo(str(spread))
-            plan, run, shards = spread.plan(manifest, tower, spec, path), spread.run, spread.shards
-        else:
-            how |= {"device": device, "batch_size": batch_size} | ({"shards": shards} if shards else {})
-            plan = (build if shards else encoder).plan(manifest, tower, spec, path, **how)
-            run = (build if shards else encoder).run
+            remote = stack.enter_context(connect_build(cluster, job, threads=threads, gather=gather))
+            click.echo(str(remote))
+        plan = remote.plan() if remote else build.plan(job)
         if limit and plan.rows_dropped:
             raise InputError(
                 f"--limit {limit} would take {plan.rows_dropped:,} encoded images out of {path}; give another --out."
             )
-        echo_cache_plan(plan, manifest, path, shards)
+        echo_cache_plan(plan, manifest, path, remote.shards if remote else shards)
         if tower.random:
             click.echo("weights: RANDOM, not BiomedCLIP")
         line = CacheProgress(many=cluster is not None)
-        how |= {} if cluster else {"on_looked": lambda more: line.looked(more, plan.rows_done)}
-        how |= {"repair": repair, "stop_on_error": on_error == "stop", "on_progress": line.show}
-        outcome = run(tower, manifest, spec, path, **how)
+        if remote:
+            outcome = remote.run(line.show)
+        else:
+            outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
         line.bar.done()
     echo_outcome(outcome, path)
 
@@ -222,14 +222,14 @@ class CacheProgress:
     def __init__(self, *, many: bool) -> None:
         self.bar, self.many, self.compared = Progress(), many, 0
 
-    def looked(self, more: int, rows: int) -> None:
-        """`more` images were read, to see whether they are still those of the `rows` that are there."""
+    def compare(self, more: int, rows: int) -> None:
+        """Show that `more` images were compared with the `rows` that exist."""
         self.compared += more
         total = max(rows, self.compared)
         self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
 
     def show(self, p: Any) -> None:
-        """An `encode.Progress`."""
+        """Show a `BuildProgress`."""
         rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
         text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
         self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
@@ -251,14 +251,14 @@ def echo_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
 
 def echo_outcome(outcome: Any, path: Path) -> None:
     """What a cache run did; exit 1 where images failed."""
-    from ..activations import encoder
+    from ..activations import build
 
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
     click.echo(
         f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
     )
     echo_notes(outcome.notes)
-    listing = encoder.write_errors(path, outcome.failed)
+    listing = build.write_errors(path, outcome.failed)
     if outcome.failed:
         click.echo(
             f"{len(outcome.failed):,} image(s) failed and will not be trained on, listed in {listing}:", err=True
@@ -356,9 +356,8 @@ def _verify_cache(
     def show(done: int, total: int) -> None:
         bar.show(done, total, f"{done:,} of {total:,} rows checked")
 
-    found = verifying.cache(
-        file, reencode=reencode, images=images, weights=weights, device=device, seed=seed, on_progress=show
-    )
+    again = verifying.ReencodeSpec(count=reencode, images=images, weights=weights, device=device, seed=seed)
+    found = verifying.check_cache(file, again, show)
     bar.done()
     text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
     if found.reencoded:

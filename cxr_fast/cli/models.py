@@ -186,12 +186,12 @@ def predict(
         bar.show(state.done, state.total, text, before=state.reused)
 
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        predictor: predicting.Predictor | cluster_predict.Remote
+        predictor: predicting.Predictor | cluster_predict.ClusterPredictor
         if joined is None:
             predictor, wanted = predicting.Predictor(model, device=device, threads=threads), read(inputs)
         else:
             wanted = read(inputs)
-            predictor = cluster_predict.Remote(
+            predictor = cluster_predict.ClusterPredictor(
                 joined, model, wanted.paths, device=device, threads=threads, workers=workers
             )
             click.echo(f"cluster: {joined}", err=True)

@@ -129,7 +129,7 @@ def sweep(
         cache = index.newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     if recipe == "reference":
-        require_reference_cache(index.read_cache_header(cache).meta["spec"]["normalize"])
+        require_reference_cache(index.open_cache(cache, partial=True).meta["spec"]["normalize"])
     cpu.prepare(threads)
     labels = None
     if manifest is not None:
