@@ -15,13 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..activations import encoder
+from ..activations import build, encoder
 from ..activations import file as store
+from ..activations.job import BLOCKS, CacheJob
 from ..config import CacheSpec, PreprocessSpec
 from ..data import manifest as datasets
 from ..data.images import IMAGE_SUFFIXES, load
 from ..errors import ImageError, InputError
 from ..models.backbone import Backbone
+from ..models.device import pick_device
 from ..models.tail import Tail
 from ..system import hardware
 from ..system.text import duration, table
@@ -106,8 +108,8 @@ class Parts:
         self, tower: Backbone, spec: CacheSpec, manifest: datasets.Manifest, folder: Path, device: str = "auto"
     ) -> None:
         self.tower, self.spec, self.manifest, self.folder, self.device_name = tower, spec, manifest, folder, device
-        self.device, self.cores = encoder.pick_device(device), hardware.cpu_count()
-        self.encoder = encoder.Encoder(tower, spec, self.device, block=encoder.BLOCKS[self.device.type])
+        self.device, self.cores = pick_device(device), hardware.cpu_count()
+        self.encoder = encoder.Encoder(tower, spec, self.device, block=BLOCKS[self.device.type])
         self.paths = [manifest.path(i) for i in range(len(manifest))]
         self.mean, self.std = tower.statistics(spec.normalize)
         labels = np.zeros((len(self.paths), 1))
@@ -132,7 +134,9 @@ class Parts:
         (self.folder / f"cache{self.files}.h5").unlink(missing_ok=True)
         self.files += 1
         out = self.folder / f"cache{self.files}.h5"
-        encoder.run(self.tower, self.manifest, self.spec, out, device=self.device_name)
+        build.run(
+            CacheJob(manifest=self.manifest, backbone=self.tower, spec=self.spec, out=out, device=self.device_name)
+        )
         return out
 
     def plain(self, workers: int = 2) -> None:

@@ -30,7 +30,6 @@ PREDICTING = (
     ("click", "8.1"),
     ("msgspec", "0.18"),
     ("psutil", "5.9"),
-    ("filelock", "3.13"),
     ("rich", "13.7"),
 )
 TRAINING = (
