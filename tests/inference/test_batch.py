@@ -438,6 +438,24 @@ def test_a_full_disk_is_one_line_and_keeps_what_there_is(
     assert write(predictor, named(files[:9]), tmp_path / "p.csv", batch_size=2)["reused"] == 5
 
 
+def test_a_disk_that_fills_while_the_table_is_written_keeps_the_answers(
+    predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(batch.WRITERS, ".csv", full)
+        with pytest.raises(
+            InputError, match=r"^--out: cannot write .*p\.csv: No space left on device; what .* is kept"
+        ):
+            write(predictor, named(files[:3]), tmp_path / "p.csv")
+    assert os.listdir(tmp_path) == ["p.csv.resume"]
+    counted.clear()
+    assert write(predictor, named(files[:3]), tmp_path / "p.csv")["reused"] == 3
+    assert counted == []
+
+
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
     return children.server()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cxr_fast.errors import InputError
-from cxr_fast.system.files import write_bytes
+from cxr_fast.system.files import atomic, write_bytes
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -27,3 +27,11 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -
     with pytest.raises(InputError):
         write_bytes(tmp_path / "folder", b"x")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "file", "folder", "new"]
+
+
+def test_under_a_lock_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "a.partial").write_text("left by a kill, and longer than what follows")
+    with atomic(tmp_path / "a", locked=True) as file:
+        file.write(b"whole")
+        assert (tmp_path / "a.partial").stat().st_size == 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "whole")]
