@@ -17,7 +17,7 @@ from cxr_fast.bench.worker import Arm
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data import manifest as datasets
 from cxr_fast.data.phantom.dataset import write_dataset
-from cxr_fast.export.variants import Exported, export_run
+from cxr_fast.export.variants import Exported, ExportSpec, export_run
 from cxr_fast.models import backbone
 from cxr_fast.training.fold import Fold, FoldData
 from cxr_fast.training.sweep import Sweep
@@ -34,7 +34,7 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))
     Sweep(folder / "c.h5", folder / "run", short, SweepOptions(device="cpu")).run()
-    return export_run(folder / "run", variants=variants, allow_drift=True, count=8)
+    return export_run(folder / "run", ExportSpec(variants=variants, allow_drift=True, count=8))
 
 
 def fold(tower: backbone.Backbone, spec: TrainSpec) -> Fold:

@@ -48,7 +48,7 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
 
     Exit 1 where a variant was over its limit and not kept.
     """
-    from ..export.variants import export_run
+    from ..export.variants import ExportSpec, export_run
 
     bars: dict[str, ProgressBar] = {}  # one per stage, so that each stage's time left is its own
 
@@ -56,7 +56,8 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
         bars.setdefault(text, ProgressBar()).show(done, total, text)
 
     names = [name.strip() for name in variants.split(",")]
-    found = export_run(run, variants=names, count=check, on_progress=show_stage, **flags)
+    spec = ExportSpec(variants=names, count=check, **flags)
+    found = export_run(run, spec, on_progress=show_stage)
     ProgressBar.close()
     show(describe_export(found))
     sys.exit(0 if all(one.kept for one in found) else 1)

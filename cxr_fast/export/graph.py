@@ -1,109 +1,28 @@
-"""A run as one ONNX graph, written node by node, in float32, float16 or int8.
+"""Write a run as one ONNX graph, node by node, in float32, float16 or int8.
 
 Normalisation and channel replication fold into the patch embedding, batch norm into the head's matrices, and the last
-block answers for the class token alone. Written and not traced: no exporter version decides it.
+block answers for the class token alone. Written and not traced, so that no version of an exporter
+changes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from onnx import TensorProto, helper
+from torch import nn
 
 from .. import __version__
 from ..metrics.calibration import EDGE
 from ..training.run_folder import Member, Run
+from .nodes import Graph, to_array, to_array_or_none
 
 OPSET = 20
 IR_VERSION = 10
 RAW = "raw_probabilities"
 VARIANTS = ("fp32", "fp16", "int8")
-
-
-class Graph:
-    """Nodes and weights under construction; each method adds one operation and returns its output's name.
-
-    `variant` decides how the blocks compute: float32; float16 (layer norm and softmax keep float32 statistics inside
-    ONNX Runtime's CUDA kernels); or int8 products of float32 values. `exclude` names block matrices left in float32,
-    such as `10.fc2`.
-    """
-
-    def __init__(self, variant: str = "fp32", exclude: frozenset[str] = frozenset()) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self.variant, self.exclude = variant, exclude
-        self.in_blocks = False
-        self.quantised: set[str] = set()
-
-    @contextmanager
-    def blocks(self, inside: bool = True) -> Iterator[None]:
-        """What is added meanwhile belongs to the transformer blocks and follows the variant, or does not."""
-        self.in_blocks, before = inside, self.in_blocks
-        yield
-        self.in_blocks = before
-
-    def weight(self, name: str, value: Any) -> str:
-        """Store an initializer; floats become float32, or float16 in the blocks of that variant."""
-        array = np.asarray(value)
-        if array.dtype.kind == "f":
-            array = array.astype(np.float16 if self.in_blocks and self.variant == "fp16" else np.float32)
-        return self._store(name, array)
-
-    def _store(self, name: str, array: np.ndarray) -> str:
-        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def add(self, op: str, *inputs: str, name: str, domain: str = "", **attributes: Any) -> str:
-        """Append a node whose only output is called `name`."""
-        node = helper.make_node(op, list(inputs), [name], name=name, domain=domain, **attributes)
-        self.nodes.append(node)
-        return name
-
-    def cast(self, x: str, to: int, name: str) -> str:
-        """x in another type; only float16 graphs need it."""
-        return self.add("Cast", x, name=name, to=to) if self.variant == "fp16" else x
-
-    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str, group: str = "") -> str:
-        """x @ weight.T + bias for x (..., I) and weight (O, I); in int8 where `group`, a matrix of a block, allows."""
-        if self.variant == "int8" and group and group not in self.exclude:
-            return self._linear_int8(x, weight, bias, name)
-        y = self.add("MatMul", x, self.weight(f"{name}.weight", weight.T), name=f"{name}.product")
-        return y if bias is None else self.add("Add", y, self.weight(f"{name}.bias", bias), name=name)
-
-    def _linear_int8(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str) -> str:
-        """The product in integers: x to uint8 by its own range as it comes, weight to int8 by a scale for each output.
-
-        ONNX Runtime's x86 kernels want unsigned times signed: 2.4 times as fast as unsigned times unsigned (LOG).
-        """
-        parts = [f"{x}.{part}" for part in ("uint8", "scale", "zero")]
-        if x not in self.quantised:
-            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], parts, name=f"{x}.quantised"))
-            self.quantised.add(x)
-        scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
-        whole = np.round(weight / scale[:, None]).astype(np.int8)
-        inputs = [
-            parts[0],
-            self._store(f"{name}.weight", whole.T),
-            parts[1],
-            self.weight(f"{name}.scale", scale),
-            parts[2],
-        ]
-        inputs += [] if bias is None else ["", self.weight(f"{name}.bias", bias)]
-        return self.add("MatMulIntegerToFloat", *inputs, name=name, domain="com.microsoft")
-
-    def layer_norm(self, x: str, norm: nn.Module, name: str) -> str:
-        """Layer norm over the last axis; an Identity adds nothing."""
-        if isinstance(norm, nn.Identity):
-            return x
-        assert isinstance(norm, nn.LayerNorm)
-        scale = self.weight(f"{name}.weight", _array(norm.weight))
-        bias = self.weight(f"{name}.bias", _array(norm.bias))
-        return self.add("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=norm.eps)
 
 
 def build(
@@ -158,15 +77,6 @@ def _one_by_one(graph: Graph, pixels: Any, outputs: list[Any]) -> onnx.GraphProt
     return helper.make_graph([scan], "cxr-fast", [pixels], outputs)
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs inside its nodes."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
-
-
 def matrices(run: Run) -> list[str]:
     """The block matrices that int8 may leave out, such as `10.fc2`, as `build` takes them in `exclude`."""
     return [f"{i}.{name}" for i in range(len(run.visual.trunk.blocks)) for name in ("qkv", "proj", "fc1", "fc2")]
@@ -206,7 +116,7 @@ def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
     x = graph.layer_norm(x, trunk.fc_norm, f"{name}fc_norm")
     if "proj" in member.visual.head._modules:
         projection = member.visual.head.proj
-        x = graph.linear(x, _array(projection.weight), _optional(projection.bias), f"{name}projection")
+        x = graph.linear(x, to_array(projection.weight), to_array_or_none(projection.bias), f"{name}projection")
     return _head(graph, _l2(graph, x, name), member.head, name)
 
 
@@ -269,11 +179,11 @@ def _patches(graph: Graph, run: Run) -> str:
     """
     trunk = run.visual.trunk
     conv = trunk.patch_embed.proj
-    kernel = _array(conv.weight).astype(np.float64)
+    kernel = to_array(conv.weight).astype(np.float64)
     mean, std = (np.array(run.info[k], np.float64).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     bias = -(kernel * mean / std).sum(axis=(1, 2, 3))
     if conv.bias is not None:
-        bias = bias + _array(conv.bias)
+        bias = bias + to_array(conv.bias)
     kernel = (kernel / std / 255).sum(axis=1, keepdims=True)
     x = graph.add("Cast", "pixels", name="grey", to=TensorProto.FLOAT)
     x = graph.add("Unsqueeze", x, graph.weight("axis1", np.array([1])), name="channel")
@@ -293,12 +203,12 @@ def _patches(graph: Graph, run: Run) -> str:
 
 def _positions(trunk: Any) -> np.ndarray:
     """(1, T, D) added to the padded patch tokens: class and register tokens with their positions, then positions."""
-    prefix = [_array(t)[0] for t in (trunk.cls_token, trunk.reg_token) if t is not None]
+    prefix = [to_array(t)[0] for t in (trunk.cls_token, trunk.reg_token) if t is not None]
     table = np.zeros((trunk.num_prefix_tokens + trunk.patch_embed.num_patches, trunk.embed_dim), np.float32)
     if prefix:
         table[: trunk.num_prefix_tokens] = np.concatenate(prefix)
     if trunk.pos_embed is not None:
-        positions = _array(trunk.pos_embed)[0]
+        positions = to_array(trunk.pos_embed)[0]
         table[len(table) - len(positions) :] += positions
     return table[None]
 
@@ -318,7 +228,7 @@ def _block(graph: Graph, x: str, block: Any, number: int, prefix: str, *, first_
     y = graph.linear(y, *_scaled(block.attn.proj, block.ls1), f"{name}.proj", f"{number}.proj")
     x = graph.add("Add", x, y, name=f"{name}.residual1")
     y = graph.layer_norm(x, block.norm2, f"{name}.norm2")
-    fc1 = _array(block.mlp.fc1.weight), _optional(block.mlp.fc1.bias)
+    fc1 = to_array(block.mlp.fc1.weight), to_array_or_none(block.mlp.fc1.bias)
     y = graph.linear(y, *fc1, f"{name}.fc1", f"{number}.fc1")
     y = graph.add("Gelu", y, name=f"{name}.gelu", approximate=block.mlp.act.approximate)
     y = graph.linear(y, *_scaled(block.mlp.fc2, block.ls2), f"{name}.fc2", f"{number}.fc2")
@@ -327,7 +237,7 @@ def _block(graph: Graph, x: str, block: Any, number: int, prefix: str, *, first_
 
 def _attention(graph: Graph, y: str, attn: Any, number: int, name: str) -> str:
     """Attention of all tokens (N, T, D) before its projection, in ONNX Runtime's fused form."""
-    weight, bias = _array(attn.qkv.weight), _optional(attn.qkv.bias)
+    weight, bias = to_array(attn.qkv.weight), to_array_or_none(attn.qkv.bias)
     rows = np.split(weight, 3)
     parts = [graph.linear(y, part, None, f"{name}.{p}", f"{number}.qkv") for p, part in zip("qkv", rows, strict=True)]
     if bias is not None:
@@ -343,8 +253,8 @@ def _one_query(graph: Graph, y: str, attn: Any, name: str) -> str:
     moves every score alike, and softmax does not see it.
     """
     heads, width = attn.num_heads, attn.head_dim
-    to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(_array(attn.qkv.weight), 3))
-    bias = _optional(attn.qkv.bias)
+    to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(to_array(attn.qkv.weight), 3))
+    bias = to_array_or_none(attn.qkv.bias)
     q_bias, _, v_bias = (None,) * 3 if bias is None else np.split(bias, 3)
     scale = float(attn.scale)
     one = _first_token(graph, y, f"{name}.query")
@@ -398,14 +308,14 @@ def _head(graph: Graph, x: str, head: nn.Sequential, prefix: str) -> str:
     layers = [layer for layer in head if isinstance(layer, (nn.Linear, nn.BatchNorm1d, nn.ReLU))]
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.Linear):
-            weight, bias = (_array(t).astype(np.float64) for t in (layer.weight, layer.bias))
+            weight, bias = (to_array(t).astype(np.float64) for t in (layer.weight, layer.bias))
             norm = layers[i + 1] if i + 1 < len(layers) else None
             if isinstance(norm, nn.BatchNorm1d):
                 assert norm.running_var is not None
                 assert norm.running_mean is not None
-                factor = _array(norm.weight) / np.sqrt(_array(norm.running_var).astype(np.float64) + norm.eps)
-                weight, bias = weight * factor[:, None], (bias - _array(norm.running_mean)) * factor
-                bias = bias + _array(norm.bias)
+                factor = to_array(norm.weight) / np.sqrt(to_array(norm.running_var).astype(np.float64) + norm.eps)
+                weight, bias = weight * factor[:, None], (bias - to_array(norm.running_mean)) * factor
+                bias = bias + to_array(norm.bias)
             name = f"{prefix}logits" if norm is None else f"{prefix}head.{i}"
             x = graph.linear(x, weight, bias, name)
         elif isinstance(layer, nn.ReLU):
@@ -415,17 +325,9 @@ def _head(graph: Graph, x: str, head: nn.Sequential, prefix: str) -> str:
 
 def _scaled(linear: Any, scale: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Weight and bias of a linear layer with the layer scale behind it folded in."""
-    weight, bias = _array(linear.weight), _optional(linear.bias)
+    weight, bias = to_array(linear.weight), to_array_or_none(linear.bias)
     gamma = getattr(scale, "gamma", None)
     if gamma is None:
         return weight, bias
-    factor = _array(gamma)
+    factor = to_array(gamma)
     return weight * factor[:, None], None if bias is None else bias * factor
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().float().numpy()
-
-
-def _optional(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else _array(tensor)

@@ -1,4 +1,4 @@
-"""Real images that a model file must answer for as torch does, and a file opened for it."""
+"""Compare a model file with torch on real images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .graph import RAW
 BATCHES = (1, 2, 7, 64)
 IMAGES = 256
 RUNS = 9  # behind a latency
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """The images a variant must answer for: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
-    the sweep where it kept them, and which part of the run they are from; torch's for the golden image, (1, C)."""
+    """The images a variant is checked on: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
+    the sweep where it kept them, the part of the run they are from, and torch's for the golden image, (1, C)."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -55,10 +55,10 @@ class Checks:
     golden: np.ndarray
 
 
-def checks_of(run: Run, images: Path | None, count: int, say: Progress) -> Checks:
-    """Up to `count` images of a run with torch's answers."""
+def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress) -> Checks:
+    """Read up to `count` images of a run and compute torch's answers."""
     pixels, rows, saved = check_images(run, images, most=count)
-    raw = torch_probabilities(run, pixels, on_done=lambda done: say("torch float32", done, len(pixels)))
+    raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress("torch float32", done, len(pixels)))
     held = saved["fold"][rows] < 0
     part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
     # The sweep kept the answers to all images of the final model it chose, of no other.
@@ -68,27 +68,27 @@ def checks_of(run: Run, images: Path | None, count: int, say: Progress) -> Check
 
 
 class OpenFile:
-    """A file of any variant on a CPU, for its checks alone: anybody else is refused float16 there."""
+    """A file of any variant on a CPU, for its checks alone: `inference` refuses float16 on a CPU."""
 
     def __init__(self, path: Path) -> None:
         opened = open_model(path, "cpu", strict=False, check=False)
         self.variant, self.provider, self.session = opened.variant, opened.provider, opened.session
 
     def run(self, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
-        """uint8 (N, S, S) to one of the graph's outputs, (N, C) float32."""
+        """Compute one of the graph's outputs, (N, C) float32, of uint8 pixels (N, S, S)."""
         out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         return out
 
-    def many(self, pixels: np.ndarray, output: str, say: Progress, batch: int = 8) -> np.ndarray:
-        """`run` on many images."""
+    def many(self, pixels: np.ndarray, output: str, on_progress: OnProgress, batch: int = 8) -> np.ndarray:
+        """`run` on many images, `batch` at a time."""
         out = []
         for start in range(0, len(pixels), batch):
             out.append(self.run(pixels[start : start + batch], output))
-            say(f"{self.variant} {output}", start + len(out[-1]), len(pixels))
+            on_progress(f"{self.variant} {output}", start + len(out[-1]), len(pixels))
         return np.concatenate(out)
 
     def seconds(self, pixels: np.ndarray) -> float:
-        """Median seconds of one image, of `RUNS`."""
+        """Measure the median seconds of one image, of `RUNS`."""
         times = []
         for _ in range(RUNS):
             began = time.perf_counter()
@@ -98,12 +98,12 @@ class OpenFile:
 
 
 def raw_name(run: Run) -> str:
-    """The output that holds probabilities before calibration."""
+    """Return the name of the output that holds probabilities before calibration."""
     return "probabilities" if run.info["calibration"] is None else RAW
 
 
 def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Pixels (n, S, S) of cached images, their rows in predictions.npz, and that file.
+    """Read the pixels (n, S, S) of cached images, their rows in predictions.npz, and that file.
 
     The hold-out first, evenly spread over it where it is larger than `most`; then the others.
     """
@@ -138,7 +138,7 @@ def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[
 
 
 def _order(fold: np.ndarray, most: int) -> np.ndarray:
-    """Rows to try, in turn: of each part, hold-out (fold -1) first, `most` evenly spread ones before the rest."""
+    """Order the rows to try: of each part, hold-out (fold -1) first, `most` evenly spread ones before the rest."""
     out = []
     for rows in (np.flatnonzero(fold < 0), np.flatnonzero(fold >= 0)):
         first = (
@@ -148,7 +148,7 @@ def _order(fold: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate(out)
 
 
-def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> tuple[Parity, np.ndarray]:
+def check(run: Run, file: OpenFile, checks: Checks, on_progress: OnProgress) -> tuple[Parity, np.ndarray]:
     """Compare the file with torch on all images, and on the first at batch sizes 1, 2, 7 and 64 (they repeat where
     there are fewer); also its (calibrated) probabilities of all images (n, C).
 
@@ -162,9 +162,9 @@ def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> tuple[Pari
         found = file.run(checks.pixels[take], name)
         calibrated = found if calibration is None else file.run(checks.pixels[take])
         by_batch[batch] = _apart(calibration, checks.raw[take], found, calibrated)
-        say(f"{file.variant} at batch {batch}", BATCHES.index(batch) + 1, len(BATCHES))
+        on_progress(f"{file.variant} at batch {batch}", BATCHES.index(batch) + 1, len(BATCHES))
     names = dict.fromkeys((name, "probabilities"))
-    each = [file.many(checks.pixels, out, say) for out in names]
+    each = [file.many(checks.pixels, out, on_progress) for out in names]
     found, calibrated = each[0], each[-1]
     cached = None if checks.cached is None else float(np.abs(checks.raw - checks.cached).max())
     # numpy's largest, which does not lose a NaN
@@ -173,14 +173,14 @@ def check(run: Run, file: OpenFile, checks: Checks, say: Progress) -> tuple[Pari
 
 
 def _apart(calibration: Any, want: np.ndarray, found: np.ndarray, calibrated: np.ndarray) -> float:
-    """The larger of two differences: raw probabilities to torch's, calibrated ones to the calibration of the raw."""
+    """Return the larger of two differences: raw probabilities to torch's, calibrated ones to the calibrated raw."""
     return float(np.max([np.abs(found - want).max(), np.abs(calibrated - calibrate.apply(calibration, found)).max()]))
 
 
 def torch_probabilities(
     run: Run, pixels: np.ndarray, *, batch: int = 8, on_done: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """The trusted path: float32 probabilities (n, C), not calibrated, of uint8 pixels (n, S, S), by open_clip."""
+    """Compute the trusted float32 probabilities (n, C), not calibrated, of uint8 pixels (n, S, S), by open_clip."""
     mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     out = []
     for start in range(0, len(pixels), batch):

@@ -1,4 +1,4 @@
-"""A run to ONNX variants, each checked against torch on real images before it is kept."""
+"""Write ONNX variants of a run, each checked against torch on real images before it is kept."""
 
 from __future__ import annotations
 
@@ -28,26 +28,34 @@ from ..metrics.drift import Drift
 from ..system.files import AnyPath
 from ..system.hardware import machine
 from ..training.run_folder import Run, clean, read_run
-from .graph import VARIANTS, all_nodes, build, matrices
-from .parity import (
-    IMAGES,
-    Checks,
-    OpenFile,
-    Parity,
-    Progress,
-    check,
-    checks_of,
-    raw_name,
-)
+from .graph import VARIANTS, build, matrices
+from .nodes import all_nodes
+from .parity import IMAGES, Checks, OnProgress, OpenFile, Parity, check, checks_of, raw_name
 
 LIMIT = 1e-5
-# Images on which a single matrix in int8 shows what it does.
-FEW = 16
+FEW = 16  # images on which the effect of a single matrix in int8 is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec:
+    """What is exported and kept.
+
+    `out` is a folder, or a file for a single variant, by default the run's folder; `final` another final model than the
+    run's own; `images` where the cached images are now; `count` how many of them each variant is checked on.
+    """
+
+    out: AnyPath | None = None
+    variants: Sequence[str] = ("fp32",)
+    final: str | None = None
+    images: AnyPath | None = None
+    embedding: bool = False
+    allow_drift: bool = False
+    count: int = IMAGES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What became of one variant; `reason` says why it was not kept. `seconds` is the median of single images."""
+    """The result of one variant; `reason` says why it was not kept. `seconds` is the median of single images."""
 
     variant: str
     path: Path
@@ -60,57 +68,54 @@ class Exported:
 
     @property
     def kept(self) -> bool:
-        """Whether the file is there."""
+        """Whether the file was kept."""
         return not self.reason
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A run, the images its variants are checked on, and what is asked for."""
+
+    run: Run
+    checks: Checks
+    spec: ExportSpec
+    on_progress: OnProgress
+
+
 def export_run(
-    run_folder: AnyPath,
-    *,
-    out: AnyPath | None = None,
-    variants: Sequence[str] = ("fp32",),
-    final: str | None = None,
-    images: AnyPath | None = None,
-    embedding: bool = False,
-    allow_drift: bool = False,
-    count: int = IMAGES,
-    on_progress: Progress | None = None,
+    run_folder: AnyPath, spec: ExportSpec = ExportSpec(), *, on_progress: OnProgress | None = None
 ) -> list[Exported]:
-    """Write RUN/model.VARIANT.onnx for each variant, kept only where it agrees with torch float32 on `count` images.
+    """Write RUN/model.VARIANT.onnx for each variant, kept only where it agrees with torch float32.
 
-    `out` is a folder, or a file for a single variant; `final` another final model than the run's own. The images are
-    the cached ones (hold-out first), read again under the dataset's folder or `images`. Limits: fp32 1e-5 in
-    probability before calibration, or ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept
-    unless `allow_drift`. A float16 or int8 file not kept takes an earlier one of its name away.
+    The images are the cached ones (hold-out first), read again. Limits: fp32 1e-5 in probability before calibration, or
+    ParityError; fp16 and int8 `drift.AUC_DROP` and `drift.FLIPS`, else not kept unless `allow_drift`. A float16 or int8
+    file that is not kept also removes an earlier one of its name. Raises InputError where the run or its images cannot
+    be read or a file cannot be written.
 
-        >>> (one,) = export_run("exports/indiana", out="exports/indiana/again.onnx", count=8)
+        >>> (one,) = export_run("exports/indiana", ExportSpec(out="exports/indiana/again.onnx", count=8))
         >>> one.kept, one.path.name
         (True, 'again.onnx')
     """
-    run_folder, out, images = Path(run_folder), _as_path(out), _as_path(images)
-    if unknown := [v for v in variants if v not in VARIANTS]:
+    folder = Path(run_folder)
+    if unknown := [v for v in spec.variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
-    run = read_run(run_folder, final)
-    if embedding and len(run.members) > 1:
+    run = read_run(folder, spec.final)
+    if spec.embedding and len(run.members) > 1:
         raise InputError("--embedding: an ensemble has as many embeddings as members; use --final best-fold or refit.")
-    paths = _paths(run_folder, out, variants)
-    say = on_progress or (lambda text, done, total: None)
-    checks = checks_of(run, images, count, say)
+    paths = _paths(folder, None if spec.out is None else Path(spec.out), spec.variants)
+    report = on_progress or (lambda text, done, total: None)
+    checks = checks_of(run, None if spec.images is None else Path(spec.images), spec.count, report)
+    job = _Job(run=run, checks=checks, spec=spec, on_progress=report)
     found = []
     for variant, path in paths.items():
-        one = _int8 if variant == "int8" else _variant
-        found.append(one(run, variant, path, checks, embedding=embedding, allow_drift=allow_drift, say=say))
+        found.append(_export_int8(job, path) if variant == "int8" else _export_variant(job, variant, path))
         if not found[-1].kept:
             _remove(path)
     return found
 
 
-def _as_path(path: AnyPath | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
 def _remove(path: Path) -> None:
-    """Take away an earlier file under a name that was not kept: `predict RUN` would go on using it."""
+    """Remove an earlier file under a name that was not kept: `predict RUN` would go on using it."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -118,7 +123,7 @@ def _remove(path: Path) -> None:
 
 
 def _paths(run_folder: Path, out: Path | None, variants: Sequence[str]) -> dict[str, Path]:
-    """Where each variant goes."""
+    """Return the path of each variant's file."""
     if out is not None and out.suffix == ".onnx" and not out.is_dir():
         if len(variants) > 1:
             raise InputError(f"--out: {out} is one file for {len(variants)} variants; give a folder.")
@@ -126,31 +131,22 @@ def _paths(run_folder: Path, out: Path | None, variants: Sequence[str]) -> dict[
     return {variant: (out or run_folder) / f"model.{variant}.onnx" for variant in dict.fromkeys(variants)}
 
 
-def _variant(
-    run: Run,
-    variant: str,
-    path: Path,
-    checks: Checks,
-    *,
-    embedding: bool,
-    allow_drift: bool,
-    say: Progress,
-    exclude: frozenset[str] = frozenset(),
-) -> Exported:
-    """Build, check and keep one file. One over its limit leaves nothing behind."""
-    model = build(run, variant, embedding=embedding, exclude=exclude)
+def _export_variant(job: _Job, variant: str, path: Path, exclude: frozenset[str] = frozenset()) -> Exported:
+    """Build, check and keep one file; one over its limit leaves nothing behind. `exclude` stays in float."""
+    run, checks = job.run, job.checks
+    model = build(run, variant, embedding=job.spec.embedding, exclude=exclude)
     scratch = path.with_name(path.name + f".partial.{os.getpid()}")
     info = metadata(run, model) | {"variant": variant, "float_matrices": sorted(exclude)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(model, info, scratch)
         file = OpenFile(scratch)
-        parity, probabilities = check(run, file, checks, say)
+        parity, probabilities = check(run, file, checks, job.on_progress)
         far = drift.measure(
             calibration.apply(run.info["calibration"], checks.raw), probabilities, checks.labels, run.info["thresholds"]
         )
         seconds = file.seconds(checks.pixels[:1])
-        reason = _refused(path, variant, parity, far, allow_drift)
+        reason = _refused(path, variant, parity, far, job.spec.allow_drift)
         info |= {
             "parity": _parity_json(checks, parity, far, file) | {"latency_ms": 1000 * seconds},
             "golden": _golden(run, file, checks, 1e-4 if variant == "fp32" else min(max(1e-4, far.largest), LOOSEST)),
@@ -169,7 +165,7 @@ def _variant(
 
 
 def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: bool) -> str:
-    """Why a variant is not kept; empty where it is. fp32 over its limit is an error of ours, and raised."""
+    """Say why a variant is not kept; empty where it is. fp32 over its limit is a fault of this program, and raised."""
     if variant == "fp32":
         if not parity.largest <= LIMIT:
             raise ParityError(
@@ -181,19 +177,16 @@ def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: 
     return "" if not over or (allow_drift and np.isfinite(far.largest)) else "; ".join(over)
 
 
-def _int8(
-    run: Run, variant: str, path: Path, checks: Checks, *, embedding: bool, allow_drift: bool, say: Progress
-) -> Exported:
-    """int8 everywhere in the blocks; where that is over the limits, the matrices that move most stay in float, as few
-    as needed by doubling, up to half of them."""
-    named: dict[str, Any] = {"embedding": embedding, "allow_drift": allow_drift, "say": say}
-    found = _variant(run, variant, path, checks, **named)
+def _export_int8(job: _Job, path: Path) -> Exported:
+    """Export int8 everywhere in the blocks; where that is over the limits, leave the matrices that move the
+    probabilities most in float, as few as needed by doubling, up to half of them."""
+    found = _export_variant(job, "int8", path)
     if found.kept:
         return found
-    order = _most_moved(run, checks, say)
+    order = _most_moved(job.run, job.checks, job.on_progress)
     number = 1
     while not found.kept and number <= len(order) // 2:
-        found = _variant(run, variant, path, checks, exclude=frozenset(order[:number]), **named)
+        found = _export_variant(job, "int8", path, frozenset(order[:number]))
         number *= 2
     if found.kept:
         return found
@@ -201,8 +194,8 @@ def _int8(
     return replace(found, reason=text)
 
 
-def _most_moved(run: Run, checks: Checks, say: Progress) -> list[str]:
-    """Block matrices by how far each alone in int8 moves the probabilities, the farthest first."""
+def _most_moved(run: Run, checks: Checks, on_progress: OnProgress) -> list[str]:
+    """Sort block matrices by how far each alone in int8 moves the probabilities, the farthest first."""
     names, pixels = matrices(run), checks.pixels[:FEW]
     moved = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -211,12 +204,12 @@ def _most_moved(run: Run, checks: Checks, say: Progress) -> list[str]:
             _save(model, metadata(run, model) | {"variant": "int8"}, path := Path(scratch) / "model.onnx")
             found = OpenFile(path).run(pixels, raw_name(run))
             moved[name] = float(np.abs(found - checks.raw[:FEW]).mean())
-            say("which matrices int8 hurts", k + 1, len(names))
+            on_progress("which matrices int8 hurts", k + 1, len(names))
     return sorted(names, key=lambda name: -moved[name])
 
 
 def _golden(run: Run, file: OpenFile, checks: Checks, tolerance: float) -> dict[str, Any]:
-    """Recipe of an input, torch's float32 answer, and this file's own answer here: what another machine must repeat.
+    """Return an input's recipe, torch's float32 answer and this file's own here, which another machine must repeat.
 
     `tolerance` of a float16 or int8 file is how far it was from torch: another machine's rounding must move it less.
     """
@@ -231,7 +224,7 @@ def _golden(run: Run, file: OpenFile, checks: Checks, tolerance: float) -> dict[
 
 
 def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
-    """What the file says of itself; every value is JSON under `cxr.`."""
+    """Return the file's metadata; every value is stored as JSON under `cxr.NAME`."""
     info = run.info
     counts: dict[str, int] = {}
     for node in all_nodes(model.graph):
@@ -288,7 +281,7 @@ def _parity_json(checks: Checks, parity: Parity, far: Drift, file: OpenFile) -> 
 
 
 def _save(model: onnx.ModelProto, info: dict[str, Any], path: Path) -> int:
-    """Write the file; its size in bytes."""
+    """Write the file and return its size in bytes."""
     del model.metadata_props[:]
     for key, value in info.items():
         model.metadata_props.add(key=PREFIX + key, value=json.dumps(value))

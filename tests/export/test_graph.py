@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from cxr_fast.export import parity
-from cxr_fast.export.graph import VARIANTS, all_nodes, build, matrices
+from cxr_fast.export.graph import VARIANTS, build, matrices
+from cxr_fast.export.nodes import all_nodes
 from cxr_fast.inference import operations
 from cxr_fast.training.run_folder import Run, read_run
 

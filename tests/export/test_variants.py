@@ -26,6 +26,7 @@ from cxr_fast.data.images import self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import graph, variants
 from cxr_fast.export import parity as checks
+from cxr_fast.export.variants import ExportSpec
 from cxr_fast.inference import predictor
 from cxr_fast.inference.model_file import content_sha256
 from cxr_fast.inference.predictor import Predictor
@@ -49,7 +50,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 @pytest.fixture(scope="module")
 def model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That run, exported."""
-    return variants.export_run(run.folder, out=tmp_path_factory.mktemp("export") / "model.onnx")[0].path
+    return variants.export_run(run.folder, ExportSpec(out=tmp_path_factory.mktemp("export") / "model.onnx"))[0].path
 
 
 def noise(count: int, seed: int = 0) -> np.ndarray:
@@ -222,7 +223,7 @@ def test_the_golden_pair_is_reproduced(run: Run, model: Path) -> None:
 
 
 def test_the_parity_found_is_in_the_file(toy_run: Path, tmp_path: Path) -> None:
-    (one,) = variants.export_run(toy_run, out=tmp_path / "m.onnx")
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx"))
     path, parity, info = one.path, one.parity, one.info
     found = metadata(path)
     assert found.pop("content_sha256") == content_sha256(path)
@@ -290,7 +291,7 @@ def test_a_graph_that_disagrees_is_not_kept(
     if existing:
         out.write_bytes(b"of before")
     with pytest.raises(ParityError, match=r"model\.onnx was not kept.*limit 1e-05") as caught:
-        variants.export_run(toy_run, out=out)
+        variants.export_run(toy_run, ExportSpec(out=out))
     assert caught.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == (["model.onnx"] if existing else [])
     assert not existing or out.read_bytes() == b"of before"
@@ -308,7 +309,7 @@ def test_not_a_number_in_one_batch_size_alone_is_not_kept(
 
     monkeypatch.setattr(checks.OpenFile, "run", sometimes)
     with pytest.raises(ParityError, match="nan"):
-        variants.export_run(toy_run, out=tmp_path / "model.onnx")
+        variants.export_run(toy_run, ExportSpec(out=tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -323,7 +324,7 @@ def test_the_last_image_counts_as_the_first(toy_run: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(checks.OpenFile, "run", wrong)
     with pytest.raises(ParityError, match=r"differ by 1\.0\de-04 .* on 79 images"):
-        variants.export_run(toy_run, out=tmp_path / "model.onnx")
+        variants.export_run(toy_run, ExportSpec(out=tmp_path / "model.onnx"))
 
 
 def test_images_that_moved_are_asked_for(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_fewer_images_than_the_largest_batch_are_repeated(toy_run: Path, toy_dat
     (tmp_path / "some" / "images").mkdir(parents=True)
     for image in saved["image"][:3]:
         shutil.copy(toy_data / str(image), tmp_path / "some" / str(image))
-    (one,) = variants.export_run(toy_run, out=tmp_path / "m.onnx", images=tmp_path / "some")
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", images=tmp_path / "some"))
     parity = one.parity
     assert parity.images == 3
     assert set(parity.by_batch) == {1, 2, 7, 64}
@@ -381,14 +382,14 @@ def test_an_output_that_cannot_be_written_is_named(toy_run: Path, tmp_path: Path
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "m.onnx"
     with pytest.raises(InputError, match="--out: cannot write"):
-        variants.export_run(toy_run, out=out)
+        variants.export_run(toy_run, ExportSpec(out=out))
     assert sorted(os.listdir(tmp_path)) == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_output_in_a_folder_that_is_not_there_makes_it(toy_run: Path, tmp_path: Path) -> None:
     """As `cache`, `sweep` and `predict` do."""
-    (one,) = variants.export_run(toy_run, out=tmp_path / "a" / "b" / "m.onnx")
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "a" / "b" / "m.onnx"))
     assert one.path.is_file()
 
 
@@ -433,7 +434,7 @@ def ensemble(request: pytest.FixtureRequest, toy_cache: Path, tmp_path_factory: 
 
 
 def test_an_ensemble_is_the_calibrated_mean_of_its_members(ensemble: Run, tmp_path: Path) -> None:
-    (one,) = variants.export_run(ensemble.folder, out=tmp_path / "m.onnx")
+    (one,) = variants.export_run(ensemble.folder, ExportSpec(out=tmp_path / "m.onnx"))
     path, parity, found = one.path, one.parity, one.info
     pixels = noise(5)
     members = [dataclasses.replace(ensemble, members=(member,)) for member in ensemble.members]
@@ -478,7 +479,7 @@ def calm_run(toy_run: Path, tmp_path: Path) -> Path:
 
 def test_variants_within_their_limits_are_kept(calm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "AUC_DROP", 1.0)
-    found = variants.export_run(calm_run, variants=("fp32", "fp16", "int8"))
+    found = variants.export_run(calm_run, ExportSpec(variants=("fp32", "fp16", "int8")))
     assert [one.path.name for one in found] == ["model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"]
     assert all(one.kept and one.path.is_file() and one.size == one.path.stat().st_size for one in found)
     for one in found:
@@ -508,26 +509,28 @@ def test_the_table_gives_each_variant_its_own_auc(calm_run: Path) -> None:
 
 def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_path: Path) -> None:
     """The toy's probabilities lie as near their thresholds as int8 is exact; half of the matrices do not help."""
-    (one,) = variants.export_run(toy_run, variants=("int8",), out=tmp_path)
+    (one,) = variants.export_run(toy_run, ExportSpec(variants=("int8",), out=tmp_path))
     assert not one.kept
     assert re.search(r"of 10,000 decisions change sides .limit 20.*with \d+ of 24 matrices left in float", one.reason)
     assert list(tmp_path.iterdir()) == []
-    (one,) = variants.export_run(toy_run, variants=("int8",), out=tmp_path, allow_drift=True)
+    (one,) = variants.export_run(toy_run, ExportSpec(variants=("int8",), out=tmp_path, allow_drift=True))
     assert one.kept
     assert one.drift.over()
     assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
-    (again,) = variants.export_run(toy_run, variants=("int8",), out=tmp_path)  # the file just kept must not stay in use
+    (again,) = variants.export_run(
+        toy_run, ExportSpec(variants=("int8",), out=tmp_path)
+    )  # the file just kept must not stay in use
     assert not again.kept
     assert list(tmp_path.iterdir()) == []
 
 
 def test_variants_of_the_same_weights_and_other_thresholds_are_not_one_model(calm_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    variants.export_run(calm_run, out=out)
+    variants.export_run(calm_run, ExportSpec(out=out))
     info = json.loads((calm_run / "run.json").read_text())
     info["thresholds"] = [0.998] * CLASSES
     (calm_run / "run.json").write_text(json.dumps(info))
-    variants.export_run(calm_run, variants=("int8",), out=out, allow_drift=True)
+    variants.export_run(calm_run, ExportSpec(variants=("int8",), out=out, allow_drift=True))
     with pytest.raises(InputError, match="has another thresholds entry than"):
         Predictor(out, device="cpu")
 
@@ -535,7 +538,7 @@ def test_variants_of_the_same_weights_and_other_thresholds_are_not_one_model(cal
 def test_float32_is_never_kept_over_its_limit(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_weight(monkeypatch, lambda weight: weight + np.float32(0.01))
     with pytest.raises(ParityError):
-        variants.export_run(toy_run, out=tmp_path / "m.onnx", allow_drift=True)
+        variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", allow_drift=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -543,9 +546,9 @@ def test_matrices_that_int8_hurts_most_are_left_in_float(
     calm_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Half the distance has to go; the matrices named are among those that alone move the answers most."""
-    (plain,) = variants.export_run(calm_run, variants=("int8",), out=tmp_path / "a.onnx", allow_drift=True)
+    (plain,) = variants.export_run(calm_run, ExportSpec(variants=("int8",), out=tmp_path / "a.onnx", allow_drift=True))
     monkeypatch.setattr(Drift, "over", lambda self: ["too far"] if self.p99 > 0.6 * plain.drift.p99 else [])
-    (one,) = variants.export_run(calm_run, variants=("int8",), out=tmp_path / "b.onnx")
+    (one,) = variants.export_run(calm_run, ExportSpec(variants=("int8",), out=tmp_path / "b.onnx"))
     assert one.kept
     left = metadata(one.path)["float_matrices"]
     assert len(left) in (1, 2, 4, 8)
@@ -558,7 +561,7 @@ def test_matrices_that_int8_hurts_most_are_left_in_float(
 @pytest.mark.parametrize("kind", ["refit", "ensemble"])
 def test_another_final_model_than_the_sweeps(toy_run: Path, tmp_path: Path, kind: str) -> None:
     """Its hold-out figures and its hash, not those of the model the sweep chose; no drift to the sweep's own."""
-    (one,) = variants.export_run(toy_run, out=tmp_path / "m.onnx", final=kind)
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", final=kind))
     info = json.loads((toy_run / "run.json").read_text())
     assert info["final"]["kind"] == "best-fold"
     assert one.info["final"]["kind"] == kind
@@ -574,15 +577,15 @@ def test_another_final_model_than_the_sweeps(toy_run: Path, tmp_path: Path, kind
 
 
 def test_an_embedding_is_put_out_when_asked(toy_run: Path, tmp_path: Path) -> None:
-    (one,) = variants.export_run(toy_run, out=tmp_path / "m.onnx", embedding=True)
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", embedding=True))
     outputs = [value.name for value in onnx.load(one.path).graph.output]
     assert outputs == ["logits", "probabilities", "embedding"]
     with pytest.raises(InputError, match="--embedding: an ensemble"):
-        variants.export_run(toy_run, out=tmp_path / "m.onnx", embedding=True, final="ensemble")
+        variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", embedding=True, final="ensemble"))
 
 
 def test_a_float16_file_is_not_for_the_cpu(calm_run: Path, tmp_path: Path) -> None:
-    (one,) = variants.export_run(calm_run, variants=("fp16",), out=tmp_path / "m.onnx")
+    (one,) = variants.export_run(calm_run, ExportSpec(variants=("fp16",), out=tmp_path / "m.onnx"))
     with pytest.raises(DeviceError, match="float16 is slower than float32 on a CPU"):
         Predictor(one.path, device="cpu")
 
