@@ -11,9 +11,9 @@ from cxr_fast.activations import build
 from cxr_fast.activations.encoder import with_size
 from cxr_fast.activations.job import CacheJob
 from cxr_fast.activations.loader import Activations
-from cxr_fast.bench import caching
+from cxr_fast.bench.comparison import Arm
+from cxr_fast.bench.films import copy_films
 from cxr_fast.bench.training import random_labels
-from cxr_fast.bench.worker import Arm
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data import manifest as datasets
 from cxr_fast.data.phantom.dataset import write_dataset
@@ -55,5 +55,5 @@ def arm(run: Path, form: str) -> Arm:
 def films(folder: Path, images: Path | None, count: int) -> list[str]:
     """`count` full-size files: copies of those in `images` in turn, or of phantoms at acquisition size."""
     (folder / "films").mkdir()
-    manifest = caching.copies(folder / "films", images, count)
+    manifest = copy_films(folder / "films", images, count)
     return [str(manifest.path(row)) for row in range(len(manifest))]

@@ -17,6 +17,7 @@ import common
 
 from cxr_fast.activations.encoder import with_size
 from cxr_fast.bench import caching
+from cxr_fast.bench.films import copy_films
 from cxr_fast.config import CacheSpec
 from cxr_fast.models import backbone, device
 
@@ -29,7 +30,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device.prepare()
     tower = backbone.load(args.weights)
     spec = with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
-    manifest = caching.copies(folder, args.images, args.count)
+    manifest = copy_films(folder, args.images, args.count)
     found = caching.measure(caching.Parts(tower, spec, manifest, folder, args.device), args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"
     print(caching.describe(found))

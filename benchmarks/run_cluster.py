@@ -34,8 +34,8 @@ from run_search import flops
 from cxr_fast.activations import file
 from cxr_fast.activations.encoder import Encoder, with_size
 from cxr_fast.activations.job import CacheJob, make_header
-from cxr_fast.bench import caching
 from cxr_fast.bench import measure as timing
+from cxr_fast.bench.films import copy_films
 from cxr_fast.config import CacheSpec, PreprocessSpec, TrainSpec
 from cxr_fast.data.images import load
 from cxr_fast.data.phantom.dataset import draw
@@ -224,7 +224,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sources = [folder / str(count) / "manifest.csv" for count in args.films]
     for source in sources:
         source.parent.mkdir()
-    manifests = [caching.copies(path.parent, None, n) for path, n in zip(sources, args.films, strict=True)]
+    manifests = [copy_films(path.parent, None, n) for path, n in zip(sources, args.films, strict=True)]
     found: dict[str, Any] = {"parts": parts(folder, manifests[-1], args, cores[0])}
     given = (sources, args.weights, cores, {})
     samples, noise = common.turns({name: partial(arm, nodes, *given) for name, nodes in ARMS.items()}, args.rounds)

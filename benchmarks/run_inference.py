@@ -21,7 +21,7 @@ import models
 import numpy as np
 
 from cxr_fast.bench import measure as timing
-from cxr_fast.bench.worker import Worker, working
+from cxr_fast.bench.comparison import ModelProcess, working
 from cxr_fast.data.images import load
 from cxr_fast.inference.predictor import Predictor, golden_pixels
 from cxr_fast.models import device
@@ -34,7 +34,7 @@ EACH, AGREE = 5, {"fp32": 1e-5, "int8": 0.02}
 def single(run: Path, rounds: int) -> dict[str, Any]:
     """Seconds of one image in turns: torch eager float32, ONNX Runtime float32 and int8."""
 
-    def turn(worker: Worker) -> float:
+    def turn(worker: ModelProcess) -> float:
         return timing.median([worker.call("time", 0, 1) for _ in range(EACH)])
 
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ import models
 import numpy as np
 
 from cxr_fast.bench import measure as timing
-from cxr_fast.bench.worker import working
+from cxr_fast.bench.comparison import working
 from cxr_fast.inference import runtime
 from cxr_fast.inference.predictor import Predictor, golden_pixels
 from cxr_fast.inference.runtime import onnxruntime

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from cxr_fast.activations.loader import Activations
-from cxr_fast.bench import caching, training
+from cxr_fast.bench import training
+from cxr_fast.bench.films import copy_films
 from cxr_fast.bench.training import random_labels
 from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.models import backbone, device
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 
 def steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The arms' seconds a sample and their ratios, round by round."""
-    manifest = caching.copies(folder, args.images, args.count)
+    manifest = copy_films(folder, args.images, args.count)
     arms = training.Arms(training.fresh(backbone.load(args.weights), manifest, folder))
     found = training.measure(arms, args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"

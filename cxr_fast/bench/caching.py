@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +17,33 @@ from ..activations import build, encoder
 from ..activations import file as store
 from ..activations.job import BLOCKS, CacheJob
 from ..config import CacheSpec, PreprocessSpec
-from ..data import manifest as datasets
-from ..data.images import IMAGE_SUFFIXES, load
-from ..errors import ImageError, InputError
+from ..data.images import load
+from ..data.manifest import Manifest
+from ..errors import InputError
 from ..models.backbone import Backbone
 from ..models.device import pick_device
 from ..models.tail import Tail
 from ..system import hardware
-from ..system.text import duration, table
+from ..system.text import Table, duration, to_plain
 from . import results
 from .baseline import Films, loader
-from .latency import RATIOS, describe_noise, films, ratio_text
-from .measure import median, ratio_interval
+from .films import readable, spread_evenly
+from .measure import median, ratio_fields, run_rounds, spreads
+from .records import CACHE, CacheResult
 
 # Images of the main job: Indiana, each with as many views as were measured.
 INDIANA = 7466
 BATCH, FEW = 16, 4
 # Of an embedding of length 1, cached tokens through the rest of the tower against the whole: float16 keeps 11 bits.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
-PARTS = ("decode", "forward", "whole", "plain")
 
 
-def copies(folder: Path, images: Path | None, count: int) -> datasets.Manifest:
-    """`count` files of a made-up dataset in `folder`: copies of those in `images` in turn, or of phantoms."""
-    if images is None:
-        sources = [Path(path) for path in films(folder)]
-    else:
-        sources = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    with open(folder / "manifest.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "group", "A"])
-        for i in range(count):
-            source = sources[i % len(sources)]
-            shutil.copy(source, folder / f"copy{i}{source.suffix}")
-            rows.writerow([f"copy{i}{source.suffix}", str(i), str(i % 2)])
-    return datasets.read(folder / "manifest.csv")
-
-
-def readable(paths: Sequence[Path], spec: PreprocessSpec) -> dict[int, tuple[np.ndarray, str]]:
-    """Pixels (S, S) and sha256 of the files that can be read, by their place in `paths`."""
-
-    def one(path: Path) -> tuple[np.ndarray, str] | None:
-        try:
-            return load(path, spec)
-        except ImageError:
-            return None
-
-    with ThreadPoolExecutor(hardware.cpu_count()) as pool:
-        return {i: found for i, found in enumerate(pool.map(one, paths)) if found is not None}
-
-
-def few(manifest: datasets.Manifest, count: int, spec: PreprocessSpec) -> tuple[datasets.Manifest, int]:
+def few(manifest: Manifest, count: int, spec: PreprocessSpec) -> tuple[Manifest, int]:
     """`count` images evenly spread over a manifest, and how many of them were left out since they cannot be read.
 
     Raises InputError where none can.
     """
-    wanted = np.unique(np.linspace(0, len(manifest) - 1, min(count, len(manifest))).astype(int))
+    wanted = spread_evenly(len(manifest), count)
     found = readable([manifest.path(row) for row in wanted], spec)
     rows = wanted[sorted(found)].tolist()
     if not rows:
@@ -105,7 +74,7 @@ class Parts:
     """The parts of caching a manifest, each a method to be timed, and the plain pipeline's pass over the same files."""
 
     def __init__(
-        self, tower: Backbone, spec: CacheSpec, manifest: datasets.Manifest, folder: Path, device: str = "auto"
+        self, tower: Backbone, spec: CacheSpec, manifest: Manifest, folder: Path, device: str = "auto"
     ) -> None:
         self.tower, self.spec, self.manifest, self.folder, self.device_name = tower, spec, manifest, folder, device
         self.device, self.cores = pick_device(device), hardware.cpu_count()
@@ -179,38 +148,37 @@ def measured(work: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(
     parts: Parts, rounds: int, *, workers: int = 2, on_round: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+) -> CacheResult:
     """Seconds an image of each part, of the whole and of the plain pass, in interleaved rounds; JSON-ready.
 
     On a CPU the parts share the cores, so the bound of the whole is their CPU seconds over the cores; on a GPU it is
     the slower part. The files are warm: what a cold disk costs is not in it.
     """
     before, difference, n = hardware.gpu_states(), parts.compare(), len(parts.paths)
-    samples: dict[str, list[float]] = {name: [] for name in (*PARTS, "bound")}
-    with results.Watch() as watch:
-        for done in range(rounds):
-            (d, d_cpu), (f, f_cpu), (w, _) = map(measured, (parts.decode, parts.forward, parts.whole))
-            p, _ = measured(lambda: parts.plain(workers))
-            bound = (d_cpu + f_cpu) / parts.cores if parts.device.type == "cpu" else max(d, f)
-            for name, value in zip(samples, (d, f, w, p, bound), strict=True):
-                samples[name].append(value / n)
-            watch.close(f"round {done + 1}", 1)
-            if on_round is not None:
-                on_round(done + 1)
+
+    def one_round() -> dict[str, float]:
+        (d, d_cpu), (f, f_cpu), (w, _) = map(measured, (parts.decode, parts.forward, parts.whole))
+        p, _ = measured(lambda: parts.plain(workers))
+        bound = (d_cpu + f_cpu) / parts.cores if parts.device.type == "cpu" else max(d, f)
+        return {"decode": d / n, "forward": f / n, "whole": w / n, "plain": p / n, "bound": bound / n}
+
+    samples, watch = run_rounds(one_round, rounds, on_round)
     ratios = {
-        "bound over whole": ratio_interval(samples["bound"], samples["whole"]),
-        "plain over whole": ratio_interval(samples["plain"], samples["whole"]),
+        "bound over whole": ratio_fields(samples["bound"], samples["whole"]),
+        "plain over whole": ratio_fields(samples["plain"], samples["whole"]),
     }
     return {
-        **results.turns(results.CACHE, samples, watch, before),
+        **results.turns(CACHE, samples, watch, before),
+        "seconds_per_image": spreads(samples),
         "images": n,
         "weights": parts.tower.source,
         "views": ",".join(parts.spec.views),
         "device": parts.device.type,
         "workers": parts.cores,
         "bound_is": "CPU seconds of the parts / cores" if parts.device.type == "cpu" else "slower part",
-        "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
-        **difference,
+        "ratios": ratios,
+        "largest_embedding_difference": difference["largest_embedding_difference"],
+        "largest_pixel_difference": int(difference["largest_pixel_difference"]),
         "extrapolated": {"whole": cache_seconds(median(samples["whole"]))},
     }
 
@@ -220,7 +188,7 @@ def cache_seconds(seconds_per_image: float) -> float:
     return INDIANA * seconds_per_image
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: CacheResult) -> str:
     """The result as a table a person reads."""
     names = {
         "decode": "decoding alone",
@@ -234,16 +202,16 @@ def describe(result: dict[str, Any]) -> str:
         for name, text in names.items()
     ]
     views, whole = len(result["views"].split(",")), result["seconds_per_image"]["whole"]["median"]
-    share = result["ratios"]["bound over whole"]
+    share, plain = (result["ratios"][f"{name} over whole"] for name in ("bound", "plain"))
     lines = [
-        table(["ms an image", "median", "min", "max"], rows),
+        to_plain(Table(columns=["ms an image", "median", "min", "max"], rows=rows)),
         "",
         f"{result['images']} images, {views} view(s), {share['n']} rounds in turn, warm files, {result['workers']} "
         f"decoding thread(s), {result['device']}, {result['machine']['cpu']}",
-        f"bound over whole: {ratio_text(share)}",
-        f"plain over whole: {ratio_text(result['ratios']['plain over whole'])}; the cache is made once, the plain "
+        f"bound over whole: {results.describe_ratio(share)}",
+        f"plain over whole: {results.describe_ratio(plain)}; the cache is made once, the plain "
         "pipeline takes its time every epoch (one view, whole tower, 2 loader workers)",
-        RATIOS,
+        results.RATIOS,
         f"embeddings agree within {result['largest_embedding_difference']:.1e}; pixels differ by at most "
         f"{result['largest_pixel_difference']} grey level(s)",
         f"Indiana, EXTRAPOLATED: {INDIANA:,} images x {1000 * whole:.1f} ms = "
@@ -253,4 +221,4 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"{left} image(s) cannot be read and were left out; `cxrfast cache SOURCE` names them")
     if result["weights"].startswith("random:"):
         lines.append("note: random weights; they do not change the time")
-    return "\n".join([*lines, *describe_noise(result)])
+    return "\n".join([*lines, *results.describe_noise(result)])

@@ -6,22 +6,31 @@ from typing import Any
 
 from ..report import charts
 from ..report.charts import ACCENT, COLOURS, GREY, INK
+from .records import (
+    ARMS,
+    MODEL_ONLY,
+    WHOLE,
+    LatencyResult,
+    OfflineResult,
+    ServerResult,
+    SingleStreamResult,
+    ThroughputResult,
+)
 
 WIDTH, HEIGHT = 6.4, 3.6
 
 
-def draw(result: dict[str, Any]) -> bytes:
+def draw(result: Any) -> bytes:
     """The picture of a result, PNG."""
     if "points" in result:
         return by_batch(result)
     return by_rate(result) if "trials" in result else latencies(result)
 
 
-def latencies(result: dict[str, Any]) -> bytes:
+def latencies(result: LatencyResult | SingleStreamResult) -> bytes:
     """The share of samples at most so long; budget, percentile and its bound marked."""
     made, axes = charts.figure(WIDTH, HEIGHT)
-    whole = "file to probabilities"
-    for name, colour in ((whole, INK), ("model only", GREY)):
+    for name, colour in ((WHOLE, INK), (MODEL_ONLY, GREY)):
         if name in result["samples"]:
             axes.ecdf([1000 * x for x in result["samples"][name]], color=colour, lw=1.6, label=name)
     budget, verdict = result["budget"], result["verdict"]
@@ -41,12 +50,12 @@ def latencies(result: dict[str, Any]) -> bytes:
     return charts.png(made)
 
 
-def by_batch(result: dict[str, Any]) -> bytes:
+def by_batch(result: OfflineResult) -> bytes:
     """Images a second by batch size, median and range of three windows, the knee marked."""
     made, axes = charts.figure(WIDTH, HEIGHT)
     points = result["points"]
     batches = [point["batch"] for point in points]
-    for arm, colour in (("model only", GREY), ("from files", INK)):
+    for arm, colour in zip(ARMS, (GREY, INK), strict=True):
         rates = [point[arm]["rate"] for point in points]
         below = [point[arm]["rate"] - min(point[arm]["rates"]) for point in points]
         above = [max(point[arm]["rates"]) - point[arm]["rate"] for point in points]
@@ -58,7 +67,7 @@ def by_batch(result: dict[str, Any]) -> bytes:
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set(xlabel="batch size", ylabel="images a second")
-    every = [rate for point in points for arm in ("model only", "from files") for rate in point[arm]["rates"]]
+    every = [rate for point in points for arm in ARMS for rate in point[arm]["rates"]]
     # Where decoding is the limit, the model alone is a hundred times as fast and would press the rest to the floor.
     if max(every) > 10 * min(every):
         axes.set_yscale("log")
@@ -69,7 +78,7 @@ def by_batch(result: dict[str, Any]) -> bytes:
     return charts.png(made)
 
 
-def by_rate(result: dict[str, Any]) -> bytes:
+def by_rate(result: ServerResult) -> bytes:
     """The percentile of each trial by its rate, and the budget."""
     made, axes = charts.figure(WIDTH, HEIGHT)
     q, limit = result["budget"]["percentile"], 1000 * result["budget"]["seconds"]
@@ -87,7 +96,7 @@ def by_rate(result: dict[str, Any]) -> bytes:
     return charts.png(made)
 
 
-def _title(result: dict[str, Any], text: str) -> str:
+def _title(result: ThroughputResult | LatencyResult, text: str) -> str:
     noisy = ", NOISY" if result["noise"]["noisy"] else ""
     cpu = result["machine"]["cpu"] if result["provider"] == "CPUExecutionProvider" else result["provider"]
     return charts.label(f"{result['model']}, {cpu}: {text}{noisy}", 100)

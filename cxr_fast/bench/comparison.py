@@ -1,77 +1,118 @@
-"""Two models side by side on this machine: how far their answers are apart, and how many times as long one takes."""
+"""Two models side by side on this machine: how far their answers are apart, and how many times as long one takes.
+
+Each model has a process of its own and is asked one thing at a time: the threads of an idle session spin for a while
+and took half the machine from another model in the same process (int8: 72 ms for 34). Before each timed call the
+other's threads get REST seconds to fall asleep, and one call that is not timed wakes the own ones; so each is timed as
+`predict` runs it, spinning allowed. Two copies of a 64-wide ViT in turns, batch 16: 23.6 ms without the rest, 9.4 with
+it, 9.0 where the other never runs.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import PreprocessSpec
-from ..data.images import load
-from ..data.paths import expand
-from ..errors import ImageError, InputError, ParityError
+from ..config import PreprocessSpec, from_dict
+from ..data import manifest
+from ..errors import CxrFastError, ImageError, InputError, ParityError
 from ..metrics import drift
 from ..system import hardware
-from ..system.text import number, table
+from ..system.text import Table, number, to_plain
 from . import measure, results
-from .latency import RATIOS, describe_noise, films, ratio_text
-from .worker import About, Arm, Worker, working
+from .films import decode_all, sample_images, spread_evenly
+from .records import COMPARISON, ComparisonResult
 
+REST = 0.2
 BATCH = 8
 # Two float32 roads of one model: the export allows 1e-5, another machine's golden answer 1e-4.
 SAME = 1e-4
 FLOAT32 = ("fp32", "torch")
 
 
-def compare(
-    one: Arm,
-    other: Arm,
-    *,
-    images: Path | None = None,
-    manifest: Path | None = None,
-    count: int = 256,
-    rounds: int = 30,
-    batch_size: int = 1,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Answers of both on the same images, then A B A B for `rounds`, the model alone at `batch_size`; JSON-ready.
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One model to compare: an ONNX file, or a run folder whose final model of a kind torch runs in float32."""
 
-    `count` images are answered, evenly spread over those of `images` or `manifest`, else 6 phantoms; a manifest's
-    labels give AUCs. Raises InputError for models of other classes, ParityError, before anything is timed, where two
-    float32 roads of the same weights differ.
+    path: Path
+    torch: bool = False
+    final: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What an opened model says of itself; `weights` tells trained weights apart, `variant` is fp32, int8, torch ..."""
+
+    name: str
+    variant: str
+    where: str
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    spec: PreprocessSpec
+    weights: str
+    warning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSpec:
+    """`count` images, evenly spread over those of `images` or `manifest`, else 6 phantoms, are answered by both.
+
+    A manifest's labels give AUCs. The model alone is timed at `batch_size` for `rounds` turns.
+    """
+
+    images: Path | None = None
+    manifest: Path | None = None
+    count: int = 256
+    rounds: int = 30
+    batch_size: int = 1
+
+
+def compare(
+    one: Arm, other: Arm, spec: CompareSpec, on_progress: Callable[[str, int, int], None] | None = None
+) -> ComparisonResult:
+    """Answers of both on the same images, then A B A B, the model alone; JSON-ready.
+
+    Raises InputError for models of other classes, ParityError, before anything is timed, where two float32 roads of
+    the same weights differ.
     """
     say, before = on_progress or (lambda text, done, total: None), hardware.gpu_states()
     with (
-        results.Watch() as watch,  # closed last: a worker counts as our own once it was waited for
+        measure.Watch() as watch,  # closed last: a worker counts as our own once it was waited for
         working(one) as a,
         working(other) as b,
-        _shown(images, manifest) as source,
     ):
         _require_same_labels(a.about, b.about)
-        paths, labels = _listed(source, manifest is not None, count, a.about.labels)
-        pixels, labels, left_out = _decoded(paths, labels, (a.about.spec, b.about.spec))
+        pixels, labels, left_out = _read_images(spec, (a.about, b.about))
         for each, found in zip((a, b), pixels, strict=True):
             each.call("pixels", found)
         ours, theirs = (_answers(each, len(labels), say) for each in (a, b))
         far = difference(a.about, b.about, ours, theirs, labels)
         samples: dict[str, list[float]] = {"a": [], "b": []}
-        for done in range(rounds):
-            samples["a"].append(a.call("time", done, batch_size))
-            samples["b"].append(b.call("time", done, batch_size))
-            say("rounds", done + 1, rounds)
+        for done in range(spec.rounds):
+            samples["a"].append(a.call("time", done, spec.batch_size))
+            samples["b"].append(b.call("time", done, spec.batch_size))
+            say("rounds", done + 1, spec.rounds)
+    source = "manifest" if spec.manifest is not None else "given files" if spec.images is not None else "phantoms"
+    shown = ("name", "variant", "where", "weights", "warning")
     return {
-        **results.turns(results.COMPARISON, samples, watch, before),
-        "models": {"a": _said(a.about), "b": _said(b.about)},
-        "images": {"answered": len(labels), "left_out": left_out, "source": _source(images, manifest)},
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "ratio": asdict(measure.ratio_interval(samples["b"], samples["a"])),
+        **results.turns(COMPARISON, samples, watch, before),
+        "seconds": measure.spreads(samples),
+        "models": {name: {k: getattr(m.about, k) for k in shown} for name, m in (("a", a), ("b", b))},
+        "images": {"answered": len(labels), "left_out": left_out, "source": source},
+        "batch_size": spec.batch_size,
+        "rounds": spec.rounds,
+        "ratio": measure.ratio_fields(samples["b"], samples["a"]),
         "difference": far,
     }
 
@@ -85,7 +126,7 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
     from ..training.run_folder import read_run_info
 
     folder = run or (model if model.is_dir() else model.parent)
-    path = _float32(model) if model.is_dir() else model
+    path = model / "model.fp32.onnx" if model.is_dir() else model
     if not (folder / "run.json").is_file():
         raise InputError(f"--against torch: {folder} is not a run folder; give the one {path.name} is of with --run.")
     said = model_file.read(path, check=False)
@@ -98,11 +139,38 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
     )
 
 
-def _float32(folder: Path) -> Path:
-    return folder / "model.fp32.onnx"
+# The answers.
 
 
-# ------------------------------------------------------------------------------------------------- the answers
+def _read_images(spec: CompareSpec, models: tuple[About, About]) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Pixels (n, S, S) for each model, labels (n, C) of the images both can read, and how many were left out."""
+    with contextlib.ExitStack() as stack:
+        if spec.manifest is not None:
+            paths, labels = _listed(spec.manifest, spec.count, models[0].labels)
+        else:
+            every = stack.enter_context(sample_images(spec.images))
+            paths = [every[place] for place in spread_evenly(len(every), spec.count)]
+            labels = np.full((len(paths), len(models[0].labels)), -1, np.int8)
+        found = {about.spec: decode_all(paths, about.spec) for about in models}
+    bad = [error for each in found.values() for error in each if isinstance(error, ImageError)]
+    good = [i for i in range(len(paths)) if not any(isinstance(each[i], ImageError) for each in found.values())]
+    if not good:
+        raise InputError(f"none of the {len(paths)} images can be read; the first, {bad[0]}")
+    pixels = [np.stack([found[about.spec][i][0] for i in good]) for about in models]  # type: ignore[index]
+    return pixels, labels[good], len(paths) - len(good)
+
+
+def _listed(source: Path, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Paths (n) of a manifest's images and labels (n, C) for the model's classes, -1 for one that it lacks."""
+    read = manifest.read(source)
+    shared = [name for name in classes if name in read.classes]
+    if not shared:
+        raise InputError(f"--manifest: {source} has none of the model's classes ({', '.join(classes[:3])}, ...).")
+    rows = spread_evenly(len(read), count)
+    labels = np.full((len(rows), len(classes)), -1, np.int8)
+    for name in shared:
+        labels[:, list(classes).index(name)] = read.labels[rows, read.classes.index(name)]
+    return [str(read.path(row)) for row in rows], labels
 
 
 def difference(a: About, b: About, ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -133,7 +201,7 @@ def _require_same_labels(a: About, b: About) -> None:
     )
 
 
-def _answers(each: Worker, count: int, say: Callable[[str, int, int], None]) -> np.ndarray:
+def _answers(each: ModelProcess, count: int, say: Callable[[str, int, int], None]) -> np.ndarray:
     out = []
     for start in range(0, count, BATCH):
         out.append(each.call("answer", start, BATCH))
@@ -141,72 +209,149 @@ def _answers(each: Worker, count: int, say: Callable[[str, int, int], None]) -> 
     return np.concatenate(out)
 
 
-@contextlib.contextmanager
-def _shown(images: Path | None, manifest: Path | None) -> Iterator[Path]:
-    """Where the images are; phantoms, which go again, where the user named none."""
-    if (given := manifest or images) is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        films(Path(scratch))
-        yield Path(scratch)
+# A model in a process of its own.
 
 
-def _source(images: Path | None, manifest: Path | None) -> str:
-    return "manifest" if manifest is not None else "given files" if images is not None else "phantoms"
+class ModelProcess:
+    """A model in a process of its own, asked one thing at a time."""
 
+    def __init__(self, arm: Arm) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would take our threads' locks along
+        self.name = arm.path.name
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=work, args=(far, arm), daemon=True)
+        self.process.start()
+        far.close()
+        self.about: About = self._reply()
 
-def _listed(source: Path, labelled: bool, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Paths (n), and labels (n, C) for the model's classes, -1 where there is no manifest or it has none."""
-    if not labelled:
-        paths = _spread(expand([str(source)]), count)
-        return paths, np.full((len(paths), len(classes)), -1, np.int8)
-    from ..data import manifest as datasets
+    def call(self, *request: Any) -> Any:
+        """The answer to a request; what went wrong over there is raised here."""
+        self.pipe.send(request)
+        return self._reply()
 
-    read = datasets.read(source)
-    shared = [name for name in classes if name in read.classes]
-    if not shared:
-        raise InputError(f"--manifest: {source} has none of the model's classes ({', '.join(classes[:3])}, ...).")
-    rows = _spread(list(range(len(read))), count)
-    labels = np.full((len(rows), len(classes)), -1, np.int8)
-    for name in shared:
-        labels[:, list(classes).index(name)] = read.labels[rows, read.classes.index(name)]
-    return [str(read.path(row)) for row in rows], labels
-
-
-def _spread(values: list[Any], count: int) -> list[Any]:
-    places = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).astype(int))
-    return [values[place] for place in places]
-
-
-def _decoded(
-    paths: Sequence[str], labels: np.ndarray, specs: tuple[PreprocessSpec, PreprocessSpec]
-) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Pixels (n, S, S) for each spec and labels (n, C) of the images both can read, and how many were left out."""
-
-    def one(path: str) -> list[np.ndarray] | ImageError:
+    def _reply(self) -> Any:
         try:
-            return [load(path, spec)[0] for spec in specs]
-        except ImageError as error:
-            return error
+            found = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            raise InputError(
+                f"{self.name}: its process ended with code {self.process.exitcode}; out of memory?"
+            ) from None
+        if isinstance(found, CxrFastError):
+            raise found
+        return found
 
-    with ThreadPoolExecutor(hardware.cpu_count()) as pool:
-        found = list(pool.map(one, paths))
-    good = [i for i, each in enumerate(found) if isinstance(each, list)]
-    if not good:
-        raise InputError(f"none of the {len(paths)} images can be read; the first, {found[0]}")
-    kept = [each for each in found if isinstance(each, list)]
-    return [np.stack([each[k] for each in kept]) for k in range(2)], labels[good], len(paths) - len(good)
+    def close(self) -> None:
+        """End the process and wait, so that its CPU time counts as ours."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
-# ---------------------------------------------------------------------------------------------------- the text
+@contextlib.contextmanager
+def working(arm: Arm) -> Iterator[ModelProcess]:
+    """The model's process, ended whatever happens."""
+    worker = ModelProcess(arm)
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
-def _said(about: About) -> dict[str, Any]:
-    return {name: getattr(about, name) for name in ("name", "variant", "where", "weights", "warning")}
+def work(pipe: Connection, arm: Arm) -> None:
+    """The other process: opens the model, says what it is, then answers and times until told to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which ends this one
+    try:
+        about, run = _open_torch(arm) if arm.torch else _open_onnx(arm)
+    except CxrFastError as error:
+        pipe.send(error)
+        return
+    pipe.send(about)
+    pixels = np.zeros(0)
+    while (request := _next(pipe)) is not None:
+        kind, *rest = request
+        try:
+            if kind == "pixels":
+                pixels = rest[0]
+                pipe.send(None)
+            elif kind == "answer":
+                pipe.send(run(pixels[rest[0] : rest[0] + rest[1]]))
+            else:
+                pipe.send(_timed(run, pixels, *rest))
+        except CxrFastError as error:
+            pipe.send(error)
 
 
-def describe(result: dict[str, Any]) -> str:
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:  # the other side is gone
+        return None
+
+
+def _timed(run: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray, turn: int, batch_size: int) -> float:
+    """Seconds of one call, on the images whose turn it is, once the other model's threads are asleep."""
+    batch = pixels[(turn * batch_size + np.arange(batch_size)) % len(pixels)]
+    time.sleep(REST)
+    run(batch)
+    began = time.perf_counter()
+    run(batch)
+    return time.perf_counter() - began
+
+
+def _open_onnx(arm: Arm) -> tuple[About, Callable[[np.ndarray], np.ndarray]]:
+    from ..inference.predictor import Predictor
+
+    predictor = Predictor(arm.path, device=arm.device, threads=arm.threads)
+    about = About(
+        name=os.path.relpath(predictor.path),
+        variant=predictor.info["variant"],
+        where=predictor.where,
+        labels=predictor.labels,
+        thresholds=tuple(predictor.info["thresholds"]),
+        spec=predictor.spec,
+        weights=str(predictor.info.get("model_sha256", predictor.path)),
+        warning=predictor.warning,
+    )
+    return about, predictor.probabilities
+
+
+def _open_torch(arm: Arm) -> tuple[About, Callable[[np.ndarray], np.ndarray]]:
+    """The trusted path in torch, open_clip's whole tower in float32, as `export` compares with."""
+    import torch
+
+    from ..activations.encoder import normalise
+    from ..metrics import calibration
+    from ..models import device as cpu
+    from ..training.run_folder import read_run
+
+    threads, run = cpu.prepare(arm.threads), read_run(arm.path, arm.final)
+    mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+
+    def answer(pixels: np.ndarray) -> np.ndarray:
+        x = normalise(torch.from_numpy(pixels), mean, std)
+        return calibration.apply(run.info["calibration"], run.raw_probabilities(x))
+
+    about = About(
+        name=os.path.relpath(arm.path),
+        variant="torch",
+        where=f"CPU, {threads} thread(s)",
+        labels=tuple(run.info["classes"]),
+        thresholds=tuple(run.info["thresholds"]),
+        spec=from_dict(PreprocessSpec, run.info["preprocess"]),
+        weights=run.info["model_sha256"],
+        warning=str(run.info["provenance"]),
+    )
+    return about, answer
+
+
+# The text.
+
+
+def describe(result: ComparisonResult) -> str:
     """Times and differences in one table, and what they rest on."""
     far, ratio, models = result["difference"], result["ratio"], result["models"]
     drop = far["macro_drop"]
@@ -216,19 +361,18 @@ def describe(result: dict[str, Any]) -> str:
         s, model = result["seconds"][key], models[key]
         times = [f"{1000 * s[name]:.1f}" for name in ("median", "min", "max")]
         rows.append([f"{key.upper()}  {model['name']}", model["variant"], *times, number(auc)])
-    rows.append(["B over A", "", ratio_text(ratio), "", "", "-" if drop is None else f"{-drop:+.4f}"])
+    rows.append(["B over A", "", results.describe_ratio(ratio), "", "", "-" if drop is None else f"{-drop:+.4f}"])
     images = result["images"]
+    sizes = ["not finite" if far[name] is None else f"{far[name]:.1e}" for name in ("largest", "p99")]
+    apart = [f"{images['answered']} images ({images['source']})", *sizes, f"{far['flips']:.1f}"]
     lines = [
-        table(["model alone, ms", "", "median", "min", "max", "macro AUC"], rows),
+        to_plain(Table(columns=["model alone, ms", "", "median", "min", "max", "macro AUC"], rows=rows)),
         "",
-        table(
-            ["B's probabilities against A's", "largest", "p99", "flips/10,000"],
-            [[f"{images['answered']} images ({images['source']})", *_apart(far)]],
-        ),
+        to_plain(Table(columns=["B's probabilities against A's", "largest", "p99", "flips/10,000"], rows=[apart])),
         "",
         f"{result['rounds']} rounds A B A B, batch {result['batch_size']}, a process each; "
         f"A on {models['a']['where']}, B on {models['b']['where']}, {result['machine']['cpu']}",
-        RATIOS,
+        results.RATIOS,
         _why(far),
     ]
     if not far["classes"]:
@@ -236,12 +380,7 @@ def describe(result: dict[str, Any]) -> str:
     if images["left_out"]:
         lines.append(f"{images['left_out']} image(s) cannot be read and were left out")
     lines += [f"note: {text.upper()}" for text in dict.fromkeys(m["warning"] for m in models.values()) if text]
-    return "\n".join([*lines, *describe_noise(result)])
-
-
-def _apart(far: dict[str, Any]) -> list[str]:
-    sizes = ["not finite" if far[name] is None else f"{far[name]:.1e}" for name in ("largest", "p99")]
-    return [*sizes, f"{far['flips']:.1f}"]
+    return "\n".join([*lines, *results.describe_noise(result)])
 
 
 def _why(far: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Time calls, and say how sure the figures are: percentiles with bounds, verdicts, ratios."""
+"""Time calls, watch the machine meanwhile, and bound what the samples say: percentiles, verdicts, ratios."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..system.hardware import OtherCpu
+from .records import Noise, RatioFields, SampleSpread, SampleSummary
 
 PERCENTILES = (50, 90, 95, 99)
 CONFIDENCE = 0.99
 # More samples than this are not a plan but a sign that the truth sits on the budget.
 MANY = 1_000_000
+WINDOWS = 3
+# Two cores count 100 ticks in half a second, so a share is known to two percent; a tenth of that would say nothing.
+STRETCH = 0.5
 
 
 def measure(
@@ -66,6 +71,90 @@ def _once(fn: Callable[[], Any], sync: Callable[[], None] | None) -> float:
     return (time.perf_counter_ns() - began) / 1e9
 
 
+def run_rounds(
+    one_round: Callable[[], Mapping[str, float]], rounds: int, on_round: Callable[[int], None] | None = None
+) -> tuple[dict[str, list[float]], Watch]:
+    """The figures of each round by name, each round a stretch of the watch; `on_round` gets the rounds done so far."""
+    samples: dict[str, list[float]] = {}
+    with Watch() as watch:
+        for done in range(rounds):
+            for name, value in one_round().items():
+                samples.setdefault(name, []).append(value)
+            watch.close(f"round {done + 1}", 1)
+            if on_round is not None:
+                on_round(done + 1)
+    return samples, watch
+
+
+class Watch:
+    """The rest of the machine during a run, stretch by stretch, so that a noisy one is flagged and not averaged away.
+
+    with Watch() as watch: for each sample: ...; watch.tick()
+
+    A stretch ends with the first sample after half a second, or where `close` says so.
+    """
+
+    def __init__(
+        self,
+        stretch: float = STRETCH,
+        *,
+        other: Callable[[], OtherCpu] = OtherCpu,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._least, self._other, self._clock = stretch, other, clock
+        self.stretches: list[dict[str, Any]] = []
+        self._whole = other()
+        self._samples = 0
+
+    def __enter__(self) -> Watch:
+        self._whole.start()
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._samples:
+            self.close()
+        self._whole.stop()
+
+    def _open(self) -> None:
+        self._samples, self._began, self._current = 0, self._clock(), self._other().start()
+
+    def restart(self) -> None:
+        """Forget what was seen: the warm-up is over."""
+        self._whole.start()
+        self._open()
+
+    def tick(self) -> None:
+        """Count one more sample; ends the stretch where it is long enough."""
+        self._samples += 1
+        if self._clock() - self._began >= self._least:
+            self.close()
+
+    def close(self, name: str = "", samples: int | None = None) -> bool:
+        """End the stretch here and begin the next; whether it was noisy."""
+        share = self._current.stop()
+        first = sum(s["samples"] for s in self.stretches)
+        count = self._samples if samples is None else samples
+        noisy = self._current.noisy
+        self.stretches.append({"name": name, "first": first, "samples": count, "share": share, "noisy": noisy})
+        self._open()
+        return noisy
+
+    def noise(self) -> Noise:
+        """Share of the machine that others took: of the whole run, of the worst stretch, and of each, JSON-ready."""
+        shares = [s["share"] for s in self.stretches if s["share"] is not None]
+        noisy = [s for s in self.stretches if s["noisy"]]
+        return {
+            "share": self._whole.share,
+            "worst": max(shares, default=self._whole.share),
+            "threshold": self._whole.threshold,
+            "noisy": bool(noisy) or self._whole.noisy,
+            "samples": sum(s["samples"] for s in self.stretches),
+            "noisy_samples": sum(s["samples"] for s in noisy),
+            "stretches": self.stretches,
+        }
+
+
 # Percentiles with confidence.
 
 
@@ -74,9 +163,32 @@ def median(samples: Sequence[float]) -> float:
     return statistics.median(samples)
 
 
-def spread(samples: Sequence[float]) -> dict[str, float | int]:
+def spread(samples: Sequence[float]) -> SampleSpread:
     """n, median, minimum and maximum."""
     return {"n": len(samples), "median": median(samples), "min": min(samples), "max": max(samples)}
+
+
+def windows(samples: Sequence[float]) -> list[Sequence[float]]:
+    """The samples in three parts, in the order they were taken, as equal as they can be; fewer for fewer than three."""
+    count = min(WINDOWS, len(samples))
+    size, extra = divmod(len(samples), count)
+    ends = [size * (k + 1) + min(k + 1, extra) for k in range(count)]
+    return [samples[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def window_medians(samples: Sequence[float]) -> list[float]:
+    """The median of each window."""
+    return [percentile(part, 50) for part in windows(samples)]
+
+
+def relative_range(samples: Sequence[float]) -> float:
+    """Largest less smallest, as a share of the median."""
+    return (max(samples) - min(samples)) / median(samples)
+
+
+def spreads(samples: Mapping[str, Sequence[float]]) -> dict[str, SampleSpread]:
+    """The spread of each arm's samples."""
+    return {name: spread(values) for name, values in samples.items()}
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -121,6 +233,17 @@ def lower_bound(samples: Sequence[float], q: float, confidence: float = CONFIDEN
     """Lower confidence bound of the q percentile: the largest j-th sample with P(Binomial(n, q) >= j) >= confidence."""
     j = _allowed(len(samples), _share(q), 1 - confidence) + 1
     return None if j < 1 else sorted(samples)[j - 1]
+
+
+def summary(values: Sequence[float]) -> SampleSummary:
+    """Percentiles that n supports, each with its one-sided 99 % bound, and the medians of three windows."""
+    held = supported(len(values))
+    return {
+        "n": len(values),
+        "percentiles": {str(q): percentile(values, q) for q in PERCENTILES if q == 50 or q in held},
+        "bounds": {str(q): bound(values, q) for q in PERCENTILES if q in held},
+        "window_medians": window_medians(values),
+    }
 
 
 def _share(q: float) -> float:
@@ -245,3 +368,9 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) 
     cut = _allowed(len(ratios), 0.5, (1 - level) / 2)
     ends = (None, None) if cut < 0 else (ratios[cut], ratios[-1 - cut])
     return Ratio(median=median(ratios), low=ends[0], high=ends[1], n=len(ratios))
+
+
+def ratio_fields(a: Sequence[float], b: Sequence[float]) -> RatioFields:
+    """`ratio_interval` as a result records it."""
+    found = ratio_interval(a, b)
+    return {"median": found.median, "low": found.low, "high": found.high, "n": found.n}

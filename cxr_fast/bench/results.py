@@ -1,4 +1,4 @@
-"""What every benchmark result records, so that its figures can be believed or refused; written and read checked."""
+"""Benchmark results: what all of them record, their files checked, and the lines that describe them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,47 @@ import json
 import math
 import os
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from .. import __version__
 from ..errors import InputError, SchemaError
 from ..inference.predictor import Predictor
-from ..system import hardware
-from ..system.files import file_sha256
+from ..system import files, hardware
 from . import measure
+from .records import (
+    ARMS,
+    CACHE,
+    COMPARISON,
+    FROM_FILES,
+    KINDS,
+    MODEL_ONLY,
+    SCENARIOS,
+    SCHEMAS,
+    SPREADS,
+    THROUGHPUT,
+    TRAINING,
+    WHOLE,
+    BenchResult,
+    Budget,
+    Commit,
+    ModelFields,
+    RatioFields,
+    ResultHead,
+    SampleSummary,
+    TurnsResult,
+)
 
-LATENCY, THROUGHPUT = "cxr-fast latency", "cxr-fast throughput"
-COMPARISON, CACHE, TRAINING = "cxr-fast comparison", "cxr-fast cache benchmark", "cxr-fast training benchmark"
-SCHEMAS = {LATENCY: 2, THROUGHPUT: 1, COMPARISON: 1, CACHE: 1, TRAINING: 1}
-# Where a result of turns keeps n, median, minimum and maximum of its samples.
-SPREADS = {COMPARISON: "seconds", CACHE: "seconds_per_image", TRAINING: "seconds_per_sample"}
 EXIT = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
-SCENARIOS = ("offline", "single-stream", "server")
-WINDOWS = 3
-# Two cores count 100 ticks in half a second, so a share is known to two percent; a tenth of that would say nothing.
-STRETCH = 0.5
 # Medians of the three windows further apart than this are said: the machine changed while it was measured.
 UNSTEADY = 0.10
+# Said under a table of medians.
+RATIOS = "a ratio is the median of the rounds' own ratios; the medians of the table divide to another figure"
 DISTRIBUTIONS = (
     *("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "pydicom", "pylibjpeg"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas"),
@@ -40,79 +55,51 @@ DISTRIBUTIONS = (
 PACKAGE = Path(__file__).parents[1]
 
 
-# The machine while it is measured.
+# What is recorded.
 
 
-class Watch:
-    """The rest of the machine during a run, stretch by stretch, so that a noisy one is flagged and not averaged away.
-
-    with Watch() as watch: for each sample: ...; watch.tick()
-
-    A stretch ends with the first sample after half a second, or where `close` says so.
-    """
-
-    def __init__(
-        self,
-        stretch: float = STRETCH,
-        *,
-        other: Callable[[], hardware.OtherCpu] = hardware.OtherCpu,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._least, self._other, self._clock = stretch, other, clock
-        self.stretches: list[dict[str, Any]] = []
-        self._whole = other()
-        self._samples = 0
-
-    def __enter__(self) -> Watch:
-        self._whole.start()
-        self._open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._samples:
-            self.close()
-        self._whole.stop()
-
-    def _open(self) -> None:
-        self._samples, self._began, self._current = 0, self._clock(), self._other().start()
-
-    def restart(self) -> None:
-        """Forget what was seen: the warm-up is over."""
-        self._whole.start()
-        self._open()
-
-    def tick(self) -> None:
-        """One more sample; ends the stretch where it is long enough."""
-        self._samples += 1
-        if self._clock() - self._began >= self._least:
-            self.close()
-
-    def close(self, name: str = "", samples: int | None = None) -> bool:
-        """End the stretch here and begin the next; whether it was noisy."""
-        share = self._current.stop()
-        first = sum(s["samples"] for s in self.stretches)
-        count = self._samples if samples is None else samples
-        noisy = self._current.noisy
-        self.stretches.append({"name": name, "first": first, "samples": count, "share": share, "noisy": noisy})
-        self._open()
-        return noisy
-
-    def noise(self) -> dict[str, Any]:
-        """Share of the machine that others took: of the whole run, of the worst stretch, and of each, JSON-ready."""
-        shares = [s["share"] for s in self.stretches if s["share"] is not None]
-        noisy = [s for s in self.stretches if s["noisy"]]
-        return {
-            "share": self._whole.share,
-            "worst": max(shares, default=self._whole.share),
-            "threshold": self._whole.threshold,
-            "noisy": bool(noisy) or self._whole.noisy,
-            "samples": sum(s["samples"] for s in self.stretches),
-            "noisy_samples": sum(s["samples"] for s in noisy),
-            "stretches": self.stretches,
-        }
+def head(kind: str) -> ResultHead:
+    """Kind, schema, writer, date (UTC), commit, versions and machine: what every result begins with."""
+    return {
+        "kind": kind,
+        "schema": SCHEMAS[kind],
+        "written_by": f"cxr-fast {__version__}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": hardware.machine(),  # type: ignore[typeddict-item]
+    }
 
 
-def commit(package: Path = PACKAGE) -> dict[str, Any] | None:
+def about(predictor: Predictor, device: str) -> ModelFields:
+    """The model and what really ran it."""
+    return {
+        "model": predictor.path.name,
+        "model_sha256": files.file_sha256(predictor.path),
+        "variant": predictor.info["variant"],
+        "provenance": predictor.warning,
+        "device": device,
+        "provider": predictor.provider,
+        "where": predictor.where,
+        "why": predictor.why,
+        "threads": predictor.threads,
+    }
+
+
+def turns(
+    kind: str, samples: dict[str, list[float]], watch: measure.Watch, before: list[dict[str, Any]]
+) -> TurnsResult:
+    """Head, samples and their windows, noise, and the GPUs before and after, of arms that took turns."""
+    return {
+        **head(kind),
+        "samples": samples,
+        "window_medians": {name: measure.window_medians(values) for name, values in samples.items()},
+        "noise": watch.noise(),
+        "gpus": {"before": before, "after": hardware.gpu_states()},
+    }
+
+
+def commit(package: Path = PACKAGE) -> Commit | None:
     """Revision of the checkout the package runs from, and whether the package differs from it; None without one."""
     # A virtual environment inside somebody's checkout is not that checkout: the file itself must be tracked.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -122,7 +109,7 @@ def commit(package: Path = PACKAGE) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says, None where it fails or is not there. Its variables, set inside a hook, name another checkout."""
+    """What git says, None where it fails or is missing. Its variables, set inside a hook, name another checkout."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
@@ -144,117 +131,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-# What is written.
-
-
-def head(kind: str) -> dict[str, Any]:
-    """Kind, schema, writer, date (UTC), commit, versions and machine: what every result begins with."""
-    return {
-        "kind": kind,
-        "schema": SCHEMAS[kind],
-        "written_by": f"cxr-fast {__version__}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "machine": hardware.machine(),
-    }
-
-
-def about(predictor: Predictor, device: str) -> dict[str, Any]:
-    """The model and what really ran it."""
-    return {
-        "model": predictor.path.name,
-        "model_sha256": file_sha256(predictor.path),
-        "variant": predictor.info["variant"],
-        "provenance": predictor.warning,
-        "device": device,
-        "provider": predictor.provider,
-        "where": predictor.where,
-        "why": predictor.why,
-        "threads": predictor.threads,
-    }
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Percentiles that n supports, each with its one-sided 99 % bound, and the medians of three windows."""
-    held = measure.supported(len(values))
-    return {
-        "n": len(values),
-        "percentiles": {str(q): measure.percentile(values, q) for q in measure.PERCENTILES if q == 50 or q in held},
-        "bounds": {str(q): measure.bound(values, q) for q in measure.PERCENTILES if q in held},
-        "window_medians": window_medians(values),
-    }
-
-
-def turns(kind: str, samples: dict[str, list[float]], watch: Watch, before: list[dict[str, Any]]) -> dict[str, Any]:
-    """Head, samples, their spread and windows, noise, and the GPUs before and after, of arms that took turns."""
-    return {
-        **head(kind),
-        "samples": samples,
-        SPREADS[kind]: {name: measure.spread(values) for name, values in samples.items()},
-        "window_medians": {name: window_medians(values) for name, values in samples.items()},
-        "noise": watch.noise(),
-        "gpus": {"before": before, "after": hardware.gpu_states()},
-    }
-
-
-def window_medians(values: Sequence[float]) -> list[float]:
-    """The median of each window."""
-    return [measure.percentile(part, 50) for part in windows(values)]
-
-
-def windows(values: Sequence[float]) -> list[Sequence[float]]:
-    """The samples in three parts, in the order they were taken, as equal as they can be; fewer for fewer than three."""
-    count = min(WINDOWS, len(values))
-    size, extra = divmod(len(values), count)
-    ends = [size * (k + 1) + min(k + 1, extra) for k in range(count)]
-    return [values[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-def spread(values: Sequence[float]) -> float:
-    """Largest less smallest, as a share of the median."""
-    return (max(values) - min(values)) / measure.median(values)
-
-
-def budget(seconds: float, percentile: int) -> dict[str, Any]:
-    """What a verdict is held against."""
-    return {"seconds": seconds, "percentile": percentile}
-
-
-def verdict(values: Sequence[float], limit: dict[str, Any]) -> dict[str, Any]:
-    """The verdict of `timing.verdict`, JSON-ready."""
+def verdict(values: Sequence[float], limit: Budget) -> dict[str, Any]:
+    """The fields of `measure.verdict`."""
     return asdict(measure.verdict(values, limit["seconds"], limit["percentile"]))
 
 
+# Files.
+
+
 def writable(out: Path | None, flag: str, suffix: str = "") -> None:
-    """InputError where `out` cannot be written: said before minutes are measured, not after."""
+    """Raise InputError where `out` cannot be written: before minutes are measured, not after."""
     if out is None:
         return
     if suffix and out.suffix.lower() != suffix:
-        raise InputError(f"{flag}: {out} is to end in {suffix}.")
+        raise InputError(f"{flag}: {out} must end in {suffix}.")
     if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise InputError(f"{flag}: cannot write {out}.")
 
 
-def write(result: dict[str, Any], out: Path) -> None:
-    """The result as JSON, checked as `read` checks it; InputError where it cannot be written."""
+def write(result: Any, out: Path) -> None:
+    """Write a result as JSON, checked as `read` checks it."""
     check(result, "the result")
-    write_bytes((json.dumps(result, indent=1, allow_nan=False) + "\n").encode(), out, "--json")
-
-
-def write_bytes(data: bytes, out: Path, flag: str = "--plot") -> None:
-    """A file; InputError, which names the flag, where it cannot be written."""
-    try:
-        out.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot write {out}: {error.strerror}.") from error
-
-
-# What is read.
+    files.write_json(out, result, "--json")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result of ours. Raises InputError for what is none or is damaged, SchemaError for one of another schema."""
+    """Read a result. Raises InputError for what is none or is damaged, SchemaError for one of another schema."""
     try:
         result = json.loads(path.read_bytes())
     except OSError as error:
@@ -265,44 +167,8 @@ def read(path: Path) -> dict[str, Any]:
     return dict(result)
 
 
-HEAD: dict[str, Any] = {
-    **dict.fromkeys(("kind", "written_by", "date"), str),
-    **dict.fromkeys(("versions", "machine", "noise", "gpus"), dict),
-    "schema": int,
-    "commit": (dict, type(None)),
-}
-MODEL: dict[str, Any] = {
-    **dict.fromkeys(("model", "model_sha256", "variant", "provenance", "device", "provider", "where", "why"), str),
-    "threads": int,
-    "images": dict,
-}
-MACHINE = ("cpu", "cpu_flags", "cores", "cores_affinity", "cores_quota", "governor", "memory_gib", "os", "python")
-TURNS: dict[str, Any] = {"samples": dict, "window_medians": dict}
-TIMED: dict[str, Any] = {**dict.fromkeys(("samples", "summary", "budget", "verdict"), dict), "n": int}
-FIELDS: dict[str, dict[str, Any]] = {
-    LATENCY: HEAD | MODEL | TIMED | {"cold": dict},
-    THROUGHPUT: HEAD | MODEL | {"scenario": str, "seconds": (int, float), "workers": int},
-    COMPARISON: HEAD | TURNS | {"models": dict, "images": dict, "ratio": dict, "difference": dict},
-    CACHE: HEAD | TURNS | {"images": int, "weights": str, "ratios": dict},
-    TRAINING: HEAD | TURNS | {"images": int, "weights": str, "ratios": dict},
-}
-OF_SCENARIO: dict[str, dict[str, Any]] = {
-    "offline": {"points": list, "knee": dict, "best": dict},
-    "single-stream": TIMED | {"rate": float},
-    "server": {
-        "service": list,
-        "simulated": dict,
-        "trials": list,
-        "capacity": float,
-        "rate": (float, type(None)),
-        "budget": dict,
-        "verdict": dict,
-    },
-}
-
-
 def check(result: Any, name: str) -> None:
-    """That `result` is of a kind and schema of ours, has every field, and that its figures follow from its samples.
+    """Check that `result` is of a kind and schema of ours, has every field, and that its figures are of its samples.
 
     Raises SchemaError for another schema, InputError otherwise; both say which result and what is wrong.
     """
@@ -315,89 +181,211 @@ def check(result: Any, name: str) -> None:
             f"{name}: {kind} schema {result.get('schema')}, written by {by}; this version reads {SCHEMAS[kind]}: "
             "measure again."
         )
-    _need(result, FIELDS[kind], name)
-    _need(result["machine"], dict.fromkeys(MACHINE, object), f"{name}: machine")
-    _need(result["noise"], {"share": (float, int, type(None)), "noisy": bool, "stretches": list}, f"{name}: noise")
-    if kind == THROUGHPUT:
-        if result["scenario"] not in OF_SCENARIO:
-            raise InputError(f"{name}: damaged, no scenario {result['scenario']!r:.40}.")
-        _need(result, OF_SCENARIO[result["scenario"]], name)
-    if kind in SPREADS:
-        _check_turns(result, name)
-    elif "samples" in result:
-        _check_samples(result, name)
+    if kind == THROUGHPUT and str(result.get("scenario")) not in SCENARIOS:
+        raise InputError(f"{name}: damaged, no scenario {result.get('scenario')!r:.40}.")
+    try:
+        msgspec.convert(result, SCENARIOS[result["scenario"]] if kind == THROUGHPUT else KINDS[kind])
+        for what, found, expected in _figures(result):
+            if found != expected:
+                raise InputError(f"{name}: damaged, the {what} is not that of its samples.")
+    except (msgspec.ValidationError, ValueError) as error:
+        raise InputError(f"{name}: damaged, {error}.") from error
+
+
+def _figures(result: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each figure that follows from samples: its name, what the result has, and what the samples give."""
+    kind, limit = result["kind"], result.get("budget")
+    for arm, values in result.get("samples", {}).items():
+        _require_numbers(values, arm)
+        if kind in SPREADS:
+            yield f"spread of {arm}", result[SPREADS[kind]].get(arm), measure.spread(values)
+            yield f"window medians of {arm}", result["window_medians"].get(arm), measure.window_medians(values)
+        else:
+            yield f"n of {arm}", result["n"], len(values)
+            yield f"summary of {arm}", result["summary"].get(arm), measure.summary(values)
+    if kind not in SPREADS and "samples" in result:
+        yield "verdict", *_verdicts(result["verdict"], result["samples"].get(WHOLE, []), limit)
     for point in result.get("points", ()):
-        _check_point(point, name)
+        for arm in ARMS:
+            rates, name = point[arm].get("rates"), f"batch {point['batch']} {arm}"
+            if not isinstance(rates, list) or len(rates) != measure.WINDOWS:
+                raise ValueError(f"{name} has no {measure.WINDOWS} rates")
+            _require_numbers(rates, name, above_zero=True)
+            yield f"rate of {name}", point[arm].get("rate"), measure.median(rates)
     for trial in result.get("trials", ()):
-        _check_trial(trial, result["budget"], name)
-    if result.get("scenario") == "server":
-        _check_rate(result, name)
+        yield "number of requests served", trial["served"], len(trial["samples"])
+        yield "number of requests", max(trial["n"], trial["served"]), trial["n"]
+        yield "verdict of a trial", *_verdicts(trial["verdict"], trial["samples"], limit)
+    if "trials" in result:
+        # A rate stands on the last trial, which passed; without one nothing passed.
+        last, rate = (result["trials"] or [None])[-1], result["rate"]
+        passed = last is not None and last["verdict"]["result"] == "PASS" and last["rate"] == rate
+        if (rate is not None) != passed or (result["verdict"].get("result") == "PASS") != passed:
+            raise ValueError("its last trial does not confirm the rate")
 
 
-def _need(values: Any, fields: dict[str, Any], name: str) -> None:
-    if not isinstance(values, dict):
-        raise InputError(f"{name}: damaged, not an object.")
-    for field, kinds in fields.items():
-        # bool is an int to Python and to nobody else.
-        boolean = isinstance(values.get(field), bool) and kinds not in (bool, object)
-        if field not in values or boolean or not isinstance(values[field], kinds):
-            raise InputError(f"{name}: damaged, {field} is missing or of the wrong kind.")
+def _require_numbers(values: list[Any], name: str, above_zero: bool = False) -> None:
+    """Raise ValueError unless these are times, 0 or longer, or rates, above 0."""
+    finite = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+    if not values or not finite or min(values) < 0 or (above_zero and not min(values)):
+        raise ValueError(f"the samples of {name} are not {'rates above 0' if above_zero else 'times'}")
 
 
-def _seconds(values: Any, name: str) -> list[float]:
-    def sound(x: Any) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
-
-    if not isinstance(values, list) or not values or not all(map(sound, values)):
-        raise InputError(f"{name}: damaged, samples are not times.")
-    return values
+def _verdicts(stored: dict[str, Any], samples: list[float], limit: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    _require_numbers(samples, WHOLE)
+    expected = verdict(samples, limit)
+    return {name: stored.get(name) for name in expected}, expected
 
 
-def _check_samples(result: dict[str, Any], name: str) -> None:
-    for stage, values in result["samples"].items():
-        if len(_seconds(values, name)) != result["n"]:
-            raise InputError(f"{name}: damaged, n is {result['n']} and {stage} has {len(values)} samples.")
-        if result["summary"].get(stage) != summary(values):
-            raise InputError(f"{name}: damaged, the summary of {stage} is not that of its samples.")
-    _check_verdict(result, result["samples"].get("file to probabilities"), name)
+# Lines that describe a result.
 
 
-def _check_turns(result: dict[str, Any], name: str) -> None:
-    told = result.get(SPREADS[result["kind"]])
-    for arm, values in result["samples"].items():
-        seconds = _seconds(values, name)
-        sound = isinstance(told, dict) and told.get(arm) == measure.spread(seconds)
-        if not sound or result["window_medians"].get(arm) != window_medians(seconds):
-            raise InputError(f"{name}: damaged, the figures of {arm} are not those of its samples.")
+def describe_setup(result: Any) -> list[str]:
+    """What ran the model, on what, from which commit."""
+    machine, code = result["machine"], result["commit"]
+    revision = _revision(code) if code else result["written_by"]
+    lines = [
+        f"{result['provider']}, {result['threads']} thread(s) on {machine['cores']} core(s), {machine['cpu']}",
+        f"{revision}, {result['date']}",
+        f"device: {result['why']}",
+    ]
+    if result["provenance"]:
+        lines.append(f"note: {result['provenance'].upper()}; the weights do not change the time")
+    return lines
 
 
-def _check_verdict(values: dict[str, Any], samples: Any, name: str) -> None:
-    _need(values["budget"], {"seconds": (int, float), "percentile": int}, f"{name}: budget")
-    found = verdict(_seconds(samples, name), values["budget"])
-    if {key: values["verdict"].get(key) for key in found} != found:
-        raise InputError(f"{name}: damaged, the verdict is not that of the samples.")
+def _revision(code: Commit) -> str:
+    return f"commit {code['revision'][:10]}{', dirty' if code['dirty'] else ''}"
 
 
-def _check_point(point: Any, name: str) -> None:
-    _need(point, {"batch": int, "peak_rss": (int, type(None)), "model only": dict, "from files": dict}, name)
-    for arm in ("model only", "from files"):
-        rates = point[arm].get("rates")
-        if not isinstance(rates, list) or len(rates) != WINDOWS or min(_seconds(rates, name)) <= 0:
-            raise InputError(f"{name}: damaged, batch {point['batch']} {arm} has no {WINDOWS} rates.")
-        if point[arm].get("rate") != measure.median(rates):
-            raise InputError(f"{name}: damaged, batch {point['batch']} {arm} is not the median of its rates.")
+def describe_noise(result: BenchResult) -> list[str]:
+    """What other processes took, where it was too much to believe the figures; a line where nobody can know."""
+    noise = result["noise"]
+    if noise["share"] is None:
+        return ["how busy other processes were is not known here"]
+    if not noise["noisy"]:
+        return []
+    return [
+        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run, up to {noise['worst']:.0%}; "
+        f"over {noise['threshold']:.0%} while {noise['noisy_samples']} of {noise['samples']} samples were taken: run "
+        "it again on a quiet machine"
+    ]
 
 
-def _check_trial(trial: Any, limit: dict[str, Any], name: str) -> None:
-    _need(trial, {"rate": float, "n": int, "served": int, "samples": list, "verdict": dict}, f"{name}: trial")
-    if len(trial["samples"]) != trial["served"] or trial["served"] > trial["n"]:
-        raise InputError(f"{name}: damaged, a trial's samples are not as many as it says.")
-    _check_verdict(trial | {"budget": limit}, trial["samples"], f"{name}: trial")
+def describe_unsteady(parts: dict[str, list[float]]) -> list[str]:
+    """A line for each figure whose three windows lie too far apart."""
+    return [
+        f"UNSTEADY: the medians of {name} in {len(values)} windows differ by {measure.relative_range(values):.0%}"
+        for name, values in parts.items()
+        if measure.relative_range(values) > UNSTEADY
+    ]
 
 
-def _check_rate(result: dict[str, Any], name: str) -> None:
-    """A rate stands on the last trial, which passed; without one nothing passed."""
-    rate, trials, said = result["rate"], result["trials"], result["verdict"].get("result")
-    confirmed = bool(trials) and trials[-1]["rate"] == rate and trials[-1]["verdict"]["result"] == "PASS"
-    if (rate is not None) != confirmed or (said == "PASS") != confirmed:
-        raise InputError(f"{name}: damaged, its last trial does not confirm the rate.")
+def describe_verdict(result: Any, advice: str = "--repeats {total}") -> str:
+    """PASS, FAIL or INCONCLUSIVE, of what, and how many more samples would settle it."""
+    budget, found = result["budget"], result["verdict"]
+    text = f"{found['result']}: p{budget['percentile']} under {1000 * budget['seconds']:g} ms, {WHOLE}"
+    if found["bound"] is not None:
+        text += f"; 99 % bound {milliseconds(found['bound'])} ms, MLPerf-style, not MLPerf"
+    if found["result"] != "INCONCLUSIVE":
+        return text
+    if not found["more"]:
+        return f"{text}; too close to the budget for any number of samples"
+    total = advice.format(total=found["n"] + found["more"])
+    return f"{text}; {found['more']:,} more samples needed: {total}"
+
+
+def describe_ratio(ratio: RatioFields) -> str:
+    """`13.65 [13.21, 13.82]`; without the interval where there are too few rounds for one."""
+    if ratio["low"] is None:
+        return f"{ratio['median']:.2f} [an interval needs 6 rounds]"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits where a stage is short: 0.0 would say that it takes no time."""
+    return f"{1000 * seconds:.1f}" if seconds >= 0.001 else f"{1000 * seconds:.3f}"
+
+
+# A file of a result in a few lines.
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Names and one-line values of a result's file: what was measured, on what, the figures, the verdict."""
+    result = read(path)
+    kind = result["kind"].removeprefix("cxr-fast ") + (f", {result['scenario']}" if "scenario" in result else "")
+    code, machine = result["commit"], result["machine"]
+    memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']:.0f} GiB"
+    quiet = f"other processes took {result['noise']['share'] or 0:.1%} of the machine"
+    return {
+        "benchmark": f"{path}, {kind}, schema {result['schema']}, {result['written_by']}"
+        + (f", {_revision(code)}" if code else ""),
+        "date": result["date"],
+        "machine": f"{machine['cpu']}, {machine['cores']} core(s){memory}, {machine['os']}, Python {machine['python']}",
+        "GPUs": ", ".join(str(gpu.get("name")) for gpu in result["gpus"].get("before", ())),
+        **_subject(result),
+        **(_turn_figures(result) if result["kind"] in SPREADS else _figures_of_model(result)),
+        "noise": "; ".join(describe_noise(result)) or quiet,  # type: ignore[arg-type]
+        "verdict": _shown_verdict(result),
+    }
+
+
+def _subject(result: dict[str, Any]) -> dict[str, str]:
+    """The models or weights that were measured, and what ran them."""
+    if result["kind"] == COMPARISON:
+        keys = ("name", "variant", "where")
+        return {
+            f"model {name.upper()}": ", ".join(str(model.get(k)) for k in keys)
+            for name, model in result["models"].items()
+        }
+    if "weights" in result:
+        weights = result["weights"]
+        return {"weights": weights + (" (RANDOM, not BiomedCLIP)" if weights.startswith("random:") else "")}
+    return {
+        "model": f"{result['model']}, variant {result['variant']}, sha256 {result['model_sha256'][:16]}",
+        "note": result["provenance"].upper(),
+        "ran on": f"{result['provider']}, {result['threads']} thread(s): {result['why']}",
+    }
+
+
+def _figures_of_model(result: dict[str, Any]) -> dict[str, str]:
+    if "points" in result:
+        best = max(result["points"], key=lambda point: point[FROM_FILES]["rate"])
+        rates = ", ".join(f"{best[arm]['rate']:.2f} images/s {arm}" for arm in (FROM_FILES, MODEL_ONLY))
+        return {"best": f"batch {best['batch']}: {rates}"}
+    if "trials" in result:
+        proved = "none proved" if result["rate"] is None else f"{result['rate']:.2f} requests/s proved"
+        return {"rate": f"{proved}, {len(result['trials'])} trial(s); without a pause {result['capacity']:.2f}/s"}
+    shown = {name: result["summary"][name] for name in (WHOLE, MODEL_ONLY) if name in result["summary"]}
+    rate = {"rate": f"{result['rate']:.2f} images/s"} if "rate" in result else {}
+    return {name: _percentiles(found) for name, found in shown.items()} | rate
+
+
+def _percentiles(found: SampleSummary) -> str:
+    bounds = {q: f" (99 % bound {_short(bound)})" for q, bound in found["bounds"].items() if bound is not None}
+    texts = [f"p{q} {_short(value)}{bounds.get(q, '')}" for q, value in found["percentiles"].items()]
+    return f"{', '.join(texts)}; n {found['n']:,}"
+
+
+def _turn_figures(result: dict[str, Any]) -> dict[str, str]:
+    """Each arm's median, smallest and largest, and the ratios."""
+    per = {CACHE: " an image", TRAINING: " a sample"}.get(result["kind"], "")
+    ratios = result["ratios"] if "ratios" in result else {"B over A": result["ratio"]}
+    return {
+        arm: f"{_short(s['median'])}{per} [{1000 * s['min']:.4g}, {1000 * s['max']:.4g}], n {s['n']}"
+        for arm, s in result[SPREADS[result["kind"]]].items()
+    } | {f"ratio, {name}": describe_ratio(ratio) for name, ratio in ratios.items()}
+
+
+def _shown_verdict(result: dict[str, Any]) -> str:
+    """Of what has a budget; a server's is of its rate, and not of one image."""
+    if "verdict" not in result:
+        return "none: nothing was held against a budget"
+    if "trials" in result:
+        budget = result["budget"]
+        return f"{result['verdict']['result']}: p{budget['percentile']} under {1000 * budget['seconds']:g} ms"
+    return describe_verdict(result)
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.4g} ms"

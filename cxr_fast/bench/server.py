@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..inference.predictor import Predictor
-from ..system.text import table
+from ..system.text import Table
 from . import measure, results
-from .latency import WHOLE, unsteady, verdict_line
+from .records import WHOLE, Budget, ServerResult, SingleStreamResult
 
 PERCENTILE = {"single-stream": 90, "server": 99}  # MLPerf's own
 WARM = 20
@@ -30,10 +30,10 @@ Say = Callable[[float, float, str], None]
 # One image at a time.
 
 
-class Worker:
+class Responder:
     """One image from file to probabilities, then the next: what serves single-stream and server."""
 
-    def __init__(self, predictor: Predictor, paths: Sequence[str], watch: results.Watch) -> None:
+    def __init__(self, predictor: Predictor, paths: Sequence[str], watch: measure.Watch) -> None:
         self.predictor, self.paths, self.watch = predictor, paths, watch
 
     def __call__(self, number: int) -> None:
@@ -53,29 +53,29 @@ class Worker:
         return times
 
 
-def single_stream(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say: Say) -> dict[str, Any]:
+def single_stream(responder: Responder, seconds: float, limit: Budget, seed: int, say: Say) -> dict[str, Any]:
     """One image after the other. How many is fixed beforehand: stopping when it looks good would spoil the bound."""
-    few = worker.warm()
+    few = responder.warm()
     n = min(max(1, round(seconds * len(few) / sum(few))), MOST)
     began = now()
-    samples = _one_by_one(worker, n, say)
+    samples = _one_by_one(responder, n, say)
     return {
         "n": n,
         "rate": n / (now() - began),
         "samples": {WHOLE: samples},
-        "summary": {WHOLE: results.summary(samples)},
+        "summary": {WHOLE: measure.summary(samples)},
         "budget": limit,
         "verdict": results.verdict(samples, limit),
     }
 
 
-def _one_by_one(worker: Worker, n: int, say: Say) -> list[float]:
+def _one_by_one(responder: Responder, n: int, say: Say) -> list[float]:
     samples = []
     for i in range(n):
         began = now()
-        worker(i)
+        responder(i)
         samples.append(now() - began)
-        worker.watch.tick()
+        responder.watch.tick()
         say(i + 1, n, f"{i + 1:,} of {n:,} images")
     return samples
 
@@ -127,7 +127,7 @@ class Simulated:
     Every rate sees the same draws, only closer together, so that what holds at one holds at all smaller ones.
     """
 
-    def __init__(self, service: Sequence[float], limit: dict[str, Any], n: int, seed: int) -> None:
+    def __init__(self, service: Sequence[float], limit: Budget, n: int, seed: int) -> None:
         dice, self.n, self.limit = np.random.default_rng([seed, 2**31]), n, limit
         shape = (RUNS, int(FILL * n) + n)
         self.service = dice.choice(np.asarray(service), shape)
@@ -158,7 +158,7 @@ def cost(rate: float, n: int) -> float:
     return (n + int(FILL * n)) / rate
 
 
-def server(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say: Say) -> dict[str, Any]:
+def server(responder: Responder, seconds: float, limit: Budget, seed: int, say: Say) -> dict[str, Any]:
     """The largest rate whose percentile keeps the budget: looked for in a simulated queue, proved in a real one.
 
     A fifth of the time measures service times. The simulation on them finds the rate at which nine of ten runs pass;
@@ -167,7 +167,7 @@ def server(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say
     its 99 % was 84 % at half of the capacity and 54 % at seven tenths.
     """
     began = now()
-    service = _service(worker, SERVICE * seconds, say)
+    service = _service(responder, SERVICE * seconds, say)
     capacity, least = len(service) / sum(service), measure.least(limit["percentile"])
     out: dict[str, Any] = {"service": service, "capacity": capacity, "budget": limit, "trials": [], "rate": None}
     alone = results.verdict(service, limit)
@@ -185,7 +185,7 @@ def server(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say
         return out | {"reason": f"even at {NEAR * capacity:.2g}/s the simulated queue is too slow"}
     while cost(rate, n) <= (left := seconds - (now() - began)):
         say(now() - began, seconds, f"{rate:.2f} requests/s")
-        out["trials"].append(_trial(worker, rate, n, limit, (seed, len(out["trials"]))))
+        out["trials"].append(_trial(responder, rate, n, limit, (seed, len(out["trials"]))))
         if out["trials"][-1]["verdict"]["result"] == "PASS":
             return out | {"rate": rate, "verdict": out["trials"][-1]["verdict"], "reason": ""}
         rate *= SLOWER
@@ -193,42 +193,42 @@ def server(worker: Worker, seconds: float, limit: dict[str, Any], seed: int, say
         reason = "no rate tried in real time passed"
     else:
         # Settles nothing, but shows where it stands.
-        out["trials"].append(_trial(worker, rate, max(1, int(left * rate / (1 + FILL))), limit, (seed, 0)))
+        out["trials"].append(_trial(responder, rate, max(1, int(left * rate / (1 + FILL))), limit, (seed, 0)))
         reason = f"{n:,} requests at {rate:.2g}/s take longer than there was time for"
     return out | {"verdict": out["trials"][-1]["verdict"] | {"result": "INCONCLUSIVE"}, "reason": reason}
 
 
-def _service(worker: Worker, seconds: float, say: Say) -> list[float]:
+def _service(responder: Responder, seconds: float, say: Say) -> list[float]:
     """Seconds of one image after another, for about `seconds`, at least twenty."""
-    few = worker.warm()
+    few = responder.warm()
     n = min(max(WARM, round(seconds * len(few) / sum(few))), MOST)
-    return _one_by_one(worker, n, say)
+    return _one_by_one(responder, n, say)
 
 
-def _trial(worker: Worker, rate: float, n: int, limit: dict[str, Any], seed: Sequence[int]) -> dict[str, Any]:
+def _trial(responder: Responder, rate: float, n: int, limit: Budget, seed: Sequence[int]) -> dict[str, Any]:
     """n requests at a rate, after those that fill the queue; ends early once nothing that follows could save it."""
     fill = int(FILL * n)
 
     def lost(latencies: list[float]) -> bool:
-        worker.watch.tick()
+        responder.watch.tick()
         counted = latencies[fill:]
         if not counted or counted[-1] <= limit["seconds"]:
             return False
         rest = [0.0] * (n - len(counted))
         return measure.verdict(counted + rest, limit["seconds"], limit["percentile"]).result == "FAIL"
 
-    samples = serve(worker, arrivals(rate, fill + n, seed), lost)[fill:]
+    samples = serve(responder, arrivals(rate, fill + n, seed), lost)[fill:]
     return {
         "rate": rate,
         "n": n,
         "served": len(samples),
         "samples": samples,
-        "summary": results.summary(samples),
+        "summary": measure.summary(samples),
         "verdict": results.verdict(samples, limit),
     }
 
 
-def needed_seconds(result: dict[str, Any]) -> int:
+def needed_seconds(result: ServerResult) -> int:
     """About how long it takes to settle: service times, and two runs at the rate to be tried or at half of capacity."""
     rate = result["trials"][-1]["rate"] if result["trials"] else result["capacity"] / 2
     return round(2 * cost(rate, measure.least(result["budget"]["percentile"])) / (1 - SERVICE)) + 1
@@ -237,21 +237,22 @@ def needed_seconds(result: dict[str, Any]) -> int:
 # The text.
 
 
-def single_lines(result: dict[str, Any]) -> tuple[list[str], list[str]]:
+def describe_single_stream(result: SingleStreamResult) -> tuple[Table, list[str]]:
     """Table and closing lines of single-stream."""
     found = result["summary"][WHOLE]
-    rows = [[f"p{q}", f"{1000 * value:.1f}", f"{1000 * found['bounds'][q]:.1f}" if q in found["bounds"] else "-"]
-            for q, value in found["percentiles"].items()]  # fmt: skip
-    last = [f"n {result['n']:,}, {result['rate']:.2f} images/s", *unsteady({WHOLE: found["window_medians"]})]
+    rows = []
+    for q, value in found["percentiles"].items():
+        bound = found["bounds"].get(q)
+        rows.append([f"p{q}", f"{1000 * value:.1f}", "-" if bound is None else f"{1000 * bound:.1f}"])
     rate = result["rate"]
+    last = [f"n {result['n']:,}, {rate:.2f} images/s"]
+    last += results.describe_unsteady({WHOLE: found["window_medians"]})
     total = result["verdict"]["n"] + (result["verdict"]["more"] or 0)
-    return [table(["ms", "", "99 % bound"], rows)], [
-        *last,
-        verdict_line(result, f"--seconds {1 + round(1.1 * total / rate)}"),
-    ]
+    last.append(results.describe_verdict(result, f"--seconds {1 + round(1.1 * total / rate)}"))
+    return Table(columns=["ms", "", "99 % bound"], rows=rows), last
 
 
-def server_lines(result: dict[str, Any]) -> tuple[list[str], list[str]]:
+def describe_server(result: ServerResult) -> tuple[Table, list[str]]:
     """Table and closing lines of server."""
     q = str(result["budget"]["percentile"])
     rows = [
@@ -278,4 +279,5 @@ def server_lines(result: dict[str, Any]) -> tuple[list[str], list[str]]:
     else:
         more = "" if result["verdict"]["result"] == "FAIL" else f"; give about --seconds {needed_seconds(result)}"
         last.append(f"{said}: {result['reason']}{more}")
-    return [table(["rate", "requests", f"p{q} ms", "99 % bound", "over", "trial"], rows)] if rows else [], last
+    columns = ["rate", "requests", f"p{q} ms", "99 % bound", "over", "trial"]
+    return Table(columns=columns, rows=rows), last

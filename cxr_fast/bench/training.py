@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +24,14 @@ from ..errors import InputError
 from ..models.backbone import Backbone, load, prefix, prefix_sha256
 from ..models.device import pick_device
 from ..system import hardware
-from ..system.text import duration, table
+from ..system.text import Table, duration, to_plain
 from ..training.fold import Fold, FoldData, predict
 from . import results
 from .baseline import Films, Model, Trainer, loader
-from .caching import pixels_apart, readable
-from .latency import RATIOS, describe_noise, ratio_text
-from .measure import median, ratio_interval
+from .caching import pixels_apart
+from .films import readable, spread_evenly
+from .measure import median, ratio_fields, run_rounds, spreads
+from .records import TRAINING, TrainingResult
 
 CLASSES, BATCH = 35, 16
 # Four folds train while one validates: a sample's share of an epoch holds a quarter of a validation pass.
@@ -47,7 +47,7 @@ PLAIN, DECODED = "plain, from files", "plain, decoded"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class TrainingImages:
     """Images (n) in every form the arms take them: files, pixels (n, S, S) uint8, activations (n, V, ...)."""
 
     tower: Backbone
@@ -61,13 +61,13 @@ class Material:
     weights: str = ""
 
 
-def fresh(tower: Backbone, manifest: Manifest, folder: Path) -> Material:
+def fresh(tower: Backbone, manifest: Manifest, folder: Path) -> TrainingImages:
     """Every image of a manifest, encoded here and now: the plain view, float32."""
     spec = with_size(CacheSpec(weights=tower.source, dtype="float32", views=("plain",)), tower)
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     paths = [manifest.path(i) for i in range(len(manifest))]
     mean, std = tower.statistics(spec.normalize)
-    return Material(
+    return TrainingImages(
         tower=tower,
         paths=paths,
         pixels=np.stack([load_image(path, spec.preprocess)[0] for path in paths]),
@@ -79,7 +79,7 @@ def fresh(tower: Backbone, manifest: Manifest, folder: Path) -> Material:
     )
 
 
-def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: str | None = None) -> Material:
+def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: str | None = None) -> TrainingImages:
     """`count` images of a cache, evenly spread over those whose file is there and unchanged; whole steps of them.
 
     Raises InputError where fewer than 4 are, or the weights are not those of the cache.
@@ -88,7 +88,7 @@ def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: 
     spec = from_dict(CacheSpec, file.meta["spec"])
     root = images or Path(file.meta["dataset"]["root"])
     ok = np.flatnonzero(file.ok)
-    wanted = ok[np.unique(np.linspace(0, len(ok) - 1, min(count, len(ok))).astype(int))] if len(ok) else ok
+    wanted = ok[spread_evenly(len(ok), count)] if len(ok) else ok
     found = readable([root / file.header.images[row] for row in wanted], spec.preprocess)
     kept = [i for i in range(len(wanted)) if i in found and found[i][1] == file.sha256[wanted[i]]]
     kept = kept[: len(kept) - len(kept) % BATCH] if len(kept) >= BATCH else kept
@@ -100,7 +100,7 @@ def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: 
     tower = load(weights or file.meta["weights"])
     if prefix_sha256(tower.visual, spec.unfreeze_blocks) != file.meta["fingerprint_parts"]["prefix_sha256"]:
         raise InputError(f"--weights {tower.source}: not the weights {cache} was made with.")
-    return Material(
+    return TrainingImages(
         tower=tower,
         paths=[root / file.header.images[wanted[i]] for i in kept],
         pixels=np.stack([found[i][0] for i in kept]),
@@ -126,11 +126,11 @@ class Arms:
     `workers` load for the plain pipeline, as published.
     """
 
-    def __init__(self, material: Material, device: str = "cpu", *, workers: int = 2) -> None:
-        self.material, self.device, self.workers = material, pick_device(device), workers
-        self.n, self.labels = len(material.paths), random_labels(len(material.paths), material.classes)
-        self.activations = Activations(material.activations, self.device)
-        material.tower.visual.to(self.device)
+    def __init__(self, images: TrainingImages, device: str = "cpu", *, workers: int = 2) -> None:
+        self.images, self.device, self.workers = images, pick_device(device), workers
+        self.n, self.labels = len(images.paths), random_labels(len(images.paths), images.classes)
+        self.activations = Activations(images.activations, self.device)
+        images.tower.visual.to(self.device)
         self.films = self._films(self.n, flip=True)
         self.plain = Trainer(self._model(0.5), TrainSpec())
         kinds = (self.fold(TrainSpec(precision=kind)) for kind in ("auto", "float32"))
@@ -138,11 +138,11 @@ class Arms:
         self.folds = {f"cached, {fold.kind}": fold for fold in kinds}
 
     def _films(self, count: int, *, flip: bool) -> Films:
-        m = self.material
+        m = self.images
         return Films(m.paths[:count], self.labels[:count], m.mean, m.std, size=m.pixels.shape[1], flip=flip)
 
     def _model(self, dropout: float) -> Model:
-        m = self.material
+        m = self.images
         model = Model(
             m.tower.visual, m.classes, dropout=dropout, blocks=m.unfreeze_blocks, embedding=m.tower.config["embed_dim"]
         )
@@ -150,7 +150,7 @@ class Arms:
 
     def fold(self, spec: TrainSpec) -> Fold:
         """A fold that trains on every image; the validation rows only have to be scorable."""
-        rows, m = np.arange(self.n), self.material
+        rows, m = np.arange(self.n), self.images
         return Fold(
             m.tower.visual,
             FoldData(activations=self.activations, labels=self.labels, train_rows=rows, valid_rows=rows),
@@ -177,7 +177,7 @@ class Arms:
             rows, views = draws.rows[a:b], draws.views[a:b]
             x = self._normalised(rows.numpy(), views)
             with torch.no_grad():
-                tokens = prefix(self.material.tower.visual, x, self.material.unfreeze_blocks)
+                tokens = prefix(self.images.tower.visual, x, self.images.unfreeze_blocks)
             stored.append(_apart(self.activations.gather(rows, views), tokens))
             want = slow.step(x, self._targets(rows))
             losses.append(abs(float(fold.step(tokens, rows, draws.masks[a:b])) - want) / want)
@@ -190,13 +190,13 @@ class Arms:
         return {
             "largest_token_difference": max(stored),
             "largest_loss_difference": max(losses),
-            "largest_pixel_difference": pixels_apart(self.films, self.material.pixels),
+            "largest_pixel_difference": pixels_apart(self.films, self.images.pixels),
         }
 
     def _normalised(self, rows: np.ndarray, views: torch.Tensor | None = None) -> torch.Tensor:
         """(B, 3, S, S) on the device from decoded pixels, mirrored where a view is the flipped one."""
-        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.material.mean, self.material.std))
-        x = normalise(torch.from_numpy(self.material.pixels[rows]), mean, std)
+        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.images.mean, self.images.std))
+        x = normalise(torch.from_numpy(self.images.pixels[rows]), mean, std)
         if views is not None:
             x = torch.where(views.reshape(-1, 1, 1, 1) == 1, x.flip(-1), x)
         return x.to(self.device)
@@ -252,36 +252,32 @@ def _apart(found: torch.Tensor, want: torch.Tensor) -> float:
     return float(((found - want).abs().amax(1) / want.abs().amax(1)).max())
 
 
-def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None = None) -> dict[str, Any]:
+def measure(arms: Arms, rounds: int, *, on_round: Callable[[int], None] | None = None) -> TrainingResult:
     """Seconds a sample of each arm in interleaved rounds, after a check that they train alike; JSON-ready."""
     before, difference = hardware.gpu_states(), arms.compare()
     work: dict[str, Callable[[], float]] = {PLAIN: arms.whole, DECODED: arms.decoded}
     work |= {name: lambda name=name: arms.cached(name) for name in arms.folds}  # type: ignore[misc]
-    samples: dict[str, list[float]] = {name: [] for name in work}
     for name in list(work)[1:]:  # from files there is nothing to warm up that decoded ones do not
         work[name]()
-    with results.Watch() as watch:
-        for done in range(rounds):
-            for name, arm in work.items():
-                samples[name].append(arm())
-            watch.close(f"round {done + 1}", 1)
-            if on_round is not None:
-                on_round(done + 1)
+    samples, watch = run_rounds(lambda: {name: arm() for name, arm in work.items()}, rounds, on_round)
     best = next(iter(arms.folds))
     ratios = {
-        "whole": ratio_interval(samples[PLAIN], samples[best]),
-        "float32": ratio_interval(samples[DECODED], samples["cached, float32"]),
+        "whole": ratio_fields(samples[PLAIN], samples[best]),
+        "float32": ratio_fields(samples[DECODED], samples["cached, float32"]),
     }
     return {
-        **results.turns(results.TRAINING, samples, watch, before),
+        **results.turns(TRAINING, samples, watch, before),
+        "seconds_per_sample": spreads(samples),
         "images": arms.n,
         "threads": torch.get_num_threads(),
         "device": arms.device.type,
-        "weights": arms.material.weights,
-        "unfreeze_blocks": arms.material.unfreeze_blocks,
+        "weights": arms.images.weights,
+        "unfreeze_blocks": arms.images.unfreeze_blocks,
         "fastest": best,
-        "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
-        **difference,
+        "ratios": ratios,
+        "largest_token_difference": difference["largest_token_difference"],
+        "largest_loss_difference": difference["largest_loss_difference"],
+        "largest_pixel_difference": int(difference["largest_pixel_difference"]),
         "extrapolated": {name: search_seconds(median(values)) for name, values in samples.items()},
     }
 
@@ -291,26 +287,28 @@ def search_seconds(seconds_per_sample: float) -> float:
     return FOLDS * SEARCH_EPOCHS * SEARCH_IMAGES * seconds_per_sample
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: TrainingResult) -> str:
     """The result as a table a person reads."""
     rows = []
     plain = result["seconds_per_sample"][PLAIN]["median"]
     for name, s in result["seconds_per_sample"].items():
         times = [f"{1000 * s[key]:.2f}" for key in ("median", "min", "max")]
         rows.append([name, *times, f"{plain / s['median']:.2f}", duration(result["extrapolated"][name])])
+    columns = ["ms a sample of an epoch", "median", "min", "max", "times as fast", "Indiana search"]
     best, whole = result["fastest"], result["ratios"]["whole"]
-    s = result["seconds_per_sample"][best]["median"]
+    fastest = result["seconds_per_sample"][best]["median"]
     lines = [
-        table(["ms a sample of an epoch", "median", "min", "max", "times as fast", "Indiana search"], rows),
+        to_plain(Table(columns=columns, rows=rows)),
         "",
-        f"{PLAIN} over {best}: {ratio_text(whole)} times, {whole['n']} rounds in turn; {result['images']} images, "
-        f"{result['threads']} thread(s), {result['device']}, {result['machine']['cpu']}",
-        RATIOS,
+        f"{PLAIN} over {best}: {results.describe_ratio(whole)} times, {whole['n']} rounds in turn; "
+        f"{result['images']} images, {result['threads']} thread(s), {result['device']}, {result['machine']['cpu']}",
+        results.RATIOS,
         f"checked first: losses of {STEPS} steps, cached and plain, agree within "
         f"{result['largest_loss_difference']:.1e}, stored tokens within {result['largest_token_difference']:.1e} of a "
         f"row's peak; pixels differ by at most {result['largest_pixel_difference']} grey level(s)",
         f"Indiana search, EXTRAPOLATED: {FOLDS} folds x {SEARCH_EPOCHS} epochs x {SEARCH_IMAGES:,} training images x "
-        f"{1000 * s:.2f} ms = {duration(search_seconds(s))} (a sample's share holds a quarter of a validation pass)",
+        f"{1000 * fastest:.2f} ms = {duration(search_seconds(fastest))} (a sample's share holds a quarter of a "
+        "validation pass)",
         f"the published pipeline trains every fold anew for each budget, {sum(SweepSpec().epochs)} epochs for "
         f"{SEARCH_EPOCHS}: its search is {sum(SweepSpec().epochs) / SEARCH_EPOCHS:g} times what its row says",
         "not in it: states on disk, the final models, the report; folds one after another, where a GPU trains them "
@@ -318,4 +316,4 @@ def describe(result: dict[str, Any]) -> str:
     ]
     if result["weights"].startswith("random:"):
         lines.append("note: random weights; they do not change the time")
-    return "\n".join([*lines, *describe_noise(result)])
+    return "\n".join([*lines, *results.describe_noise(result)])

@@ -76,12 +76,10 @@ def latency(
 
     Exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
     """
-    from ..bench.latency import describe_latency
-    from ..bench.latency import latency as measure
+    from ..bench import latency as benches
 
     _writable(json_out, plot)
-    result = measure(
-        model,
+    spec = benches.LatencySpec(
         images=images,
         repeats=repeats,
         warmup=warmup,
@@ -90,7 +88,8 @@ def latency(
         device=device,
         threads=threads,
     )
-    finish(result, describe_latency(result), json_out, plot)
+    result = benches.latency(model, spec)
+    finish(result, benches.describe(result), json_out, plot)
 
 
 @bench.command()
@@ -146,8 +145,7 @@ def throughput(
 
     _writable(json_out, plot)
     bar = ProgressBar()
-    result = measuring.throughput(
-        model,
+    spec = measuring.ThroughputSpec(
         images=images,
         scenario=scenario,
         max_batch=max_batch,
@@ -158,8 +156,8 @@ def throughput(
         threads=threads,
         workers=workers,
         seed=seed,
-        say=bar.show,
     )
+    result = measuring.throughput(model, spec, bar.show)
     bar.done()
     finish(result, measuring.describe(result), json_out, plot)
 
@@ -172,7 +170,7 @@ def _writable(json_out: Path | None, plot: Path | None) -> None:
     results.writable(plot, "--plot", ".png")
 
 
-def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path | None = None) -> None:
+def finish(result: Any, text: str, json_out: Path | None, plot: Path | None = None) -> None:
     """Print the result, write it and its picture, and end with its verdict."""
     from ..bench import results
 
@@ -182,8 +180,9 @@ def finish(result: dict[str, Any], text: str, json_out: Path | None, plot: Path 
         click.echo(f"wrote {json_out}")
     if plot is not None:
         from ..bench import charts
+        from ..system import files
 
-        results.write_bytes(charts.draw(result), plot)
+        files.write_bytes(plot, charts.draw(result), "--plot")
         click.echo(f"wrote {plot}")
     sys.exit(results.EXIT[result["verdict"]["result"]] if "verdict" in result else 0)
 
@@ -238,15 +237,8 @@ def compare(
     else:
         arms = tuple(comparison.Arm(path=path, device=device, threads=threads) for path in (model_a, model_b))  # type: ignore[assignment]
     bar = ProgressBar()
-    result = comparison.compare(
-        *arms,
-        images=images,
-        manifest=manifest,
-        count=count,
-        rounds=rounds,
-        batch_size=batch_size,
-        on_progress=lambda text, done, total: bar.show(done, total, text),
-    )
+    spec = comparison.CompareSpec(images=images, manifest=manifest, count=count, rounds=rounds, batch_size=batch_size)
+    result = comparison.compare(*arms, spec, lambda text, done, total: bar.show(done, total, text))
     bar.done()
     finish(result, comparison.describe(result), json_out)
 
@@ -277,7 +269,8 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
     some, left_out = caching.few(manifest, count, spec.preprocess)
     with tempfile.TemporaryDirectory() as scratch:
         parts = caching.Parts(tower, spec, some, Path(scratch), device)
-        result = caching.measure(parts, rounds, on_round=_rounds(rounds)) | {"left_out": left_out}
+        result = caching.measure(parts, rounds, on_round=_rounds(rounds))
+    result["left_out"] = left_out
     finish(result, caching.describe(result), json_out)
 
 
@@ -305,8 +298,7 @@ def train(
 
     cpu.pick_device(device)
     cpu.prepare(threads)
-    material = training.from_cache(cache, count=count, images=images, weights=weights)
-    arms = training.Arms(material, device)
+    arms = training.Arms(training.from_cache(cache, count=count, images=images, weights=weights), device)
     result = training.measure(arms, rounds, on_round=_rounds(rounds))
     finish(result, training.describe(result), json_out)
 

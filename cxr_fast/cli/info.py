@@ -26,9 +26,9 @@ def describe(path: Path) -> str:
     if path.name == "run.json":
         return _run(path.parent)
     if path.suffix == ".json":
-        from ..bench import info as bench_info
+        from ..bench import results
 
-        return lines(bench_info.facts(path))
+        return lines(results.describe(path))
     if path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
         return _cache(path)
     raise InputError(

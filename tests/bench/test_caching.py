@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 
 from cxr_fast.activations import build, encoder, file
 from cxr_fast.bench import caching
-from cxr_fast.bench.latency import (
-    RATIOS,
-)
 from cxr_fast.bench.measure import median, spread
+from cxr_fast.bench.results import RATIOS
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec
 from cxr_fast.data import manifest as datasets
@@ -112,16 +109,6 @@ def test_the_plain_pass_reads_every_film_and_runs_the_whole_tower(
     monkeypatch.setattr(parts.tower.visual, "forward", lambda x: (counts.append(len(x)), torch.zeros(len(x), 4))[1])
     parts.plain(workers=0)
     assert sum(counts) == 10
-
-
-def test_copies_take_turns(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    for name, level in (("a.png", 10), ("b.png", 200)):
-        Image.new("L", (40, 40), level).save(tmp_path / "in" / name)
-    manifest = caching.copies(tmp_path / "out", tmp_path / "in", 5)
-    levels = [int(np.asarray(Image.open(manifest.path(i)))[0, 0]) for i in range(5)]
-    assert levels == [10, 200, 10, 200, 10]
 
 
 def test_the_command(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lively_weights: Path) -> None:

@@ -24,7 +24,7 @@ HEAD = {"model": "m.onnx", "provider": "CPUExecutionProvider", "machine": {"cpu"
 
 
 def result(budget: float, samples: list[float], noisy: bool = False) -> dict[str, Any]:
-    limit = results.budget(budget, 90)
+    limit = {"seconds": budget, "percentile": 90}
     timed = {"samples": {"file to probabilities": samples}, "budget": limit, "verdict": results.verdict(samples, limit)}
     return {**HEAD, **timed, "noise": {"noisy": noisy}}
 
@@ -69,7 +69,13 @@ def test_trials_by_rate(drawn: list[Any]) -> None:
     trials = [
         {"rate": r, "verdict": {"result": v, "estimate": e}} for r, v, e in ((2.0, "PASS", 0.1), (5.0, "FAIL", 9.0))
     ]
-    base = {**HEAD, "trials": trials, "budget": results.budget(0.5, 99), "capacity": 6.0, "noise": {"noisy": False}}
+    base = {
+        **HEAD,
+        "trials": trials,
+        "budget": {"seconds": 0.5, "percentile": 99},
+        "capacity": 6.0,
+        "noise": {"noisy": False},
+    }
     charts.draw({**base, "verdict": {"result": "PASS"}})
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].axes[0].lines}
     assert lines["PASS"] == ([2.0], [100.0])

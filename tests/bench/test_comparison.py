@@ -14,13 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxr_fast.bench import comparison, measure
-from cxr_fast.bench import worker as bench_worker
+from cxr_fast.bench import comparison, measure, results
 from cxr_fast.bench.comparison import About, Arm, difference
-from cxr_fast.bench.latency import (
-    RATIOS,
-    results,
-)
 from cxr_fast.cli.main import main
 from cxr_fast.config import PreprocessSpec
 from cxr_fast.errors import InputError, ParityError, SchemaError
@@ -50,9 +45,9 @@ def other(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(toy_model: Path, other: Path, toy_data: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_worker, "REST", 0.0)
+        patch.setattr(comparison, "REST", 0.0)
         a, b = (Arm(path=path, device="cpu", threads=1) for path in (toy_model, other))
-        return comparison.compare(a, b, manifest=toy_data, count=40, rounds=6)
+        return comparison.compare(a, b, comparison.CompareSpec(manifest=toy_data, count=40, rounds=6))
 
 
 def test_answers_are_those_of_the_files_themselves(
@@ -89,7 +84,7 @@ def test_the_text_has_times_and_differences_in_one_place(result: dict[str, Any])
     text = comparison.describe(result)
     assert f"{result['difference']['flips']:.1f}" in text
     assert f"{result['ratio']['median']:.2f} [" in text
-    assert RATIOS in text
+    assert results.RATIOS in text
     assert "the same weights in another precision" in text
     assert "1 image(s) cannot be read and were left out" in text or result["images"]["left_out"] == 0
     assert "note: PHANTOM IMAGES" in text
@@ -98,9 +93,9 @@ def test_the_text_has_times_and_differences_in_one_place(result: dict[str, Any])
 
 def test_turns_alternate_and_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, seen = np.arange(3, dtype=np.uint8), []
-    monkeypatch.setattr(bench_worker, "REST", 0.0)
+    monkeypatch.setattr(comparison, "REST", 0.0)
     for turn in range(3):
-        bench_worker._timed(lambda batch: seen.append(batch.tolist()) or batch, pixels, turn, 2)
+        comparison._timed(lambda batch: seen.append(batch.tolist()) or batch, pixels, turn, 2)
     assert seen == [[0, 1], [0, 1], [2, 0], [2, 0], [1, 2], [1, 2]], "the first of each pair is not timed"
 
 
@@ -132,7 +127,7 @@ def test_the_same_weights_in_float32_must_agree(toy_model: Path, toy_data: Path,
     wrong = changed(toy_model, tmp_path / "wrong.onnx", moved)
     arms = [Arm(path=path, device="cpu", threads=1) for path in (toy_model, wrong)]
     with pytest.raises(ParityError, match=r"the same weights in float32 and differ by .*; nothing was timed"):
-        comparison.compare(*arms, images=toy_data / "images", count=8, rounds=1)
+        comparison.compare(*arms, comparison.CompareSpec(images=toy_data / "images", count=8, rounds=1))
 
 
 # ------------------------------------------------------------------------------------------- the difference alone
@@ -205,10 +200,10 @@ def test_torch_of_another_run_is_refused(toy_model: Path, toy_run: Path, toy_run
 def test_what_goes_wrong_in_the_other_process_is_said_here(tmp_path: Path, toy_model: Path) -> None:
     with (
         pytest.raises(InputError, match=r"gone\.onnx: no such model"),
-        bench_worker.working(Arm(path=tmp_path / "gone.onnx")),
+        comparison.working(Arm(path=tmp_path / "gone.onnx")),
     ):
         pass
-    with bench_worker.working(Arm(path=toy_model, device="cpu", threads=1)) as worker:
+    with comparison.working(Arm(path=toy_model, device="cpu", threads=1)) as worker:
         pid = worker.process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -218,7 +213,7 @@ def test_what_goes_wrong_in_the_other_process_is_said_here(tmp_path: Path, toy_m
 
 
 def test_no_process_outlives_a_comparison(toy_model: Path) -> None:
-    with pytest.raises(ZeroDivisionError), bench_worker.working(Arm(path=toy_model, device="cpu", threads=1)) as worker:
+    with pytest.raises(ZeroDivisionError), comparison.working(Arm(path=toy_model, device="cpu", threads=1)) as worker:
         raise ZeroDivisionError
     assert worker.process.exitcode == 0
 
@@ -243,7 +238,7 @@ def test_a_manifest_of_other_classes_is_refused(toy_model: Path, tmp_path: Path)
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "m.csv").write_text("image,group,Nothing\na.png,p,1\n")
     with pytest.raises(InputError, match="has none of the model's classes"):
-        comparison._listed(tmp_path / "m.csv", True, 5, ("Cardiomegaly", "Effusion"))
+        comparison._listed(tmp_path / "m.csv", 5, ("Cardiomegaly", "Effusion"))
 
 
 def test_the_result_is_checked_as_every_benchmarks_is(result: dict[str, Any]) -> None:

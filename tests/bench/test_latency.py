@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_fast.bench import films as film_files
 from cxr_fast.bench import latency, measure, results
 from cxr_fast.errors import DeviceError, ImageError, InputError
 from tests.helpers.clocks import Clock
@@ -30,7 +31,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(toy_model: Path, films: Path) -> dict[str, Any]:
-    return latency.latency(toy_model, images=films, repeats=64, warmup=2, budget_ms=1e6, device="cpu", threads=1)
+    return latency.latency(
+        toy_model, latency.LatencySpec(images=films, repeats=64, warmup=2, budget_ms=1e6, device="cpu", threads=1)
+    )
 
 
 def test_every_stage_is_timed_as_often_as_asked(result: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ def test_the_result_is_json(result: dict[str, Any], tmp_path: Path) -> None:
     assert json.loads(text)["machine"]["cores"] >= 1
     for out in (tmp_path, tmp_path / "r.json" / "below.json"):
         with pytest.raises(InputError, match="--json: cannot write"):
-            latency.write_json(result, out)
+            results.write(result, out)
 
 
 def test_each_stage_is_the_work_it_names(toy_model: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +85,9 @@ def test_each_stage_is_the_work_it_names(toy_model: Path, films: Path, monkeypat
             clock = Clock()
             patch.setattr(latency, "time", SimpleNamespace(perf_counter=clock))
             patch.setattr(owner, name, slowed(getattr(owner, name), clock))
-            found = latency.latency(toy_model, images=films, repeats=4, warmup=0, device="cpu", threads=1)
+            found = latency.latency(
+                toy_model, latency.LatencySpec(images=films, repeats=4, warmup=0, device="cpu", threads=1)
+            )
         assert min(found["samples"][stage]) >= 0.02
         assert found["verdict"]["slowest_stage"] == stage
         others = [min(found["samples"][other]) for other in latency.STAGES if other != stage]
@@ -115,7 +120,7 @@ def test_warm_up_is_not_counted_and_images_take_turns(
     seen: list[str] = []
     read = latency.read_bytes
     monkeypatch.setattr(latency, "read_bytes", lambda path: (seen.append(Path(path).name), read(path))[1])
-    found = latency.latency(toy_model, images=films, repeats=4, warmup=3, device="cpu", threads=1)
+    found = latency.latency(toy_model, latency.LatencySpec(images=films, repeats=4, warmup=3, device="cpu", threads=1))
     assert seen == ["0.png", "1.png", "2.png", "0.png", "1.png", "2.png", "0.png"]
     assert len(found["samples"]["read"]) == 4
 
@@ -132,20 +137,25 @@ def test_a_generous_budget_passes(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("percentile", [50, 90])
 def test_an_absurd_budget_fails(toy_model: Path, films: Path, percentile: int) -> None:
     found = latency.latency(
-        toy_model, images=films, repeats=12, warmup=0, budget_ms=1e-6, percentile=percentile, device="cpu", threads=1
+        toy_model,
+        latency.LatencySpec(
+            images=films, repeats=12, warmup=0, budget_ms=1e-6, percentile=percentile, device="cpu", threads=1
+        ),
     )
     assert found["verdict"]["result"] == "FAIL"
     assert found["verdict"]["over"] == 12
     assert results.EXIT["FAIL"] == 1
-    assert f"FAIL: p{percentile} under 1e-06 ms" in latency.describe_latency(found)
-    assert f"attack first: {found['verdict']['slowest_stage']}, " in latency.describe_latency(found)
+    assert f"FAIL: p{percentile} under 1e-06 ms" in latency.describe(found)
+    assert f"attack first: {found['verdict']['slowest_stage']}, " in latency.describe(found)
 
 
 def test_too_few_samples_settle_nothing(toy_model: Path, films: Path) -> None:
-    found = latency.latency(toy_model, images=films, repeats=5, warmup=0, budget_ms=1e6, device="cpu", threads=1)
+    found = latency.latency(
+        toy_model, latency.LatencySpec(images=films, repeats=5, warmup=0, budget_ms=1e6, device="cpu", threads=1)
+    )
     assert found["verdict"]["result"] == "INCONCLUSIVE"
     assert results.EXIT["INCONCLUSIVE"] == 3
-    text = latency.describe_latency(found)
+    text = latency.describe(found)
     assert "INCONCLUSIVE: p90 under 1e+06 ms, file to probabilities; 59 more samples needed: --repeats 64" in text
     assert "not shown, n is too small: p90, p95, p99" in text
 
@@ -154,9 +164,9 @@ def test_too_few_samples_settle_nothing(toy_model: Path, films: Path) -> None:
 
 
 def test_the_text_says_what_was_measured(result: dict[str, Any]) -> None:
-    text = latency.describe_latency(result)
+    text = latency.describe(result)
     lines = text.splitlines()
-    whole, ms = result["summary"]["file to probabilities"], latency._ms
+    whole, ms = result["summary"]["file to probabilities"], results.milliseconds
     assert lines[0].split() == ["ms", "p50", "99", "%", "bound", "p90", "99", "%", "bound", "p50", "by", "thirds"]
     figures = [ms(whole[part][q]) for q in ("50", "90") for part in ("percentiles", "bounds")]
     thirds = "/".join(map(ms, whole["window_medians"]))
@@ -173,7 +183,7 @@ def test_the_text_says_what_was_measured(result: dict[str, Any]) -> None:
 
 
 def test_a_short_stage_keeps_its_digits() -> None:
-    assert [latency._ms(x) for x in (1.25, 0.0123, 0.001, 0.000123)] == ["1250.0", "12.3", "1.0", "0.123"]
+    assert [results.milliseconds(x) for x in (1.25, 0.0123, 0.001, 0.000123)] == ["1250.0", "12.3", "1.0", "0.123"]
 
 
 def noise(**changed: Any) -> dict[str, Any]:
@@ -183,32 +193,34 @@ def noise(**changed: Any) -> dict[str, Any]:
 
 def test_a_noisy_machine_is_said(result: dict[str, Any]) -> None:
     some = noise(share=0.08, worst=0.5, noisy=True, noisy_samples=7)
-    quiet = results.summary(result["samples"]["file to probabilities"][7:])
-    text = latency.describe_latency({**result, "noise": some, "quiet": quiet})
+    quiet = measure.summary(result["samples"]["file to probabilities"][7:])
+    text = latency.describe({**result, "noise": some, "quiet": quiet})
     assert "NOISY: other processes took 8% of the machine during the run, up to 50%; over 10% while 7 of 64 " in text
     assert f"without the noisy stretches: p50 {1000 * quiet['percentiles']['50']:.1f} ms (n 57); the verdict" in text
-    calm = latency.describe_latency({**result, "noise": noise(), "quiet": None})
+    calm = latency.describe({**result, "noise": noise(), "quiet": None})
     assert "NOISY" not in calm
     assert "without the noisy" not in calm
-    unknown = latency.describe_latency({**result, "noise": noise(share=None), "quiet": None})
+    unknown = latency.describe({**result, "noise": noise(share=None), "quiet": None})
     assert "how busy other processes were is not known here" in unknown
 
 
 def test_samples_of_noisy_stretches_stay_in_the_figures_and_are_left_out_beside_them() -> None:
-    watch = results.Watch()
+    watch = measure.Watch()
     watch.stretches = [
         {"name": "", "first": 0, "samples": 2, "share": 0.0, "noisy": False},
         {"name": "", "first": 2, "samples": 3, "share": 0.5, "noisy": True},
         {"name": "", "first": 5, "samples": 1, "share": None, "noisy": False},
     ]
-    assert latency._quiet([1.0, 2.0, 9.0, 9.0, 9.0, 3.0], watch) == results.summary([1.0, 2.0, 3.0])
+    assert latency._quiet([1.0, 2.0, 9.0, 9.0, 9.0, 3.0], watch) == measure.summary([1.0, 2.0, 3.0])
     watch.stretches[1]["noisy"] = False
     assert latency._quiet([1.0, 2.0, 9.0, 9.0, 9.0, 3.0], watch) is None
 
 
 def test_windows_far_apart_are_said() -> None:
-    assert latency.unsteady({"x": [1.0, 1.05, 1.09]}) == []
-    assert latency.unsteady({"x": [1.0, 1.0, 1.2]}) == ["UNSTEADY: the medians of x in 3 windows differ by 20%"]
+    assert results.describe_unsteady({"x": [1.0, 1.05, 1.09]}) == []
+    assert results.describe_unsteady({"x": [1.0, 1.0, 1.2]}) == [
+        "UNSTEADY: the medians of x in 3 windows differ by 20%"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -221,33 +233,27 @@ def test_windows_far_apart_are_said() -> None:
     ],
 )
 def test_the_last_line_is_the_verdict(samples: list[float], said: str) -> None:
-    limit = results.budget(2.0, 90)
-    assert said in latency.verdict_line({"budget": limit, "verdict": results.verdict(samples, limit)})
+    limit = {"seconds": 2.0, "percentile": 90}
+    assert said in results.describe_verdict({"budget": limit, "verdict": results.verdict(samples, limit)})
 
 
 def test_without_images_phantoms_are_drawn(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "FILM", (120, 100))
-    found = latency.latency(toy_model, repeats=7, warmup=0, device="cpu", threads=1)
+    monkeypatch.setattr(film_files, "FILM", (120, 100))
+    found = latency.latency(toy_model, latency.LatencySpec(repeats=7, warmup=0, device="cpu", threads=1))
     assert found["images"] == {"given": False, "files": 6, "height_width": [[120, 100]] * 6}
-    assert "6 phantoms at acquisition size" in latency.describe_latency(found)
-
-
-def test_phantoms_are_of_acquisition_size(tmp_path: Path) -> None:
-    (path,) = latency.films(tmp_path, count=1)
-    with Image.open(path) as image:
-        assert (image.height, image.width, image.mode) == (*latency.FILM, "L")
+    assert "6 phantoms at acquisition size" in latency.describe(found)
 
 
 def test_inputs_that_cannot_be_timed_are_refused(toy_model: Path, films: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model"):
-        latency.latency(tmp_path / "m.onnx", images=films)
+        latency.latency(tmp_path / "m.onnx", latency.LatencySpec(images=films))
     with pytest.raises(InputError, match="a folder without images"):
-        latency.latency(toy_model, images=tmp_path, device="cpu")
+        latency.latency(toy_model, latency.LatencySpec(images=tmp_path, device="cpu"))
     with pytest.raises(DeviceError, match="--device"):
-        latency.latency(toy_model, images=films, device="gpu")
+        latency.latency(toy_model, latency.LatencySpec(images=films, device="gpu"))
     with pytest.raises(ImageError, match=r"gone\.png: no such file"):
-        latency.latency(toy_model, images=tmp_path / "gone.png", device="cpu")
+        latency.latency(toy_model, latency.LatencySpec(images=tmp_path / "gone.png", device="cpu"))
     (tmp_path / "broken.png").write_bytes((films / "0.png").read_bytes()[:100])
     with pytest.raises(ImageError, match=r"broken\.png") as caught:
-        latency.latency(toy_model, images=tmp_path, device="cpu")
+        latency.latency(toy_model, latency.LatencySpec(images=tmp_path, device="cpu"))
     assert caught.value.exit_code == 2

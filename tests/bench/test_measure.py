@@ -1,18 +1,25 @@
-"""Known answers, simulated coverage, and the edges of a verdict."""
+"""Known answers, simulated coverage, the edges of a verdict, and a neighbour that is seen and flagged."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import os
 import random
+import time
 from fractions import Fraction
+from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cxr_fast.bench import measure
 from cxr_fast.errors import InputError
+from tests.helpers import states
 from tests.helpers.clocks import Clock
 
 
@@ -232,3 +239,94 @@ def test_ratio_interval_covers_the_truth_on_a_drifting_machine() -> None:
         hits += got.low <= 3 <= got.high
         assert got.high - got.low < 1
     assert 0.935 < hits / 1000 < 0.995
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 64, 100])
+def test_windows_are_thirds_in_order(n: int) -> None:
+    expected = [part.tolist() for part in np.array_split(np.arange(n), 3) if len(part)]
+    assert [list(part) for part in measure.windows(range(n))] == expected
+
+
+def test_a_summary_shows_only_what_n_supports() -> None:
+    for n, held in ((1, []), (11, [50]), (63, [50]), (64, [50, 90]), (130, [50, 90, 95]), (662, [50, 90, 95, 99])):
+        samples = [float(k) for k in range(n)]
+        found = measure.summary(samples)
+        assert found["bounds"] == {str(q): measure.bound(samples, q) for q in held}
+        assert list(found["percentiles"]) == [str(q) for q in (held or [50])]
+
+
+def test_least_and_spare_are_the_verdicts_own() -> None:
+    for q in (50, 90, 95, 99):
+        n = measure.least(q)
+        assert q in measure.supported(n)
+        assert q not in measure.supported(n - 1)
+        for more in (n, 3 * n):
+            spare = measure.spare(more, q)
+            assert measure.verdict([1.0] * (more - spare) + [3.0] * spare, 2.0, q).result == "PASS"
+            assert measure.verdict([1.0] * (more - spare - 1) + [3.0] * (spare + 1), 2.0, q).result != "PASS"
+
+
+class Shares:
+    """Stands in for `OtherCpu`: the shares that are told, one after the other; the first is the whole run's."""
+
+    threshold = 0.1
+
+    def __init__(self, shares: list[float | None]) -> None:
+        self.shares, self.share = shares, None
+
+    def __call__(self) -> Any:
+        made = copy.copy(self)
+        made.share = self.shares.pop(0)
+        return made
+
+    def start(self) -> Any:
+        return self
+
+    def stop(self) -> float | None:
+        return self.share
+
+    @property
+    def noisy(self) -> bool:
+        return self.share is not None and self.share > self.threshold
+
+
+def test_a_noisy_stretch_is_flagged_where_the_mean_hides_it() -> None:
+    """Half a second of a busy neighbour in two quiet ones: 8 % of the whole, below the limit, and still said."""
+    clock = iter(np.arange(0, 100, 0.1).tolist())
+    shares = Shares([0.08, 0.01, 0.3, 0.0, None])
+    with measure.Watch(0.45, other=shares, clock=lambda: next(clock)) as watch:
+        for _ in range(13):
+            watch.tick()
+    noise = watch.noise()
+    assert (noise["share"], noise["worst"], noise["noisy"]) == (0.08, 0.3, True)
+    assert [s["noisy"] for s in noise["stretches"]] == [False, True, False]
+    assert [s["first"] for s in noise["stretches"]] == [0, 5, 10]
+    assert (noise["samples"], noise["noisy_samples"]) == (13, 5)
+
+
+def test_nothing_known_is_nothing_flagged() -> None:
+    with measure.Watch(other=Shares([None] * 3)) as watch:
+        watch.tick()
+    assert (watch.noise()["share"], watch.noise()["worst"], watch.noise()["noisy"]) == (None, None, False)
+
+
+def test_the_warm_up_is_forgotten() -> None:
+    with measure.Watch(60, other=Shares([0.0, 0.9, 0.0, 0.0])) as watch:
+        watch.tick()
+        watch.restart()
+        watch.tick()
+    assert [(s["samples"], s["share"]) for s in watch.stretches] == [(1, 0.0)]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat on this system")
+@pytest.mark.skipif((os.cpu_count() or 1) not in range(2, 9), reason="one core of many is under the threshold")
+def test_a_real_neighbour_makes_a_noisy_stretch() -> None:
+    with states.busy_core() as burner, measure.Watch(0.3) as watch:
+        while states.cpu_seconds(burner) < 1:
+            time.sleep(0.1)
+            watch.tick()
+    noise = watch.noise()
+    # Whatever else ran, that neighbour or what kept it from running took time that was not ours.
+    assert noise["noisy"]
+    assert noise["noisy_samples"] > 0
+    assert noise["worst"] > 0.1

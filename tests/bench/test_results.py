@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import cxr_fast
-from cxr_fast.bench import measure, results
+from cxr_fast.bench import measure, records, results
+from cxr_fast.cli import info
+from cxr_fast.cli.main import main
 from cxr_fast.errors import CxrFastError, InputError, SchemaError
-from tests.helpers import states
 
 WHOLE = "file to probabilities"
 
@@ -26,10 +26,10 @@ WHOLE = "file to probabilities"
 def latency(**changed: Any) -> dict[str, Any]:
     """A sound result of kind latency on made-up samples: 0.01 to 0.70 seconds."""
     samples = [k / 100 for k in range(1, 71)]
-    limit = results.budget(1.0, 90)
+    limit = {"seconds": 1.0, "percentile": 90}
     model = dict.fromkeys(("model", "model_sha256", "variant", "provenance", "device", "provider", "where", "why"), "x")
     return {
-        **results.head(results.LATENCY),
+        **results.head(records.LATENCY),
         **model,
         "threads": 1,
         "images": {},
@@ -38,7 +38,7 @@ def latency(**changed: Any) -> dict[str, Any]:
         "noise": {"share": 0.0, "noisy": False, "stretches": []},
         "n": 70,
         "samples": {WHOLE: samples},
-        "summary": {WHOLE: results.summary(samples)},
+        "summary": {WHOLE: measure.summary(samples)},
         "budget": limit,
         "verdict": results.verdict(samples, limit) | {"slowest_stage": "model"},
         **changed,
@@ -46,11 +46,11 @@ def latency(**changed: Any) -> dict[str, Any]:
 
 
 def server(**changed: Any) -> dict[str, Any]:
-    limit, samples = results.budget(1.0, 90), [0.5] * 64
+    limit, samples = {"seconds": 1.0, "percentile": 90}, [0.5] * 64
     trial = {"rate": 2.0, "n": 64, "served": 64, "samples": samples, "verdict": results.verdict(samples, limit)}
     found = {"scenario": "server", "seconds": 9.0, "workers": 1, "service": [0.1], "simulated": {}, "capacity": 9.0}
     base = {k: v for k, v in latency().items() if k not in ("n", "samples", "summary", "cold")}
-    head = results.head(results.THROUGHPUT)
+    head = results.head(records.THROUGHPUT)
     return {
         **base,
         **head,
@@ -101,31 +101,31 @@ def changed(made: Callable[[], dict[str, Any]], path: str, value: Any) -> dict[s
     [
         (latency, "kind", "cxr-fast doctor", "not a benchmark result"),
         (latency, "kind", ["x"], "not a benchmark result"),
-        (latency, "machine", ..., "machine is missing"),
-        (latency, "machine/cores", ..., "cores is missing"),
-        (latency, "noise/noisy", 1, "noisy is missing or of the wrong kind"),
-        (latency, "commit", "abc", "commit is missing or of the wrong kind"),
-        (latency, "n", True, "n is missing or of the wrong kind"),
-        (latency, "n", 71, "n is 71 and file to probabilities has 70"),
+        (latency, "machine", ..., "missing required field `machine`"),
+        (latency, "machine/cores", ..., r"missing required field `cores` - at `\$.machine`"),
+        (latency, "noise/noisy", 1, r"Expected `bool`, got `int` - at `\$.noise.noisy`"),
+        (latency, "commit", "abc", r"Expected `object \| null`, got `str` - at `\$.commit`"),
+        (latency, "n", True, r"Expected `int`, got `bool` - at `\$.n`"),
+        (latency, "n", 71, "the n of file to probabilities is not that of its samples"),
         (latency, f"samples/{WHOLE}/3", 0.5, "summary of file to probabilities is not that of its samples"),
-        (latency, f"samples/{WHOLE}/3", "fast", "samples are not times"),
-        (latency, f"samples/{WHOLE}/3", float("nan"), "samples are not times"),
-        (latency, f"samples/{WHOLE}", [], "samples are not times"),
+        (latency, f"samples/{WHOLE}/3", "fast", "Expected `float`, got `str`"),
+        (latency, f"samples/{WHOLE}/3", float("nan"), "samples of file to probabilities are not times"),
+        (latency, f"samples/{WHOLE}", [], "samples of file to probabilities are not times"),
         (latency, f"summary/{WHOLE}/percentiles/90", 0.1, "summary of"),
         (latency, f"summary/{WHOLE}/bounds/90", 0.1, "summary of"),
-        (latency, "samples", {}, "samples are not times"),
-        (latency, "budget/seconds", 0.5, "verdict is not that of the samples"),
-        (latency, "verdict/result", "FAIL", "verdict is not that of the samples"),
+        (latency, "samples", {}, "samples of file to probabilities are not times"),
+        (latency, "budget/seconds", 0.5, "is not that of its samples"),
+        (latency, "verdict/result", "FAIL", "is not that of its samples"),
         (server, "scenario", "burst", "no scenario 'burst'"),
         (server, "rate", 3.0, "its last trial does not confirm the rate"),
         (server, "rate", None, "its last trial does not confirm the rate"),
         (server, "trials", [], "its last trial does not confirm the rate"),
-        (server, "trials/0/served", 63, "samples are not as many as it says"),
-        (server, "trials/0/samples/0", 1.5, "verdict is not that of the samples"),
+        (server, "trials/0/served", 63, "number of requests served is not that of its samples"),
+        (server, "trials/0/samples/0", 1.5, "is not that of its samples"),
         (offline, "points/0/from files/rates", [1.0, 2.0], "batch 1 from files has no 3 rates"),
-        (offline, "points/0/from files/rates/0", 0, "has no 3 rates"),
-        (offline, "points/0/model only/rate", 3.0, "is not the median of its rates"),
-        (offline, "points/0/batch", ..., "batch is missing"),
+        (offline, "points/0/from files/rates/0", 0, "samples of batch 1 .* are not rates above 0"),
+        (offline, "points/0/model only/rate", 3.0, "rate of batch 1 model only is not that of its samples"),
+        (offline, "points/0/batch", ..., "missing required field `batch`"),
     ],
 )
 def test_a_result_that_does_not_follow_from_its_samples_is_refused(
@@ -182,114 +182,17 @@ def test_where_it_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
             results.writable(out, "--json")
         with pytest.raises(InputError, match="--json: cannot write"):
             results.write(latency(), out)
-    with pytest.raises(InputError, match=r"--plot: .* is to end in \.png"):
+    with pytest.raises(InputError, match=r"--plot: .* must end in \.png"):
         results.writable(tmp_path / "r.pdf", "--plot", ".png")
-
-
-# ----------------------------------------------------------------------------------------------------- figures
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 64, 100])
-def test_windows_are_thirds_in_order(n: int) -> None:
-    expected = [part.tolist() for part in np.array_split(np.arange(n), 3) if len(part)]
-    assert [list(part) for part in results.windows(range(n))] == expected
-
-
-def test_a_summary_shows_only_what_n_supports() -> None:
-    for n, held in ((1, []), (11, [50]), (63, [50]), (64, [50, 90]), (130, [50, 90, 95]), (662, [50, 90, 95, 99])):
-        samples = [float(k) for k in range(n)]
-        found = results.summary(samples)
-        assert found["bounds"] == {str(q): measure.bound(samples, q) for q in held}
-        assert list(found["percentiles"]) == [str(q) for q in (held or [50])]
-
-
-def test_least_and_spare_are_the_verdicts_own() -> None:
-    for q in (50, 90, 95, 99):
-        n = measure.least(q)
-        assert q in measure.supported(n)
-        assert q not in measure.supported(n - 1)
-        for more in (n, 3 * n):
-            spare = measure.spare(more, q)
-            assert measure.verdict([1.0] * (more - spare) + [3.0] * spare, 2.0, q).result == "PASS"
-            assert measure.verdict([1.0] * (more - spare - 1) + [3.0] * (spare + 1), 2.0, q).result != "PASS"
-
-
-# ------------------------------------------------------------------------------------------------------- noise
-
-
-class Shares:
-    """Stands in for `OtherCpu`: the shares that are told, one after the other; the first is the whole run's."""
-
-    threshold = 0.1
-
-    def __init__(self, shares: list[float | None]) -> None:
-        self.shares, self.share = shares, None
-
-    def __call__(self) -> Any:
-        made = copy.copy(self)
-        made.share = self.shares.pop(0)
-        return made
-
-    def start(self) -> Any:
-        return self
-
-    def stop(self) -> float | None:
-        return self.share
-
-    @property
-    def noisy(self) -> bool:
-        return self.share is not None and self.share > self.threshold
-
-
-def test_a_noisy_stretch_is_flagged_where_the_mean_hides_it() -> None:
-    """Half a second of a busy neighbour in two quiet ones: 8 % of the whole, below the limit, and still said."""
-    clock = iter(np.arange(0, 100, 0.1).tolist())
-    shares = Shares([0.08, 0.01, 0.3, 0.0, None])
-    with results.Watch(0.45, other=shares, clock=lambda: next(clock)) as watch:
-        for _ in range(13):
-            watch.tick()
-    noise = watch.noise()
-    assert (noise["share"], noise["worst"], noise["noisy"]) == (0.08, 0.3, True)
-    assert [s["noisy"] for s in noise["stretches"]] == [False, True, False]
-    assert [s["first"] for s in noise["stretches"]] == [0, 5, 10]
-    assert (noise["samples"], noise["noisy_samples"]) == (13, 5)
-
-
-def test_nothing_known_is_nothing_flagged() -> None:
-    with results.Watch(other=Shares([None] * 3)) as watch:
-        watch.tick()
-    assert (watch.noise()["share"], watch.noise()["worst"], watch.noise()["noisy"]) == (None, None, False)
-
-
-def test_the_warm_up_is_forgotten() -> None:
-    with results.Watch(60, other=Shares([0.0, 0.9, 0.0, 0.0])) as watch:
-        watch.tick()
-        watch.restart()
-        watch.tick()
-    assert [(s["samples"], s["share"]) for s in watch.stretches] == [(1, 0.0)]
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat on this system")
-@pytest.mark.skipif((os.cpu_count() or 1) not in range(2, 9), reason="one core of many is under the threshold")
-def test_a_real_neighbour_makes_a_noisy_stretch() -> None:
-    with states.busy_core() as burner, results.Watch(0.3) as watch:
-        while states.cpu_seconds(burner) < 1:
-            time.sleep(0.1)
-            watch.tick()
-    noise = watch.noise()
-    # Whatever else ran, that neighbour or what kept it from running took time that was not ours.
-    assert noise["noisy"]
-    assert noise["noisy_samples"] > 0
-    assert noise["worst"] > 0.1
 
 
 # ---------------------------------------------------------------------------------------------- what is recorded
 
 
 def test_every_result_says_where_it_is_from() -> None:
-    head = results.head(results.LATENCY)
+    head = results.head(records.LATENCY)
     assert (head["kind"], head["schema"], head["written_by"]) == (
-        results.LATENCY,
+        records.LATENCY,
         2,
         f"cxr-fast {cxr_fast.__version__}",
     )
@@ -324,3 +227,131 @@ def test_the_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert results.commit(package) == {"revision": head, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert results.commit(package) is None, "no git"
+
+
+# ------------------------------------------------------------------------------------------- a file in a few lines
+
+
+SAMPLES = {"a": [0.1, 0.3, 0.2], "b": [0.05, 0.15, 0.1]}
+RATIO = asdict(measure.ratio_interval(SAMPLES["b"], SAMPLES["a"]))
+
+
+def turns(kind: str, **more: Any) -> dict[str, Any]:
+    """A sound result of arms that took turns."""
+    with measure.Watch() as watch:
+        watch.close("round 1", 1)
+    return {**results.turns(kind, SAMPLES, watch, []), records.SPREADS[kind]: measure.spreads(SAMPLES), **more}
+
+
+def comparison() -> dict[str, Any]:
+    models = {
+        "a": {"name": "x.onnx", "variant": "fp32", "where": "cpu"},
+        "b": {"name": "y.onnx", "variant": "int8", "where": "cpu"},
+    }
+    return turns(records.COMPARISON, models=models, images={}, ratio=RATIO, difference={})
+
+
+def cache() -> dict[str, Any]:
+    return turns(records.CACHE, images=3, weights="random:0", ratios={"bound over whole": RATIO})
+
+
+def training() -> dict[str, Any]:
+    return turns(records.TRAINING, images=3, weights="biomedclip", ratios={"whole": RATIO})
+
+
+def written(result: dict[str, Any], folder: Path) -> Path:
+    """A result as the commands write it."""
+    results.write(result, folder / "r.json")
+    return folder / "r.json"
+
+
+@pytest.mark.parametrize("made", [latency, server, offline, comparison, cache, training])
+def test_every_kind_says_what_it_is_and_on_what(made: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    result = made()
+    path = written(result, tmp_path)
+    found, machine = results.describe(path), result["machine"]
+    assert found["benchmark"].startswith(f"{path}, {result['kind'].removeprefix('cxr-fast ')}")
+    assert f"schema {result['schema']}, {result['written_by']}" in found["benchmark"]
+    assert found["date"] == result["date"]
+    assert found["machine"].startswith(f"{machine['cpu']}, {machine['cores']} core(s)")
+    assert found["noise"]
+    assert found["verdict"]
+    assert not [value for value in found.values() if "\n" in value]
+    assert len(info.describe(path).splitlines()) == len([value for value in found.values() if value])
+
+
+def test_latency_with_its_verdict(tmp_path: Path) -> None:
+    found = results.describe(written(latency(), tmp_path))
+    assert found["file to probabilities"] == "p50 350 ms (99 % bound 460 ms), p90 630 ms (99 % bound 690 ms); n 70"
+    assert found["verdict"].startswith("PASS: p90 under 1000 ms")
+    assert found["model"] == "x, variant x, sha256 x"
+
+
+def test_throughput_by_scenario(tmp_path: Path) -> None:
+    assert results.describe(written(offline(), tmp_path))["best"] == (
+        "batch 1: 2.00 images/s from files, 2.00 images/s model only"
+    )
+    found = results.describe(written(server(), tmp_path))
+    assert found["rate"] == "2.00 requests/s proved, 1 trial(s); without a pause 9.00/s"
+    assert found["verdict"] == "PASS: p90 under 1000 ms"
+    fails = server()
+    fails |= {"rate": None, "trials": [], "verdict": fails["verdict"] | {"result": "FAIL"}}
+    found = results.describe(written(fails, tmp_path))
+    assert found["rate"].startswith("none proved, 0 trial(s)")
+    assert found["verdict"].startswith("FAIL")
+
+
+def test_turns_with_their_ratios(tmp_path: Path) -> None:
+    found = results.describe(written(comparison(), tmp_path))
+    assert found["a"] == "200 ms [100, 300], n 3"
+    assert found["ratio, B over A"].startswith("0.50")
+    assert found["model B"] == "y.onnx, int8, cpu"
+    assert found["verdict"].startswith("none")
+    found = results.describe(written(cache(), tmp_path))
+    assert found["b"] == "100 ms an image [50, 150], n 3"
+    assert found["weights"] == "random:0 (RANDOM, not BiomedCLIP)"
+    found = results.describe(written(training(), tmp_path))
+    assert found["a"] == "200 ms a sample [100, 300], n 3"
+    assert found["weights"] == "biomedclip"
+
+
+def test_a_noisy_machine_and_a_gpu_are_said(tmp_path: Path) -> None:
+    noise = {
+        "share": 0.4,
+        "worst": 0.5,
+        "threshold": 0.1,
+        "noisy": True,
+        "samples": 70,
+        "noisy_samples": 9,
+        "stretches": [],
+    }
+    gpus = {"before": [{"name": "NVIDIA H100"}], "after": []}
+    found = results.describe(written(latency(noise=noise, gpus=gpus), tmp_path))
+    assert found["noise"].startswith("NOISY: other processes took 40% of the machine")
+    assert found["GPUs"] == "NVIDIA H100"
+
+
+def test_info_refuses_what_is_no_result(tmp_path: Path) -> None:
+    path = written(latency(), tmp_path)
+    result = json.loads(path.read_text())
+    for changed, error, match in (
+        ({"n": 71}, InputError, "damaged"),
+        ({"schema": 99}, SchemaError, "schema 99"),
+        ({"kind": "other"}, InputError, "not a benchmark result"),
+    ):
+        path.write_text(json.dumps(result | changed))
+        with pytest.raises(error, match=match):
+            info.describe(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        info.describe(path)
+    path.write_text(json.dumps(cache() | {"ratios": {"whole": 3}}))
+    with pytest.raises(InputError, match="damaged, Expected `object`, got `int`"):
+        info.describe(path)
+
+
+def test_the_command_prints_it(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["info", str(written(latency(), tmp_path))])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("benchmark")
+    assert "PASS: p90 under 1000 ms" in done.output

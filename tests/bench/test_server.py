@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_fast.bench import measure, results
+from cxr_fast.bench import measure, records, results
 from cxr_fast.bench import server as serving
 from cxr_fast.inference.predictor import Predictor
 from tests.helpers.clocks import Clock
@@ -28,26 +28,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # ------------------------------------------------------------------------------------------------ single-stream
 
 
-def worker(clock: Clock, service: Iterable[float]) -> serving.Worker:
+def responder(clock: Clock, service: Iterable[float]) -> serving.Responder:
     """A worker that takes the times told, again and again."""
     times = itertools.cycle(service)
 
     def answer(paths: list[str]) -> None:
         clock.pass_by(next(times))
 
-    with results.Watch() as watch:
-        made: Any = serving.Worker(answer, ["a"], watch)  # type: ignore[arg-type]
+    with measure.Watch() as watch:
+        made: Any = serving.Responder(answer, ["a"], watch)  # type: ignore[arg-type]
     return made  # type: ignore[no-any-return]
 
 
 def test_single_stream_counts_every_image(clock: Clock) -> None:
-    limit = results.budget(0.06, 90)
-    found = serving.single_stream(worker(clock, [0.05]), 5.0, limit, 0, lambda *_: None)
+    limit = {"seconds": 0.06, "percentile": 90}
+    found = serving.single_stream(responder(clock, [0.05]), 5.0, limit, 0, lambda *_: None)
     assert (found["n"], found["verdict"]["result"]) == (100, "PASS")
     assert found["rate"] == pytest.approx(20)
-    late = serving.single_stream(worker(clock, [0.07]), 5.0, limit, 0, lambda *_: None)
+    late = serving.single_stream(responder(clock, [0.07]), 5.0, limit, 0, lambda *_: None)
     assert late["verdict"]["result"] == "FAIL"
-    short = serving.single_stream(worker(clock, [0.05]), 1.0, limit, 0, lambda *_: None)
+    short = serving.single_stream(responder(clock, [0.05]), 1.0, limit, 0, lambda *_: None)
     assert (short["n"], short["verdict"]["result"]) == (20, "INCONCLUSIVE")
 
 
@@ -101,7 +101,7 @@ def test_the_queue_has_the_known_means(load: float) -> None:
 def test_the_long_run_limit_is_that_of_theory() -> None:
     """M/M/1: p99 of the latency is log(100) / (1 - rate); within 20 it is so up to a rate of 0.77."""
     service = np.random.default_rng(0).exponential(1.0, 20_000).tolist()
-    model = serving.Simulated(service, results.budget(20.0, 99), 2000, 0)
+    model = serving.Simulated(service, {"seconds": 20.0, "percentile": 99}, 2000, 0)
     limit = serving.largest(model.holds, 1.0, 0.005)
     assert limit == pytest.approx(1 - math.log(100) / 20, abs=0.03)
     # What nine of ten runs pass lies below, and all that is slower passes too.
@@ -118,13 +118,12 @@ def test_bisection_finds_the_edge() -> None:
 
 
 def server(clock: Clock, service: Iterable[float], seconds: float, budget: float, q: int = 99) -> dict[str, Any]:
-    return serving.server(worker(clock, service), seconds, results.budget(budget, q), 0, lambda *_: None)
+    return serving.server(responder(clock, service), seconds, {"seconds": budget, "percentile": q}, 0, lambda *_: None)
 
 
 def check(found: dict[str, Any]) -> None:
-    results._check_rate(found, "r")
-    for trial in found["trials"]:
-        results._check_trial(trial, found["budget"], "r")
+    for what, stored, expected in results._figures({"kind": records.THROUGHPUT, **found}):
+        assert stored == expected, what
 
 
 def test_a_rate_that_holds_is_found_and_proved(clock: Clock) -> None:
@@ -139,7 +138,7 @@ def test_a_rate_that_holds_is_found_and_proved(clock: Clock) -> None:
     assert found["simulated"]["limit"] == pytest.approx(5.6, abs=0.3)
     assert 3 < found["rate"] < found["simulated"]["limit"]
     assert clock.time - began < 1020
-    assert "PASS: p99 under 500 ms at " in serving.server_lines(found)[1][-1]
+    assert "PASS: p99 under 500 ms at " in serving.describe_server(found)[1][-1]
 
 
 def test_the_same_seed_finds_the_same(clock: Clock) -> None:
@@ -152,7 +151,7 @@ def test_one_image_alone_too_slow_is_a_fail_without_any_queue(clock: Clock) -> N
     found = server(clock, [0.1], 100, 0.09)
     check(found)
     assert (found["verdict"]["result"], found["trials"], found["rate"]) == ("FAIL", [], None)
-    assert serving.server_lines(found)[1][-1] == "FAIL: p99 under 90 ms: one image alone takes too long"
+    assert serving.describe_server(found)[1][-1] == "FAIL: p99 under 90 ms: one image alone takes too long"
 
 
 def test_too_little_time_settles_nothing_and_says_how_much_would(clock: Clock) -> None:
@@ -162,7 +161,7 @@ def test_too_little_time_settles_nothing_and_says_how_much_would(clock: Clock) -
     assert clock.time - began < 80
     assert (found["verdict"]["result"], found["rate"], len(found["trials"])) == ("INCONCLUSIVE", None, 1)
     needed = serving.needed_seconds(found)
-    assert f"give about --seconds {needed}" in serving.server_lines(found)[1][-1]
+    assert f"give about --seconds {needed}" in serving.describe_server(found)[1][-1]
     enough = server(clock, [0.1], needed, 0.5)
     assert enough["verdict"]["result"] == "PASS"
 
@@ -181,8 +180,8 @@ def test_a_machine_that_slows_down_proves_nothing(clock: Clock) -> None:
 
 
 def test_a_trial_that_ends_early_would_have_failed_whole(clock: Clock) -> None:
-    limit = results.budget(0.5, 90)
-    lost = serving._trial(worker(clock, [0.1]), 20.0, 300, limit, (0, 0))
+    limit = {"seconds": 0.5, "percentile": 90}
+    lost = serving._trial(responder(clock, [0.1]), 20.0, 300, limit, (0, 0))
     assert lost["verdict"]["result"] == "FAIL"
     padded = lost["samples"] + [0.0] * (lost["n"] - lost["served"])
     assert measure.verdict(padded, 0.5, 90).result == "FAIL"
@@ -207,8 +206,8 @@ def test_the_real_worker_answers_each_film_in_turn(toy_model: Path, toy_data: Pa
             return super().__call__(images)
 
     paths = [str(path) for path in sorted((toy_data / "images").iterdir())[:3]]
-    with results.Watch() as watch:
-        made = serving.Worker(Spy(toy_model, device="cpu", threads=1), paths, watch)
+    with measure.Watch() as watch:
+        made = serving.Responder(Spy(toy_model, device="cpu", threads=1), paths, watch)
     for k in range(4):
         made(k)
     assert seen == [Path(paths[k]).name for k in (0, 1, 2, 0)]

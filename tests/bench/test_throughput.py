@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fast.bench import charts, results, throughput
+from cxr_fast.bench import charts, measure, results, throughput
 from cxr_fast.errors import ImageError, InputError
 from cxr_fast.inference.predictor import Result
 from cxr_fast.system import hardware
@@ -59,10 +59,14 @@ class Fake:
             yield [Result(path=path, probabilities=np.zeros(2)) for path in batch]
 
 
+def sweep(clock: Clock, watch: measure.Watch, paths: list[str], largest: int = 999) -> throughput.BatchSweep:
+    fake: Any = Fake(clock, largest)
+    return throughput.BatchSweep(predictor=fake, paths=paths, workers=2, watch=watch, before=[])
+
+
 def offline(clock: Clock, batches: list[int], largest: int = 999) -> dict[str, Any]:
-    with results.Watch() as watch:
-        fake: Any = Fake(clock, largest)
-        return throughput.offline(fake, ["a", "b"], batches, 6.0, 2, watch, [], lambda *_: None)
+    with measure.Watch() as watch:
+        return sweep(clock, watch, ["a", "b"], largest).run(batches, 6.0, lambda *_: None)
 
 
 # ----------------------------------------------------------------------------------------------------- offline
@@ -87,9 +91,8 @@ def test_it_lasts_about_as_long_as_asked_and_three_calls_at_least(clock: Clock) 
     began = clock.time
     offline(clock, [1, 2, 4, 8])
     assert 6.0 <= clock.time - began < 8.0
-    with results.Watch() as watch:
-        fake: Any = Fake(clock)
-        found = throughput.offline(fake, ["a"], [4], 1e-9, 2, watch, [], lambda *_: None)
+    with measure.Watch() as watch:
+        found = sweep(clock, watch, ["a"]).run([4], 1e-9, lambda *_: None)
     assert (found["points"][0]["model only"]["images"], found["points"][0]["from files"]["images"]) == (12, 12)
     assert len(watch.stretches) == 3
 
@@ -121,10 +124,8 @@ def test_batch_sizes_are_powers_of_two() -> None:
 
 def test_a_real_model_from_real_files(toy_model: Path, films: Path, tmp_path: Path) -> None:
     shown: list[str] = []
-    found = throughput.throughput(
-        toy_model, images=films, max_batch=4, seconds=0.1, device="cpu", threads=1, workers=1,
-        say=lambda done, total, text: shown.append(text),
-    )  # fmt: skip
+    spec = throughput.ThroughputSpec(images=films, max_batch=4, seconds=0.1, device="cpu", threads=1, workers=1)
+    found = throughput.throughput(toy_model, spec, lambda done, total, text: shown.append(text))
     results.write(found, tmp_path / "t.json")
     assert [point["batch"] for point in found["points"]] == [1, 2, 4]
     assert found["images"] == {"given": True, "files": 3}
@@ -141,7 +142,10 @@ def test_an_image_that_cannot_be_read_is_no_throughput(toy_model: Path, films: P
     (tmp_path / "b.png").write_bytes((films / "0.png").read_bytes()[:90])
     for scenario in ("offline", "single-stream", "server"):
         with pytest.raises(ImageError, match=r"b\.png"):
-            throughput.throughput(toy_model, images=tmp_path, scenario=scenario, seconds=0.1, device="cpu", threads=1)
+            throughput.throughput(
+                toy_model,
+                throughput.ThroughputSpec(images=tmp_path, scenario=scenario, seconds=0.1, device="cpu", threads=1),
+            )
 
 
 def test_gpu_memory_is_what_was_taken_since_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,16 +153,18 @@ def test_gpu_memory_is_what_was_taken_since_before(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hardware, "gpu_states", lambda: cards)
     before = [{"index": 0.0, "memory.used": 500.0}, {"index": 1.0, "memory.used": 1000.0}]
     there: Any = type("P", (), {"provider": "CUDAExecutionProvider"})
-    assert throughput._gpu_mib(there, before) == 8000
+    made = throughput.BatchSweep(predictor=there, paths=[], workers=1, watch=measure.Watch(), before=before)
+    assert made._gpu_mib() == 8000
     there.provider = "CPUExecutionProvider"
-    assert throughput._gpu_mib(there, before) is None
+    assert made._gpu_mib() is None
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "server"])
 def test_real_queries_end_in_a_checked_result(toy_model: Path, films: Path, tmp_path: Path, scenario: str) -> None:
-    found = throughput.throughput(
-        toy_model, images=films, scenario=scenario, seconds=1.0, budget_ms=5000, percentile=50, device="cpu", threads=1
+    spec = throughput.ThroughputSpec(
+        images=films, scenario=scenario, seconds=1.0, budget_ms=5000, percentile=50, device="cpu", threads=1
     )
+    found = throughput.throughput(toy_model, spec)
     results.write(found, tmp_path / "r.json")
     assert results.read(tmp_path / "r.json")["scenario"] == scenario
     assert found["noise"]["samples"] > 0

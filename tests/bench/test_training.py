@@ -13,30 +13,26 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cxr_fast.bench import training
-from cxr_fast.bench.latency import (
-    RATIOS,
-    results,
-)
+from cxr_fast.bench import results, training
 from cxr_fast.bench.measure import median, spread
-from cxr_fast.bench.training import DECODED, EPOCHS, PLAIN, Arms, Material
+from cxr_fast.bench.training import DECODED, EPOCHS, PLAIN, Arms, TrainingImages
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.system import hardware
 
 
 @pytest.fixture(scope="module")
-def material(toy_cache: Path) -> Material:
+def material(toy_cache: Path) -> TrainingImages:
     torch.set_num_threads(1)
     return training.from_cache(toy_cache, count=20)
 
 
 @pytest.fixture(scope="module")
-def result(material: Material) -> dict[str, Any]:
+def result(material: TrainingImages) -> dict[str, Any]:
     return training.measure(Arms(material, workers=0), 2)
 
 
-def test_whole_steps_of_spread_images_are_taken(material: Material, toy_cache: Path) -> None:
+def test_whole_steps_of_spread_images_are_taken(material: TrainingImages, toy_cache: Path) -> None:
     assert len(material.paths) == len(material.pixels) == len(material.activations) == 16
     assert len({path.name for path in material.paths}) == 16
     assert material.classes == 35
@@ -50,14 +46,14 @@ def test_cached_and_plain_train_alike(result: dict[str, Any]) -> None:
     assert result["largest_pixel_difference"] == 0
 
 
-def test_other_tokens_are_refused_before_anything_is_timed(material: Material) -> None:
+def test_other_tokens_are_refused_before_anything_is_timed(material: TrainingImages) -> None:
     wrong = replace(material, activations=material.activations[::-1].copy())
     with pytest.raises(InputError, match=r"cached and plain training differ in their tokens .*cxrfast verify"):
         training.measure(Arms(wrong, workers=0), 1)
 
 
 def test_another_training_is_refused_before_anything_is_timed(
-    material: Material, monkeypatch: pytest.MonkeyPatch
+    material: TrainingImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One matrix of the slow model twice as large."""
     arms = Arms(material, workers=0)
@@ -112,7 +108,7 @@ def test_every_arm_is_timed_in_every_round(result: dict[str, Any]) -> None:
     assert json.loads(json.dumps(result), parse_constant=pytest.fail)["machine"]["cores"] >= 1
 
 
-def test_a_round_of_ours_is_several_epochs(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_ours_is_several_epochs(material: TrainingImages, monkeypatch: pytest.MonkeyPatch) -> None:
     arms, ticks = Arms(material, workers=0), iter([10.0, 10.0 + 16 * EPOCHS])
     seen = []
     fold = next(iter(arms.folds.values()))
@@ -125,7 +121,7 @@ def test_a_round_of_ours_is_several_epochs(material: Material, monkeypatch: pyte
 
 
 def test_the_plain_arm_takes_every_film_and_trains_the_blocks(
-    material: Material, monkeypatch: pytest.MonkeyPatch
+    material: TrainingImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = Arms(material, workers=0)
     blocks = arms.plain.model.visual.trunk.blocks
@@ -149,7 +145,7 @@ def test_the_extrapolation_is_the_arithmetic_it_says(result: dict[str, Any]) -> 
     fixed = {**result["seconds_per_sample"][result["fastest"]], "median": 0.0287}
     result = {**result, "seconds_per_sample": result["seconds_per_sample"] | {result["fastest"]: fixed}}
     text = training.describe(result)
-    assert RATIOS in text
+    assert results.RATIOS in text
     assert "EXTRAPOLATED: 5 folds x 100 epochs x 4,779 training images x 28.70 ms = 19 h 02 min" in text
     assert "345 epochs for 100: its search is 3.45 times what its row says" in text
     for name, value in result["extrapolated"].items():

@@ -475,7 +475,7 @@ CASES: list[tuple[list[object], str]] = [
     ),
     (
         ["bench", "latency", "model.onnx", "--images", "one_image", "--plot", "l.pdf"],
-        r"--plot: l\.pdf is to end in \.png",
+        r"--plot: l\.pdf must end in \.png",
     ),
     (["bench", "throughput", "gone.onnx"], "gone.onnx: no such model"),
     (["bench", "throughput", "model.onnx", "--images", "empty", "--device", "cpu"], "empty: a folder without images"),
