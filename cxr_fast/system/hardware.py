@@ -1,6 +1,6 @@
 """Read what this machine has: cores, memory, CPU flags and GPUs, and how busy other processes are.
 
-Nothing here imports numpy or torch, and psutil only when it is called: `cxrfast --help` and `predict` start with it.
+Nothing here imports numpy or torch, and psutil only when it is called: the help page and `predict` start with it.
 """
 
 from __future__ import annotations
