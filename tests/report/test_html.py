@@ -40,9 +40,15 @@ def test_a_cell_says_what_it_sorts_by() -> None:
 
 def test_a_table_has_a_region_a_caption_a_foot_and_marked_rows() -> None:
     table = Table(
-        title="T & U", columns=["a", "b"], rows=[["x", 1], ["y", 2]], chosen=[1], foot=[["mean", 1.5]], notes=["<read>"]
+        title="T & U",
+        columns=["a", "b"],
+        rows=[["x", 1], ["y", 2]],
+        chosen=[1],
+        foot=[["mean", 1.5]],
+        mark="best",
+        notes=["<read>"],
     )
-    assert drawn(table, mark="best") == (
+    assert drawn(table, mark=True) == (
         '<div class="scroll" role="region" aria-label="T &amp; U" tabindex="0"><table class="full">'
         '<caption>T &amp; U</caption><thead><tr><th scope="col">a</th><th scope="col">b</th></tr></thead><tbody>'
         '<tr><th scope="row">x</th><td data-v="1">1</td></tr>'
