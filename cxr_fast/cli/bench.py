@@ -76,10 +76,10 @@ def latency(
 
     Exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
     """
-    from ..bench import latency as benches
+    from ..bench import latency as measuring
 
     _writable(json_out, plot)
-    spec = benches.LatencySpec(
+    spec = measuring.LatencySpec(
         images=images,
         repeats=repeats,
         warmup=warmup,
@@ -88,8 +88,8 @@ def latency(
         device=device,
         threads=threads,
     )
-    result = benches.latency(model, spec)
-    finish(result, benches.describe(result), json_out, plot)
+    result = measuring.latency(model, spec)
+    finish(result, measuring.describe(result), json_out, plot)
 
 
 @bench.command()
