@@ -22,12 +22,12 @@ import common
 import numpy as np
 import torch
 
-from cxr_fast.activations import encoder
 from cxr_fast.activations.loader import (
     Activations,
 )
 from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.models import backbone
+from cxr_fast.models.device import pick_device
 from cxr_fast.models.tail import HEAD_WIDTHS, Tail
 from cxr_fast.training.fold import Fold, FoldData
 from cxr_fast.training.stacked_folds import Stack, lay_out
@@ -150,7 +150,7 @@ def summary(
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    device, visual = encoder.pick_device(args.device), backbone.load(args.weights).visual
+    device, visual = pick_device(args.device), backbone.load(args.weights).visual
     activations = random_activations(visual, args.images, device)
     labels = (np.random.default_rng(0).random((args.images, CLASSES)) < 0.05).astype(np.int8)
     rows = round((1 - HOLDOUT) * args.images)

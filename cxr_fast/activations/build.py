@@ -16,6 +16,7 @@ from ..data import duplicates
 from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
 from ..models.backbone import Backbone
+from ..models.device import pick_device
 from ..system.locks import FileLock, graceful
 from . import cache, reuse
 from . import file as store
@@ -26,7 +27,6 @@ from .encoder import (
     Progress,
     failures,
     header_for,
-    pick_device,
 )
 from .encoder import plan as plan_one
 from .encoder import run as run_one

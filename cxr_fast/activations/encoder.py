@@ -26,9 +26,10 @@ from ..config import CacheSpec, digest, to_dict
 from ..data import duplicates
 from ..data.images import flip, load, self_check
 from ..data.manifest import Manifest
-from ..errors import DeviceError, ImageError, InputError, Interrupted
+from ..errors import ImageError, InputError, Interrupted
 from ..models import onednn
 from ..models.backbone import Backbone, identity, prefix
+from ..models.device import pick_device
 from ..system import hardware
 from ..system.locks import FileLock, graceful
 from . import cache, reuse
@@ -103,35 +104,6 @@ class Decoded:
     pixels: np.ndarray | None = None
     sha256: str = ""
     error: str | None = None
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1`. Raises DeviceError when an explicit device cannot be had.
-
-    With a GPU float32 becomes what it says: torch would have its convolutions, so the patch embedding, keep 10 bits of
-    a product's 23 (TF32), as much again as storing the tokens in float16 costs.
-    """
-    device = _device(name)
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            built = "this torch has no CUDA" if not torch.version.cuda else f"torch sees {count} CUDA device(s)"
-            raise DeviceError(f"--device {name}: {built}; use --device cpu, or mend the driver or torch build.")
-    elif device.type != "cpu":
-        raise DeviceError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N.")
-    return device
 
 
 def header_for(manifest: Manifest, backbone: Backbone, spec: CacheSpec, *, block: int) -> store.Header:

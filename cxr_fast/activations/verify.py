@@ -13,10 +13,11 @@ from ..data.images import load as load_image
 from ..data.images import self_check
 from ..errors import ImageError, InputError
 from ..models.backbone import load, prefix_sha256
+from ..models.device import pick_device
 from . import cache as index
 from . import reuse
 from .cache import Cache
-from .encoder import Decoded, Encoder, pick_device
+from .encoder import Decoded, Encoder
 
 # Of a row's largest absolute value. Rounding to float16 alone is 2**-11 = 4.9e-4 of it; the rest is room for another
 # device's order of summation.

@@ -22,6 +22,7 @@ from ..data import manifest as datasets
 from ..data.images import IMAGE_SUFFIXES, load
 from ..errors import ImageError, InputError
 from ..models.backbone import Backbone
+from ..models.device import pick_device
 from ..models.tail import Tail
 from ..system import hardware
 from ..system.text import duration, table
@@ -106,7 +107,7 @@ class Parts:
         self, tower: Backbone, spec: CacheSpec, manifest: datasets.Manifest, folder: Path, device: str = "auto"
     ) -> None:
         self.tower, self.spec, self.manifest, self.folder, self.device_name = tower, spec, manifest, folder, device
-        self.device, self.cores = encoder.pick_device(device), hardware.cpu_count()
+        self.device, self.cores = pick_device(device), hardware.cpu_count()
         self.encoder = encoder.Encoder(tower, spec, self.device, block=encoder.BLOCKS[self.device.type])
         self.paths = [manifest.path(i) for i in range(len(manifest))]
         self.mean, self.std = tower.statistics(spec.normalize)

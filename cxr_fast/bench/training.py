@@ -15,13 +15,14 @@ import torch
 from ..activations import cache as index
 from ..activations import file as store
 from ..activations import verify
-from ..activations.encoder import normalise, pick_device, run, with_size
+from ..activations.encoder import normalise, run, with_size
 from ..activations.loader import Activations
 from ..config import CacheSpec, SweepSpec, TrainSpec, from_dict
 from ..data.images import load as load_image
 from ..data.manifest import Manifest
 from ..errors import InputError
 from ..models.backbone import Backbone, load, prefix, prefix_sha256
+from ..models.device import pick_device
 from ..system import hardware
 from ..system.text import duration, table
 from ..training.fold import Fold, FoldData, predict

@@ -269,7 +269,7 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
     from ..bench import caching
     from ..models import backbone
 
-    encoder.pick_device(device)
+    cpu.pick_device(device)
     cpu.prepare(flags["threads"])
     spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
     tower = backbone.load(spec.weights)
@@ -301,10 +301,9 @@ def train(
     json_out: Path | None,
 ) -> None:
     """An epoch from CACHE beside the plain pipeline, which takes every image through the whole model every epoch."""
-    from ..activations import encoder
     from ..bench import training
 
-    encoder.pick_device(device)
+    cpu.pick_device(device)
     cpu.prepare(threads)
     material = training.from_cache(cache, count=count, images=images, weights=weights)
     arms = training.Arms(material, device)

@@ -119,7 +119,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     from ..models import backbone
 
     if not flags["cluster"]:
-        encoder.pick_device(flags["device"])
+        cpu.pick_device(flags["device"])
     cpu.prepare(flags["threads"])
     tower = backbone.load(spec.weights)
     spec = encoder.with_size(spec, tower)

@@ -17,13 +17,13 @@ import torch
 
 from .. import __version__
 from ..activations.cache import Cache
-from ..activations.encoder import pick_device
 from ..activations.loader import Activations
 from ..config import SweepOptions, SweepSpec, TrainSpec, grid, to_dict
 from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
 from ..metrics import calibration, figures
 from ..models.backbone import Backbone, load, tower_sha256
+from ..models.device import pick_device
 from ..models.tail import count_trainable
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful

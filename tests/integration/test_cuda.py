@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cxr_fast.activations import encoder
+from cxr_fast.models.device import pick_device
 from cxr_fast.training import checkpoints, search
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.fold import Fold, Recorder, Snapshot, fit
@@ -268,13 +268,13 @@ def test_no_fold_on_a_gpu_goes_without_being_saved(tmp_path: Path, monkeypatch: 
 
 def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        assert encoder.pick_device("cpu").type == "cpu"
+        assert pick_device("cpu").type == "cpu"
         assert torch.backends.cudnn.allow_tf32, "a CPU has no TF32"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         for name, found in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
             torch.backends.cudnn.allow_tf32 = True
-            assert str(encoder.pick_device(name)) == found
+            assert str(pick_device(name)) == found
             assert not torch.backends.cudnn.allow_tf32
 
 

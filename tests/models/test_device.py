@@ -1,4 +1,4 @@
-"""Threads follow what the process may use; the allocator is asked where it can be."""
+"""The device is the one asked for or an error; threads follow what the process may use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from cxr_fast.errors import DeviceError
 from cxr_fast.models import device
 from cxr_fast.system import hardware
 
@@ -41,3 +43,12 @@ print(told, faults())
     if platform.libc_ver()[0] == "glibc":
         assert told == "True"
         assert int(faults) < 1000, "16,384 pages of 4 kB would be 64 MB"
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for name in ("cuda", "cuda:1", "tpu", "mps", "cuda:x"):
+        with pytest.raises(DeviceError, match="--device"):
+            device.pick_device(name)
+    assert device.pick_device("auto").type == "cpu"
