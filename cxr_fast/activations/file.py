@@ -313,13 +313,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     """Open one of our HDF5 files for reading; InputError or SchemaError with one line when it is not one."""
     if not path.is_file():
         raise InputError(f"{path}: no such cache; `cxrfast cache DATASET` makes one.")
-    try:
-        # Nothing of HDF5's own is written after the file has a name, so its lock protects nothing, and it would keep
-        # `info` from a file in the making. Rows are guarded by the map's lock.
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise InputError(f"{path}: not an HDF5 file, or damaged ({str(error).splitlines()[0][:120]}).") from error
-    with file:
+    with _open_hdf5(path) as file:
         if file.attrs.get("kind") != KIND:
             raise InputError(f"{path}: an HDF5 file, but not an activation file of cxr-fast.")
         if file.attrs.get("schema") != SCHEMA:
@@ -328,6 +322,26 @@ def open_file(path: Path) -> Iterator[h5py.File]:
                 f"cxr-fast {__version__} reads schema {SCHEMA}. Run `cxrfast cache` again."
             )
         yield file
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    """Open a file with the locking that this process already uses for it, else without.
+
+    HDF5's own lock protects nothing here: HDF5 writes nothing after the file has a name, and rows are guarded by the
+    map's lock. It would only keep `info` from a file in the making. But the library shares one handle among all who
+    open a file in a process, and refuses a second one that asks for another locking than the first, say a plain
+    `h5py.File(path)` left open in a notebook.
+    """
+    for locking in (False, "best-effort", True):
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as error:
+            reason = str(error).splitlines()[0][:120]
+            if "flag values don't match" not in reason:
+                break
+    else:
+        raise InputError(f"{path}: this process has it open through h5py already; close that `h5py.File` first.")
+    raise InputError(f"{path}: not an HDF5 file, or damaged ({reason}).")
 
 
 def read_header(path: Path) -> Header:

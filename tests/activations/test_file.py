@@ -281,6 +281,52 @@ def test_h5py_alone_counts_as_a_reader(tmp_path: Path) -> None:
     store.reopen(tmp_path / "a.h5")
 
 
+HOLD = """
+import sys
+import h5py
+from cxr_fast.activations.file import ActivationFile
+path, mode = sys.argv[1:]
+file = h5py.File(path, mode)
+print(ActivationFile(path).header.shape[0], flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_file_that_plain_h5py_has_open_is_read_here_and_there(tmp_path: Path, mode: str) -> None:
+    """A notebook that opened the cache by `h5py.File(path)`, as the README shows, and then by us."""
+    path = tmp_path / "a.h5"
+    write(path, values())
+    command = [sys.executable, "-c", HOLD, str(path), mode]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "6\n", "the process that holds it"
+        assert store.ActivationFile(path).ok.all(), "another process"
+        process.communicate("\n", timeout=60)
+
+
+@pytest.mark.parametrize("locking", [None, False, "best-effort", True])
+def test_any_locking_of_an_open_file_is_taken_up(tmp_path: Path, locking: object) -> None:
+    path = tmp_path / "a.h5"
+    write(path, values())
+    with h5py.File(path, locking=locking):
+        assert np.array_equal(store.ActivationFile(path).activations, values())
+
+
+def test_a_locking_that_cannot_be_taken_up_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.h5"
+    write(path, values())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("Unable to synchronously open file (file locking flag values don't match)")
+
+    monkeypatch.setattr(store.h5py, "File", refuse)
+    with pytest.raises(InputError, match="has it open through h5py already; close that"):
+        store.ActivationFile(path)
+
+
 def test_the_lock_lives_as_long_as_the_last_array(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     write(path, values())
