@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cxr_fast.activations import encoder
+from cxr_fast.activations import build
+from cxr_fast.activations.encoder import with_size
+from cxr_fast.activations.job import CacheJob
 from cxr_fast.activations.loader import Activations
 from cxr_fast.bench import caching
 from cxr_fast.bench.training import random_labels
@@ -28,8 +30,8 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     """
     write_dataset(folder / "data", studies=8, size=128, seed=0)
     tower, manifest = backbone.load(weights), datasets.read(folder / "data")
-    spec = encoder.with_size(CacheSpec(weights=weights), tower)
-    encoder.run(tower, manifest, spec, folder / "c.h5", device="cpu")
+    spec = with_size(CacheSpec(weights=weights), tower)
+    build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))
     Sweep(folder / "c.h5", folder / "run", short, SweepOptions(device="cpu")).run()
     return export_run(folder / "run", variants=variants, allow_drift=True, count=8)

@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 
-from cxr_fast.activations import encoder
+from cxr_fast.activations.encoder import with_size
 from cxr_fast.bench import caching
 from cxr_fast.config import CacheSpec
 from cxr_fast.models import backbone, device
@@ -28,7 +28,7 @@ KEPT += ("largest_embedding_difference", "largest_pixel_difference")
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device.prepare()
     tower = backbone.load(args.weights)
-    spec = encoder.with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
+    spec = with_size(CacheSpec(weights=args.weights, views=tuple(args.views.split(","))), tower)
     manifest = caching.copies(folder, args.images, args.count)
     found = caching.measure(caching.Parts(tower, spec, manifest, folder, args.device), args.rounds)
     assert args.images or found["largest_pixel_difference"] == 0, "the plain pipeline saw other pixels"

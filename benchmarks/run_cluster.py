@@ -31,8 +31,9 @@ import torch
 from PIL import Image
 from run_search import flops
 
-from cxr_fast.activations import encoder as encode
 from cxr_fast.activations import file
+from cxr_fast.activations.encoder import Encoder, with_size
+from cxr_fast.activations.job import CacheJob, make_header
 from cxr_fast.bench import caching
 from cxr_fast.bench import measure as timing
 from cxr_fast.config import CacheSpec, PreprocessSpec, TrainSpec
@@ -171,7 +172,8 @@ def decode_seconds(folder: Path, spec: PreprocessSpec, repeats: int) -> dict[str
 
 def write_seconds(folder: Path, tower: backbone.Backbone, spec: CacheSpec, manifest: Any, repeats: int) -> Any:
     """Seconds a row of the writing thread: checksum, write, wait for the disk."""
-    header, path = encode.header_for(manifest, tower, spec, block=8), folder / "w.h5"
+    path = folder / "w.h5"
+    header = make_header(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=path, batch_size=8), manifest)
     values = np.random.default_rng(0).standard_normal(header.shape, np.float32).astype(np.float16)
 
     def work() -> None:
@@ -200,10 +202,10 @@ def step_seconds(tower: backbone.Backbone, repeats: int) -> dict[str, Any]:
 def parts(folder: Path, manifest: Any, args: argparse.Namespace, core: int) -> dict[str, Any]:
     """Seconds of decoding, frozen layers, writing and training, one thread on one core."""
     tower = backbone.load(args.weights)
-    spec = encode.with_size(CacheSpec(weights=args.weights, views=("plain",)), tower)
+    spec = with_size(CacheSpec(weights=args.weights, views=("plain",)), tower)
     with held(core):
         device.prepare(1)
-        encoder = encode.Encoder(tower, spec, torch.device("cpu"), block=8)
+        encoder = Encoder(tower, spec, torch.device("cpu"), block=8)
         pixels = np.zeros((8, *(spec.preprocess.size,) * 2), np.uint8)
         return {
             "decode": decode_seconds(folder, spec.preprocess, args.repeats),

@@ -97,7 +97,9 @@ def _cache(data: Path, out: Path, weights: str) -> Path:
     import numpy as np
     import torch
 
-    from cxr_fast.activations import encoder
+    from cxr_fast.activations import build
+    from cxr_fast.activations.encoder import with_size
+    from cxr_fast.activations.job import CacheJob
     from cxr_fast.config import CacheSpec
     from cxr_fast.data import manifest as datasets
     from cxr_fast.models import backbone
@@ -107,8 +109,10 @@ def _cache(data: Path, out: Path, weights: str) -> Path:
     manifest, tower = datasets.read(data), backbone.load(weights)
     labels = manifest.labels.copy()
     labels[np.random.default_rng(0).random(labels.shape) < 1 / 8] = -1
-    spec = encoder.with_size(CacheSpec(weights=weights), tower)
-    encoder.run(tower, replace(manifest, labels=labels), spec, out, device="cpu", workers=1)
+    spec = with_size(CacheSpec(weights=weights), tower)
+    build.run(
+        CacheJob(manifest=replace(manifest, labels=labels), backbone=tower, spec=spec, out=out, device="cpu", workers=1)
+    )
     return out
 
 

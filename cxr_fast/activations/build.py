@@ -1,266 +1,274 @@
-"""A manifest into a sharded cache: each shard an ordinary cache run of its own, then the index."""
+"""A manifest into a cache: one activation file, or K shards of it and their index.
+
+Decode threads, the model and the writer overlap. Rows are encoded in fixed blocks of images, always padded to full
+size, whatever was done before: a resumed file is bit-identical to an uninterrupted one, and a shard, which begins
+where a block does, holds the rows that the same images have in one file.
+"""
 
 from __future__ import annotations
 
 import itertools
-import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..config import CacheSpec
 from ..data import duplicates
-from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
-from ..models.backbone import Backbone
 from ..models.device import pick_device
+from ..system.files import write_csv
 from ..system.locks import FileLock, graceful
 from . import cache, reuse
 from . import file as store
-from .encoder import (
-    BLOCKS,
-    Outcome,
-    Plan,
-    Progress,
-    failures,
-    header_for,
-)
-from .encoder import plan as plan_one
-from .encoder import run as run_one
+from .encoder import BuildProgress, Encoder, Pipeline, decode
+from .job import CacheJob, FileJob, make_header, shard_ranges
 
-SUFFIX = cache.SUFFIX
-OnProgress = Callable[[Progress], None]
+NOTHING_YET = "stopped before anything was encoded; run the same command again to go on with {}."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """One shard to make: its file, the images that belong into it, and files that may hold their rows."""
+class BuildPlan:
+    """What a cache run will do, known before it starts; `seconds` from one image decoded and one block encoded."""
+
+    images: int
+    views: int
+    cut: str
+    dtype: str
+    bytes_needed: int
+    bytes_free: int
+    rows_done: int
+    rows_dropped: int
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOutcome:
+    """One activation file that is complete: its images, those encoded by this call, (image, reason) of failed ones."""
+
+    images: int
+    encoded: int = 0
+    failed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def reused(self) -> int:
+        """Images whose rows were there before."""
+        return self.images - self.encoded - len(self.failed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOutcome:
+    """What a cache run did; `reused` counts rows that were there before, `notes` name suspicious images."""
 
     path: Path
-    manifest: Manifest
-    also: tuple[Path, ...]
+    images: int
+    encoded: int
+    reused: int
+    failed: tuple[tuple[str, str], ...]
+    seconds: float
+    fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
-def ranges(images: int, shards: int, block: int) -> list[range]:
-    """The rows of each shard: whole blocks, so that every image lies in its block as it would in one file; the sizes
-    differ by a block at most. Raises InputError for more shards than blocks."""
-    blocks = -(-images // block)
-    if not 1 <= shards <= blocks:
-        raise InputError(
-            f"--shards {shards}: {images:,} images are {blocks:,} block(s) of {block}, and a shard is at least one; "
-            f"at most {blocks:,}."
-        )
-    edges = [min(images, blocks * k // shards * block) for k in range(shards + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
+OnProgress = Callable[[BuildProgress], None]
+OnCompared = Callable[[int], None]
+Runner = Callable[[Sequence[FileJob], "TotalProgress"], Sequence[FileOutcome]]
 
 
-def shard_path(path: Path, number: int, count: int) -> Path:
-    """Where shard `number` of `count` (from 1) of the index `path` lies: `NAME.shard-0001-of-0004.h5` beside it."""
-    return path.with_name(f"{_stem(path)}.shard-{number:04d}-of-{count:04d}.h5")
+# ------------------------------------------------------------------ plan and run
 
 
-def cut(manifest: Manifest, path: Path, shards: int, block: int) -> list[Work]:
-    """The shards of a manifest, with nothing yet to take rows from."""
-    pieces = ranges(len(manifest), shards, block)
-    return [
-        Work(path=shard_path(path, k, shards), manifest=part(manifest, rows), also=())
-        for k, rows in enumerate(pieces, 1)
-    ]
-
-
-def part(manifest: Manifest, rows: range) -> Manifest:
-    """The images `rows` of a manifest."""
-    piece = slice(rows.start, rows.stop)
-    return replace(
-        manifest,
-        images=manifest.images[piece],
-        groups=manifest.groups[piece],
-        views=manifest.views[piece],
-        studies=manifest.studies[piece],
-        labels=manifest.labels[piece],
-        subgroups={name: values[piece] for name, values in manifest.subgroups.items()},
+def plan(job: CacheJob) -> BuildPlan:
+    """Say what `run(job)` will do. Writes nothing; refuses what `run` would refuse."""
+    if job.shards is not None:
+        shard_ranges(len(job.manifest), job.shards, job.block)
+    header = make_header(job, job.manifest)
+    files = reuse.find_files(job.out, sharded=job.shards is not None)
+    done = reuse.count_reusable(header, files)
+    folder = next(parent for parent in job.out.resolve().parents if parent.exists())
+    return BuildPlan(
+        images=header.shape[0],
+        views=header.shape[1],
+        cut=header.meta["fingerprint_parts"]["cut"],
+        dtype=header.dtype,
+        bytes_needed=store.row_bytes(header.shape, header.dtype) * header.shape[0],
+        bytes_free=shutil.disk_usage(folder).free,
+        rows_done=done,
+        rows_dropped=reuse.count_dropped(header, files),
+        device=str(pick_device(job.device)),
+        seconds=_expected_seconds(job, header.shape[0] - done),
     )
 
 
-def files_of(path: Path) -> list[Path]:
-    """Every file that may hold rows of the sharded cache `path`: shards of any number, unfinished ones, set aside."""
-    pattern = re.compile(re.escape(_stem(path)) + cache.SHARD_NAME.pattern + "(" + re.escape(store.PARTIAL) + ")?")
-    if not path.parent.is_dir():
-        return []
-    return sorted(p for p in path.parent.iterdir() if pattern.fullmatch(p.name)) + reuse.asides(path)
-
-
-def plan(
-    manifest: Manifest,
-    backbone: Backbone,
-    spec: CacheSpec,
-    out: Path,
-    *,
-    shards: int,
-    device: str = "auto",
-    batch_size: int | None = None,
-    workers: int | None = None,
-) -> Plan:
-    """What `run` with the same arguments will do; see `encode.plan`."""
-    ranges(len(manifest), shards, _block(device, batch_size))
-    named = {"device": device, "batch_size": batch_size, "workers": workers}
-    return plan_one(manifest, backbone, spec, out, files=files_of(out), **named)  # type: ignore[arg-type]
+def _expected_seconds(job: CacheJob, images: int) -> float:
+    """Seconds for `images`: decoding shares the cores with a model on the CPU, and runs beside one on a GPU."""
+    if not images:
+        return 0.0
+    encoder = Encoder(job.backbone, job.spec, pick_device(job.device), block=job.block)
+    mark = time.perf_counter()
+    decode(job.manifest.path(0), job.spec)
+    decoding = (time.perf_counter() - mark) / job.threads
+    pixels = np.zeros((encoder.block, *(job.spec.preprocess.size,) * 2), np.uint8)
+    encoder(pixels)
+    mark = time.perf_counter()
+    encoder(pixels)
+    computing = (time.perf_counter() - mark) / encoder.block * len(job.spec.views)
+    return images * (decoding + computing if encoder.device.type == "cpu" else max(decoding, computing))
 
 
 def run(
-    backbone: Backbone,
-    manifest: Manifest,
-    spec: CacheSpec,
-    out: Path,
-    *,
-    shards: int,
-    device: str = "auto",
-    workers: int | None = None,
-    batch_size: int | None = None,
-    repair: bool = False,
-    stop_on_error: bool = False,
+    job: CacheJob,
     on_progress: OnProgress | None = None,
-    on_looked: Callable[[int], None] | None = None,
-    runner: Callable[[Sequence[Work], Together], list[Outcome]] | None = None,
-) -> Outcome:
-    """Make every shard that is not whole, then the index at `out`.
+    on_compared: OnCompared | None = None,
+    runner: Runner | None = None,
+) -> BuildOutcome:
+    """Encode every image that is not in the cache yet, and give it its final name.
 
-    Each shard goes through `encode.run`, here one after another, or through `runner`. Rows of other layouts (another
-    list of images, another number of shards) are kept where the image's bytes are the same. Interrupted and errors as
-    `encode.run`; the same call goes on from there. While shards change there is no index, so nobody reads a mixture.
+    Rows encoded before are kept where fingerprint and image bytes are the same, also those of another list of images
+    or number of shards (see `reuse`). Failed images are marked with their reason and never reach training; a run in
+    which no image succeeded is an InputError, and with `stop_on_error` the first failure is. SIGINT and SIGTERM finish
+    the block and raise Interrupted; the same call goes on from there. `on_compared(n)` is called after n more images
+    were compared with their rows. `runner` makes the shards in place of this process, one after another.
     """
     began = time.perf_counter()
-    works = cut(manifest, out, shards, _block(device, batch_size))
-
-    def here(works: Sequence[Work], together: Together) -> list[Outcome]:
-        outcomes = []
-        for number, work in enumerate(works):
-            one = run_one(
-                backbone,
-                work.manifest,
-                spec,
-                work.path,
-                device=device,
-                workers=workers,
-                batch_size=batch_size,
-                repair=repair,
-                stop_on_error=stop_on_error,
-                also=work.also,
-                all_may_fail=True,
-                on_progress=lambda p, number=number: together.tell(number, p),  # type: ignore[misc]
-                on_looked=on_looked,
-            )
-            together.finished(number, one)
-            outcomes.append(one)
-        return outcomes
-
-    with FileLock(out), graceful() as stopped:
-        headers = [header_for(w.manifest, backbone, spec, block=_block(device, batch_size)) for w in works]
-        also = _clear(works, headers, out)
-        works = [replace(work, also=also) for work in works]
-        if stopped.is_set():
-            raise Interrupted(f"stopped before anything was encoded; run the same command again to go on with {out}.")
-        outcomes = (runner or here)(works, Together(works, on_progress, stopped.is_set))
-        _refuse_all_failed(outcomes, works)
-        cache.write(out, [work.path for work in works])
-        for path in also:
-            path.unlink(missing_ok=True)
-    return _outcome(out, outcomes, began)
-
-
-def _block(device: str, batch_size: int | None) -> int:
-    return batch_size or BLOCKS[pick_device(device).type]
-
-
-def _clear(works: Sequence[Work], headers: Sequence[store.Header], out: Path) -> tuple[Path, ...]:
-    """Set aside what lies at the shards' names, or at those of another layout, and is not of this list; all asides.
-
-    Raises InputError, before anything is moved, when a file was made another way. The index goes first, unless every
-    shard is already whole: it must never list what is being changed.
-    """
-    found = files_of(out)
-    olds = {path: store.read_header(path) for path in found}
-    for path, old in olds.items():
-        reuse.refuse_other(old, headers[0], path)
-    wanted = {work.path: header for work, header in zip(works, headers, strict=True)}
-    keep, move = set(), []
-    for path, old in olds.items():
-        final = path.with_name(path.name.removesuffix(store.PARTIAL))
-        if final in wanted and reuse.same_rows(old, wanted[final]):
-            keep.add(path)
-        elif path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
-            move.append(path)
-    if move or not all(path in keep for path in wanted):
-        out.unlink(missing_ok=True)
-    for path in move:
-        reuse.set_aside(path, out)
-    return tuple(reuse.asides(out))
-
-
-class Together:
-    """The progress of several shards as one; `stop` tells whoever makes them to end with Interrupted."""
-
-    def __init__(
-        self, works: Sequence[Work], on_progress: OnProgress | None = None, stop: Callable[[], bool] = bool
-    ) -> None:
-        self.on_progress, self.stop = on_progress, stop
-        nothing = Progress(done=0, total=0, before=0, encoded=0, failed=0, decoding=0.0, computing=0.0, writing=0.0)
-        self.latest = [replace(nothing, total=len(work.manifest)) for work in works]
-        self.whole: set[int] = set()
-
-    def tell(self, number: int, progress: Progress) -> None:
-        """A shard got on; what is told of one that is whole comes late and says nothing new."""
-        if number not in self.whole:
-            self._keep(number, progress)
-
-    def _keep(self, number: int, progress: Progress) -> None:
-        self.latest[number] = progress
-        if self.on_progress is not None:
-            self.on_progress(self.sum())
-
-    def finished(self, number: int, outcome: Outcome) -> None:
-        """A shard is whole; one in which nothing was to be done has told nothing before."""
-        done, failed = outcome.images, len(outcome.failed)
-        before = done - outcome.encoded - failed
-        self.whole.add(number)
-        self._keep(number, replace(self.latest[number], done=done, before=before, encoded=done - before, failed=failed))
-
-    def sum(self) -> Progress:
-        """All shards."""
-        names = ("done", "total", "before", "encoded", "failed", "decoding", "computing", "writing")
-        return Progress(**{name: sum(getattr(p, name) for p in self.latest) for name in names})
-
-
-def _refuse_all_failed(outcomes: Sequence[Outcome], works: Sequence[Work]) -> None:
-    total = sum(outcome.images for outcome in outcomes)
-    if sum(len(outcome.failed) for outcome in outcomes) == total:
-        image, error = failures(works[0].path)[0]
-        raise InputError(f"every one of the {total:,} images failed; the first, {image}: {error}")
-
-
-def _outcome(out: Path, outcomes: Sequence[Outcome], began: float) -> Outcome:
-    file = cache.ShardedFile(out)
+    if job.shards is None:
+        outcomes: Sequence[FileOutcome] = [make_file(job, job.files[0], on_progress, on_compared)]
+    else:
+        outcomes = _run_shards(job, on_progress, on_compared, runner)
+    file = cache.open_cache(job.out)
     header, ok = file.header, np.flatnonzero(file.ok)
     images, groups, hashes = ([column[i] for i in ok] for column in (header.images, header.groups, file.sha256))
-    return Outcome(
-        path=out,
+    return BuildOutcome(
+        path=job.out,
         images=header.shape[0],
         encoded=sum(outcome.encoded for outcome in outcomes),
         reused=sum(outcome.reused for outcome in outcomes),
-        failed=tuple(_chain(outcome.failed for outcome in outcomes)),
+        failed=tuple(itertools.chain.from_iterable(outcome.failed for outcome in outcomes)),
         seconds=time.perf_counter() - began,
         fingerprint=header.meta["fingerprint"],
         notes=duplicates.notes(images, hashes, groups, header.labels[ok]),
     )
 
 
-def _chain(parts: Iterator[tuple[tuple[str, str], ...]]) -> Iterator[tuple[str, str]]:
-    for some in parts:
-        yield from some
+def _run_shards(
+    job: CacheJob, on_progress: OnProgress | None, on_compared: OnCompared | None, runner: Runner | None
+) -> Sequence[FileOutcome]:
+    """Make every shard that is not complete, then the index; while shards change there is none to read."""
+
+    def here(files: Sequence[FileJob], progress: TotalProgress) -> list[FileOutcome]:
+        outcomes = []
+        for number, file in enumerate(files):
+            outcomes.append(make_file(job, file, partial(progress.update, number), on_compared))
+            progress.finish(number, outcomes[-1])
+        return outcomes
+
+    with FileLock(job.out), graceful() as stopped:
+        also = reuse.set_aside_others({file.path: file.header for file in job.files}, job.out)
+        files = [replace(file, also=also) for file in job.files]
+        if stopped.is_set():
+            raise Interrupted(NOTHING_YET.format(job.out))
+        outcomes = (runner or here)(files, TotalProgress(files, on_progress, stopped.is_set))
+        failed = list(itertools.chain.from_iterable(outcome.failed for outcome in outcomes))
+        _refuse_all_failed(failed, len(job.manifest))
+        cache.write_index(job.out, [file.path for file in files])
+        for path in also:
+            path.unlink(missing_ok=True)
+    return outcomes
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(cache.SUFFIX).removesuffix(".json")
+def _refuse_all_failed(failed: Sequence[tuple[str, str]], total: int) -> None:
+    if len(failed) == total:
+        image, error = failed[0]
+        raise InputError(f"every one of the {total:,} images failed; the first, {image}: {error}")
+
+
+class TotalProgress:
+    """Adds up the progress of all shards and passes a stop request to the workers (`stop`)."""
+
+    def __init__(
+        self, files: Sequence[FileJob], on_progress: OnProgress | None = None, stop: Callable[[], bool] = bool
+    ) -> None:
+        self.on_progress, self.stop = on_progress, stop
+        self.latest = [BuildProgress(total=len(file.manifest)) for file in files]
+        self.finished: set[int] = set()
+
+    def update(self, number: int, progress: BuildProgress) -> None:
+        """Take in the progress of shard `number`; a report that arrives after the shard finished is dropped."""
+        if number not in self.finished:
+            self._keep(number, progress)
+
+    def finish(self, number: int, outcome: FileOutcome) -> None:
+        """Take in that shard `number` is complete; one in which nothing was pending reported nothing before."""
+        self.finished.add(number)
+        failed, before = len(outcome.failed), outcome.reused
+        counts = {"done": outcome.images, "before": before, "encoded": outcome.encoded + failed, "failed": failed}
+        self._keep(number, replace(self.latest[number], **counts))
+
+    def _keep(self, number: int, progress: BuildProgress) -> None:
+        self.latest[number] = progress
+        if self.on_progress is not None:
+            self.on_progress(self.sum())
+
+    def sum(self) -> BuildProgress:
+        """All shards."""
+        names = [field.name for field in fields(BuildProgress)]
+        return BuildProgress(**{name: sum(getattr(one, name) for one in self.latest) for name in names})
+
+
+def write_errors(path: Path, failed: Sequence[tuple[str, str]]) -> Path:
+    """Write `NAME.errors.csv` beside the cache (image, reason code, message); remove it where nothing failed."""
+    out = path.with_name(cache.stem(path) + ".errors.csv")
+    if failed:
+        write_csv(out, ["image", "reason", "message"], ([image, *error.split(": ", 1)] for image, error in failed))
+    else:
+        out.unlink(missing_ok=True)
+    return out
+
+
+# ------------------------------------------------------------------ one activation file
+
+
+def make_file(
+    job: CacheJob, file: FileJob, on_progress: OnProgress | None = None, on_compared: OnCompared | None = None
+) -> FileOutcome:
+    """Encode what one activation file lacks, and give it its final name. Errors as `run`.
+
+    A shard in which every image failed is kept, for only all of them together are an error.
+    """
+    out, total = file.path, len(file.manifest)
+    with FileLock(out), graceful() as stopped:
+        paths = [file.manifest.path(row) for row in range(total)]
+        hasher = reuse.ImageHasher(paths, job.threads, stopped.is_set, on_compared)
+        pending = reuse.prepare(file.header, out, hasher, repair=job.repair, also=file.also)
+        if stopped.is_set():
+            raise Interrupted(NOTHING_YET.format(out))
+        if not pending:
+            return FileOutcome(images=total)
+        unfinished = store.partial_path(out)
+        with store.Writer(out) as writer:
+            block = int(store.read_header(unfinished).meta["block"])
+            encoder = Encoder(job.backbone, job.spec, pick_device(job.device), block=block)
+            before = int((writer.state != store.PENDING).sum())
+            Pipeline(encoder, writer, paths, job, on_progress).run(stopped)
+            done = int((writer.state != store.PENDING).sum())
+            if done < total:
+                raise Interrupted(
+                    f"stopped; {done:,} of {total:,} images are safe in {unfinished}. "
+                    "Run the same command again to go on."
+                )
+            failed = find_failed(unfinished)
+            if job.shards is None:
+                _refuse_all_failed(failed, total)
+            writer.finish()
+        reuse.remove_asides(out)
+    return FileOutcome(images=total, encoded=total - before - len(failed), failed=failed)
+
+
+def find_failed(path: Path) -> tuple[tuple[str, str], ...]:
+    """Return (image, reason) of every failed row of an activation file, complete or not."""
+    file = store.ActivationFile(path, partial=True)
+    return tuple((file.header.images[i], file.errors[i]) for i in np.flatnonzero(file.state == store.FAILED))

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InputError
 from ..system import hardware
-from .rows import Rows
+from .cache import JoinedRows
 from .stream import Stream
 
 RESIDENCIES = ("auto", "device", "host", "stream")
@@ -33,17 +33,23 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Activations:
     """Rows of an activation array on their way to `device`.
 
-    `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map or `Rows` of several. `residency`:
+    `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map, or `JoinedRows` of several.
+    `residency`:
     `device` copies it there once; `host` gathers each batch from memory (a map's page cache); `stream` reads the rows
     of many batches ahead from the files, `window` bytes at a time; `auto` takes the first of the three that fits.
     Raises InputError on `stream` without a file, or `device` where it cannot fit.
     """
 
     def __init__(
-        self, array: np.ndarray | Rows, device: torch.device, *, residency: str = "auto", window: int | None = None
+        self,
+        array: np.ndarray | JoinedRows,
+        device: torch.device,
+        *,
+        residency: str = "auto",
+        window: int | None = None,
     ) -> None:
         self.array, self.device = array, device
-        self.residency = choose(array.nbytes, device, in_file(array)) if residency == "auto" else residency
+        self.residency = choose_residency(array.nbytes, device, in_file(array)) if residency == "auto" else residency
         self.resident: torch.Tensor | None = None
         self.stream: Stream | None = None
         if self.residency == "device":
@@ -107,7 +113,7 @@ class Activations:
         return batch.to(self.device, non_blocking=True).float()
 
 
-def _stream(array: np.ndarray | Rows, device: torch.device, window: int) -> Stream:
+def _stream(array: np.ndarray | JoinedRows, device: torch.device, window: int) -> Stream:
     maps = [part for part in parts(array) if isinstance(part, np.memmap)]
     if not in_file(array):
         raise InputError("--residency stream: these activations are not in a file.")
@@ -122,18 +128,18 @@ def _stream(array: np.ndarray | Rows, device: torch.device, window: int) -> Stre
     )
 
 
-def parts(array: np.ndarray | Rows) -> tuple[np.ndarray, ...]:
+def parts(array: np.ndarray | JoinedRows) -> tuple[np.ndarray, ...]:
     """The arrays that hold the rows."""
-    return array.parts if isinstance(array, Rows) else (array,)
+    return array.parts if isinstance(array, JoinedRows) else (array,)
 
 
-def in_file(array: np.ndarray | Rows) -> bool:
+def in_file(array: np.ndarray | JoinedRows) -> bool:
     """Whether all rows are in whole maps; a part of one still has the map's class, name and offset, and other rows."""
     return all(isinstance(part, np.memmap) and isinstance(part.base, mmap.mmap) for part in parts(array))
 
 
-def choose(size: int, device: torch.device, mapped: bool) -> str:
-    """`device`, `host` or `stream` for `size` bytes, by what is free now.
+def choose_residency(size: int, device: torch.device, mapped: bool) -> str:
+    """Choose `device`, `host` or `stream` for `size` bytes, by what is free now.
 
     On a CPU the memory map is already in the memory the device computes in, and copying it would need that twice.
     """
@@ -142,7 +148,7 @@ def choose(size: int, device: torch.device, mapped: bool) -> str:
     return "host" if not mapped or size < SHARE * hardware.memory_available() else "stream"
 
 
-def _upload(array: np.ndarray | Rows, device: torch.device, *, chunk: int = 256) -> torch.Tensor:
+def _upload(array: np.ndarray | JoinedRows, device: torch.device, *, chunk: int = 256) -> torch.Tensor:
     dtype = torch.float16 if array.dtype == np.float16 else torch.float32
     try:
         out = torch.empty(array.shape, dtype=dtype, device=device)

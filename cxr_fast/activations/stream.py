@@ -29,7 +29,7 @@ Wanted = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ReadPlan:
     """The reads that fill a window: pieces in file order, cut at `edges` (reads + 1,).
 
     For each piece its `part`, its `start` there in bytes and its `slot` in the window; `repeats` are slots that hold
@@ -44,8 +44,8 @@ class Plan:
     of: np.ndarray
 
 
-def plan(part: np.ndarray, start: np.ndarray, size: int) -> Plan:
-    """How to read pieces of `size` bytes, wanted in the order given: sorted, neighbours in one read, each once."""
+def plan_reads(part: np.ndarray, start: np.ndarray, size: int) -> ReadPlan:
+    """Plan how to read pieces of `size` bytes, wanted in the order given: sorted, neighbours in one read, each once."""
     order = np.lexsort((start, part))
     first = np.append(True, (np.diff(part[order]) != 0) | (np.diff(start[order]) != 0))[: len(order)]
     slot = order[first]
@@ -57,7 +57,7 @@ def plan(part: np.ndarray, start: np.ndarray, size: int) -> Plan:
     cut = jump.copy()
     cut[1:] |= (np.diff(far) != 0) | (np.diff(many) != 0)
     edges = np.append(np.flatnonzero(cut), len(slot))
-    return Plan(part=part, start=start, slot=slot, edges=edges, repeats=order[~first], of=of[~first])
+    return ReadPlan(part=part, start=start, slot=slot, edges=edges, repeats=order[~first], of=of[~first])
 
 
 @dataclass(kw_only=True)
@@ -67,12 +67,12 @@ class Window:
     memory: np.ndarray
     values: np.ndarray
     ends: list[int]
-    plan: Plan
+    plan: ReadPlan
     left: deque[tuple[int, int]]
     under_way: list[Future[None]] = field(default_factory=list)
 
     def wait(self) -> None:
-        """Until every read is done; raises the first error among them, the others over by then."""
+        """Wait until every read has ended; raises the first error among them."""
         errors = [error for future in self.under_way if (error := future.exception())]
         if errors:
             raise errors[0]
@@ -111,7 +111,7 @@ class Stream:
         for path in self.paths:
             self._fds.append(_open(path))
         self._readers = ThreadPoolExecutor(READERS)
-        self._gap = memoryview(bytearray(GAP))  # what lies between two pieces of a read; nobody looks at it
+        self._gap = memoryview(bytearray(GAP))  # receives what lies between two pieces of a read; never used
         self._spare: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -171,7 +171,7 @@ class Stream:
                 raise IndexError(f"{numbers.min()}..{numbers.max()} of {count}")
         part = np.searchsorted(self.first, rows, side="right") - 1
         start = self.offsets[part] + ((rows - self.first[part]) * self.views + views) * self.size
-        reads = plan(part, start, self.size)
+        reads = plan_reads(part, start, self.size)
         values = memory[: len(rows) * self.size].view(self.dtype).reshape(-1, *self.shape)
         ends = np.cumsum([0, *(len(batch[0]) for batch in batches)]).tolist()
         edges = reads.edges.tolist()

@@ -14,10 +14,9 @@ from ..data.images import self_check
 from ..errors import ImageError, InputError
 from ..models.backbone import load, prefix_sha256
 from ..models.device import pick_device
-from . import cache as index
-from . import reuse
-from .cache import Cache
+from .cache import Cache, open_cache
 from .encoder import Decoded, Encoder
+from .reuse import PIXEL_CHECK, hash_image
 
 # Of a row's largest absolute value. Rounding to float16 alone is 2**-11 = 4.9e-4 of it; the rest is room for another
 # device's order of summation.
@@ -25,7 +24,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class CacheVerdict:
     """What was checked and what is wrong: (image, reason) of every bad row; `largest` is relative to a row's peak.
 
     `asked` rows were to be encoded again, `reencoded` were. `unproven` (image, reason) could not be, which says nothing
@@ -45,24 +44,31 @@ class Verdict:
     shards: int = 0
 
 
-def cache(
-    path: Path,
-    *,
-    reencode: int = 0,
-    images: Path | None = None,
-    weights: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Verdict:
-    """Check every encoded row's checksum and values, and `reencode` random images against what is stored.
+@dataclass(frozen=True, kw_only=True)
+class ReencodeSpec:
+    """Which images are encoded again: `count` random ones, drawn by `seed` from those that exist.
 
-    Images are looked for in the dataset's folder, or in `images`; of those that are there `reencode` are drawn. Raises
-    InputError where the file cannot be judged: incomplete, another schema, other weights, a broken fingerprint, a
-    Pillow that gives other pixels.
+    `images` is their folder and `weights` the backbone's source, where they are not those that the cache names.
     """
-    file = index.open_cache(path)
-    root = images or Path(file.meta["dataset"]["root"])
+
+    count: int = 0
+    images: Path | None = None
+    weights: str | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+def check_cache(
+    path: Path, again: ReencodeSpec | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> CacheVerdict:
+    """Check every encoded row's checksum and values, and encode random images again to compare them with their rows.
+
+    `on_progress(done, total)` is called after each row. Raises InputError where the file cannot be judged: incomplete,
+    another schema, other weights, a broken fingerprint, a Pillow that gives other pixels.
+    """
+    again = again or ReencodeSpec()
+    file = open_cache(path)
+    root = again.images or Path(file.meta["dataset"]["root"])
     bad: dict[int, str] = {}
     rows = np.flatnonzero(file.ok).tolist()
     for count, row in enumerate(rows, 1):
@@ -70,19 +76,19 @@ def cache(
             bad[row] = reason
         if on_progress is not None:
             on_progress(count, len(rows))
-    sound = np.random.default_rng(seed).permutation([row for row in rows if row not in bad]).tolist()
-    asked = min(reencode, len(sound))
-    chosen = [row for row, _ in zip(_there(file, sound, root), range(asked), strict=False)]
+    sound = np.random.default_rng(again.seed).permutation([row for row in rows if row not in bad]).tolist()
+    asked = min(again.count, len(sound))
+    chosen = [row for row, _ in zip(_existing(file, sound, root), range(asked), strict=False)]
     largest, unproven = 0.0, dict[int, str]()
     if chosen:
-        largest, wrong, unproven = _reencode(file, chosen, root, weights, device)
+        largest, wrong, unproven = _reencode(file, chosen, root, again)
         bad |= wrong
-    absent = len(sound) - len(list(_there(file, sound, root))) if len(chosen) < asked else 0
+    absent = len(sound) - len(list(_existing(file, sound, root))) if len(chosen) < asked else 0
 
     def named(found: dict[int, str]) -> tuple[tuple[str, str], ...]:
         return tuple((file.header.images[row], reason) for row, reason in sorted(found.items()))
 
-    return Verdict(
+    return CacheVerdict(
         rows=len(rows),
         failed=int((~file.ok).sum()),
         asked=asked,
@@ -92,36 +98,36 @@ def cache(
         unproven=named(unproven),
         absent=absent,
         root=root,
-        shards=len(file.files) if isinstance(file, index.ShardedFile) else 0,
+        shards=len(file.files) if file.sharded else 0,
     )
 
 
-def _there(file: Cache, rows: list[int], root: Path) -> Iterator[int]:
+def _existing(file: Cache, rows: list[int], root: Path) -> Iterator[int]:
     return (row for row in rows if (root / file.header.images[row]).is_file())
 
 
 def _reencode(
-    file: Cache, rows: list[int], root: Path, weights: str | None, device: str
+    file: Cache, rows: list[int], root: Path, again: ReencodeSpec
 ) -> tuple[float, dict[int, str], dict[int, str]]:
     """Largest difference, and which rows are wrong or could not be encoded again, each with the reason."""
     parts = file.meta["fingerprint_parts"]
-    if parts.get(reuse.PIXEL_CHECK, self_check()) != self_check():
+    if parts[PIXEL_CHECK] != self_check():
         raise InputError(
             f"the Pillow here gives other pixels than {file.meta.get('pillow')}, with which {file.path} was made: "
             "encoding again proves nothing. Install that one, or pass --reencode 0."
         )
-    backbone = load(weights or file.meta["weights"])
+    backbone = load(again.weights or file.meta["weights"])
     spec = from_dict(CacheSpec, file.meta["spec"])
     if prefix_sha256(backbone.visual, spec.unfreeze_blocks) != parts["prefix_sha256"]:
         raise InputError(f"--weights {backbone.source}: not the weights {file.path} was made with.")
-    encoder = Encoder(backbone, spec, pick_device(device), block=int(file.meta["block"]))
+    encoder = Encoder(backbone, spec, pick_device(again.device), block=int(file.meta["block"]))
     largest, bad, unproven = 0.0, dict[int, str](), dict[int, str]()
     for row in rows:
         path = root / file.header.images[row]
         try:
             pixels, sha256 = load_image(path, spec.preprocess)
         except ImageError as error:
-            pixels, sha256 = np.zeros(0), reuse.file_hash(path)
+            pixels, sha256 = np.zeros(0), hash_image(path)
             if sha256 in ("", file.sha256[row]):
                 unproven[row] = f"{error.reason}: {error}"
                 continue

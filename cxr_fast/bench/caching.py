@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..activations import encoder
+from ..activations import build, encoder
 from ..activations import file as store
+from ..activations.job import BLOCKS, CacheJob
 from ..config import CacheSpec, PreprocessSpec
 from ..data import manifest as datasets
 from ..data.images import IMAGE_SUFFIXES, load
@@ -108,7 +109,7 @@ class Parts:
     ) -> None:
         self.tower, self.spec, self.manifest, self.folder, self.device_name = tower, spec, manifest, folder, device
         self.device, self.cores = pick_device(device), hardware.cpu_count()
-        self.encoder = encoder.Encoder(tower, spec, self.device, block=encoder.BLOCKS[self.device.type])
+        self.encoder = encoder.Encoder(tower, spec, self.device, block=BLOCKS[self.device.type])
         self.paths = [manifest.path(i) for i in range(len(manifest))]
         self.mean, self.std = tower.statistics(spec.normalize)
         labels = np.zeros((len(self.paths), 1))
@@ -133,7 +134,9 @@ class Parts:
         (self.folder / f"cache{self.files}.h5").unlink(missing_ok=True)
         self.files += 1
         out = self.folder / f"cache{self.files}.h5"
-        encoder.run(self.tower, self.manifest, self.spec, out, device=self.device_name)
+        build.run(
+            CacheJob(manifest=self.manifest, backbone=self.tower, spec=self.spec, out=out, device=self.device_name)
+        )
         return out
 
     def plain(self, workers: int = 2) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..activations import build, verify
 from ..activations import cache as index
 from ..activations import file as store
-from ..activations import verify
-from ..activations.encoder import normalise, run, with_size
+from ..activations.encoder import normalise, with_size
+from ..activations.job import CacheJob
 from ..activations.loader import Activations
 from ..config import CacheSpec, SweepSpec, TrainSpec, from_dict
 from ..data.images import load as load_image
@@ -63,7 +64,7 @@ class Material:
 def fresh(tower: Backbone, manifest: Manifest, folder: Path) -> Material:
     """Every image of a manifest, encoded here and now: the plain view, float32."""
     spec = with_size(CacheSpec(weights=tower.source, dtype="float32", views=("plain",)), tower)
-    run(tower, manifest, spec, folder / "c.h5", device="cpu")
+    build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     paths = [manifest.path(i) for i in range(len(manifest))]
     mean, std = tower.statistics(spec.normalize)
     return Material(

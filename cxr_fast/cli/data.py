@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +116,37 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     normalize = by_recipe(ctx, recipe, CacheSpec, "normalize")
     spec = spec_from(CacheSpec, flags, normalize=normalize, preprocess=spec_from(PreprocessSpec, flags))
     manifest = read_source(source, flags, limit=flags["limit"])
-    from ..activations import build, encoder
+    from ..activations import build
+    from ..activations.encoder import with_size
+    from ..activations.job import CacheJob
     from ..models import backbone
 
     if not flags["cluster"]:
         cpu.pick_device(flags["device"])
     cpu.prepare(flags["threads"])
     tower = backbone.load(spec.weights)
-    spec = encoder.with_size(spec, tower)
-    path, shards = _cache_path(out, manifest.name, flags), flags["shards"]
-    how = {name: flags[name] for name in ("device", "batch_size", "workers")}
+    job = CacheJob(
+        manifest=manifest,
+        backbone=tower,
+        spec=with_size(spec, tower),
+        out=_cache_path(out, manifest.name, flags),
+        stop_on_error=flags["on_error"] == "stop",
+        **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair")},
+    )
     line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
-        if flags["cluster"]:
-            spread = stack.enter_context(_spread(manifest, tower, spec, path, flags))
-            click.echo(str(spread))
-            shards, run = spread.shards, spread.run
-            plan, how = spread.plan(manifest, tower, spec, path), {"workers": flags["workers"]}
-        else:
-            how |= {"shards": shards} if shards else {}
-            plan, run = (build if shards else encoder).plan(manifest, tower, spec, path, **how), None
-            how["on_looked"] = lambda more: line.looked(more, plan.rows_done)
-        _refuse_dropping(plan, path, flags["limit"])
-        show_cache_plan(plan, manifest, path, shards)
+        remote = stack.enter_context(_connect_build(job, flags)) if flags["cluster"] else None
+        plan = remote.plan() if remote else build.plan(job)
+        _refuse_dropping(plan, job.out, flags["limit"])
+        show_cache_plan(plan, manifest, job.out, remote.shards if remote else job.shards)
         if tower.random:
             click.echo("weights: RANDOM, not BiomedCLIP")
-        how |= {"repair": flags["repair"], "stop_on_error": flags["on_error"] == "stop", "on_progress": line.show}
-        outcome = (run or (build if shards else encoder).run)(tower, manifest, spec, path, **how)
+        if remote:
+            outcome = remote.run(line.show)
+        else:
+            outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
         line.bar.done()
-    echo_outcome(outcome, path)
+    echo_outcome(outcome, job.out)
 
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
@@ -161,19 +164,14 @@ def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
     return path
 
 
-def _spread(manifest: Any, tower: Any, spec: CacheSpec, path: Path, flags: dict[str, Any]) -> Any:
-    """The work spread over a cluster, as a context."""
-    from ..activations import encoder
-    from ..cluster import activations
+@contextlib.contextmanager
+def _connect_build(job: Any, flags: dict[str, Any]) -> Iterator[Any]:
+    """Connect to the cluster and say how the work is divided there."""
+    from ..cluster.activations import connect_build
 
-    return activations.over(
-        flags["cluster"],
-        manifest,
-        path,
-        count=flags["shards"],
-        image_bytes=encoder.row_bytes(tower, spec),
-        **{name: flags[name] for name in ("device", "threads", "batch_size", "gather")},
-    )
+    with connect_build(flags["cluster"], job, threads=flags["threads"], gather=flags["gather"]) as remote:
+        click.echo(str(remote))
+        yield remote
 
 
 def _refuse_dropping(plan: Any, path: Path, limit: int | None) -> None:
@@ -190,14 +188,14 @@ class CacheProgress:
     def __init__(self, *, many: bool) -> None:
         self.bar, self.many, self.compared = ProgressBar(), many, 0
 
-    def looked(self, more: int, rows: int) -> None:
-        """`more` images were read and compared with the `rows` that the cache holds."""
+    def compare(self, more: int, rows: int) -> None:
+        """Show that `more` images were read and compared with the `rows` that the cache holds."""
         self.compared += more
         total = max(rows, self.compared)
         self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
 
     def show(self, p: Any) -> None:
-        """An `encode.Progress`."""
+        """Show a `BuildProgress`."""
         rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
         text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
         self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
@@ -219,14 +217,14 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
 
 def echo_outcome(outcome: Any, path: Path) -> None:
     """What a cache run did; exit 1 where images failed."""
-    from ..activations import encoder
+    from ..activations import build
 
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
     click.echo(
         f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
     )
     echo_notes(outcome.notes)
-    listing = encoder.write_errors(path, outcome.failed)
+    listing = build.write_errors(path, outcome.failed)
     if outcome.failed:
         click.echo(
             f"{len(outcome.failed):,} image(s) failed and will not be trained on, listed in {listing}:", err=True
@@ -302,8 +300,9 @@ def _verify_cache(file: Path, flags: dict[str, Any]) -> int:
     def show_rows(done: int, total: int) -> None:
         bar.show(done, total, f"{done:,} of {total:,} rows checked")
 
-    named = {name: flags[name] for name in ("reencode", "images", "weights", "device", "seed")}
-    found = cache_check.cache(file, on_progress=show_rows, **named)
+    named = {name: flags[name] for name in ("images", "weights", "device", "seed")}
+    again = cache_check.ReencodeSpec(count=flags["reencode"], **named)
+    found = cache_check.check_cache(file, again, show_rows)
     bar.done()
     text = f"{file}: {found.rows:,} rows checked, {found.failed:,} failed images, {found.reencoded:,} encoded again"
     if found.reencoded:

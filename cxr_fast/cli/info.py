@@ -45,7 +45,7 @@ def _cache(path: Path) -> str:
 
 
 def _sharded(path: Path) -> str:
-    file = cache.ShardedFile(path)
+    file = cache.open_cache(path)
     size = sum(shard.path.stat().st_size for shard in file.files)
     names = f"{file.files[0].path.name} to {file.files[-1].path.name}"
     said = {

@@ -141,19 +141,19 @@ def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
     per line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
-    from ..cluster.predict import Remote
+    from ..cluster.predict import ClusterPredictor
     from ..data.paths import read
     from ..inference import batch
     from ..inference.predictor import Predictor
 
     here = {name: flags.pop(name) for name in ("device", "threads")}
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        predictor: Predictor | Remote
+        predictor: Predictor | ClusterPredictor
         if joined is None:
             predictor, wanted = Predictor(model, **here), read(inputs)
         else:
             wanted = read(inputs)
-            predictor = Remote(joined, model, wanted.paths, workers=flags["workers"], **here)
+            predictor = ClusterPredictor(joined, model, wanted.paths, workers=flags["workers"], **here)
             click.echo(f"cluster: {joined}", err=True)
         bar = ProgressBar()
         summary = batch.write(predictor, wanted, out, batch.BatchSpec(**flags), partial(_show_batch, bar))

@@ -1,4 +1,4 @@
-"""A sharded cache made on a Ray cluster: a task a shard, on whichever node has room."""
+"""A sharded cache made on a Ray cluster: a task per shard, on whichever node has room."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from ..activations import build as shards
+from ..activations import build, reuse
 from ..activations import file as store
-from ..activations import reuse
-from ..activations.build import Work
-from ..activations.encoder import BLOCKS, Outcome, Plan, Progress, header_for
-from ..activations.encoder import run as run_one
-from ..config import CacheSpec
-from ..data.manifest import Manifest
+from ..activations.build import BuildOutcome, BuildPlan, FileOutcome, OnProgress, TotalProgress, make_file
+from ..activations.job import BLOCKS, CacheJob, FileJob, select_rows, shard_ranges
+from ..data.images import self_check
 from ..errors import InputError, Interrupted
 from ..models import device as cpu
-from ..models.backbone import Backbone
 from ..system import hardware
+from ..system.files import atomic
 from ..system.locks import HeldError
-from . import connection
-from .connection import Cluster, Stop, Tell
+from . import connection, tasks
+from .connection import Cluster, Node
+from .tasks import Report, Stop, TaskSize
 
 # Shards for each task that runs at once, where the user does not say: a lost node costs little, and the last ones
 # are not waited for by all the others.
@@ -41,101 +39,83 @@ SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How a cache run is spread: `shards` tasks of `threads` CPUs or one GPU each, `slots` of them at once.
+class ClusterBuild:
+    """How a cache is made on a cluster: `slots` tasks at once, each one shard on `threads` CPUs or one GPU.
 
-    `kind` is `cpu` or `cuda`, on every node the same, so that all shards come from one kind of device. `local` is the
-    device with which this machine may plan.
+    `job` is the cache as this machine plans it, its shards and batch size resolved. `kind` is `cpu` or `cuda`, on every
+    node the same, so that all shards come from one kind of device. With `gather` the shards are made on the nodes' own
+    disks and sent here.
     """
 
     cluster: Cluster
+    job: CacheJob
     kind: str
-    local: str
     threads: int
     cpus: float
     slots: int
-    shards: int
-    block: int
     gather: bool
 
     def __str__(self) -> str:
         size = "1 GPU" if self.kind == "cuda" else f"{self.threads} thread{'s' * (self.threads != 1)}"
         return f"cluster: {self.cluster}; {self.shards} shards, {self.slots} at once, {size} each"
 
-    def plan(self, manifest: Manifest, backbone: Backbone, spec: CacheSpec, out: Path) -> Plan:
-        """As `shards.plan`; the time is a part of one machine's, NaN where only the nodes could tell."""
-        named: dict[str, Any] = {"shards": self.shards, "device": self.local, "batch_size": self.block}
-        found = shards.plan(manifest, backbone, spec, out, workers=self.threads, **named)
-        known = self.local == self.kind
+    @property
+    def shards(self) -> int:
+        """How many shards are made."""
+        return self.job.shards or 1
+
+    def plan(self) -> BuildPlan:
+        """Plan as `build.plan`; the time is a part of one machine's, NaN where only the nodes could measure it."""
+        found = build.plan(replace(self.job, workers=self.threads))
+        known = self.job.device == self.kind
         seconds = found.seconds / min(self.slots, self.shards) if known else math.nan
         return replace(found, device=f"{self.slots} x {self.kind}", seconds=seconds)
 
-    def run(
-        self,
-        backbone: Backbone,
-        manifest: Manifest,
-        spec: CacheSpec,
-        out: Path,
-        *,
-        workers: int | None = None,
-        repair: bool = False,
-        stop_on_error: bool = False,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Outcome:
-        """As `shards.run`, to the same bytes. A task whose worker or node is lost is begun again where there is room,
-        and goes on from the rows that are on the shared disk (with `gather`: from none).
+    def run(self, on_progress: OnProgress | None = None) -> BuildOutcome:
+        """Run as `build.run`, to the same bytes.
 
-        Raises InputError where a node sees neither the images nor, without `gather`, the folder of the cache.
+        A task whose worker or node is lost is begun again where there is room, and goes on from the rows that are on
+        the shared disk (with `gather`: from none). Raises InputError where a node sees neither the images nor, without
+        `gather`, the folder of the cache.
         """
-        flags: dict[str, Any] = {
-            "device": self.kind,
-            "workers": workers or max(1, round(self.cpus)),
-            "batch_size": self.block,
-            "repair": repair,
-            "stop_on_error": stop_on_error,
-        }
-
-        def everywhere(works: Sequence[Work], together: shards.Together) -> list[Outcome]:
-            self._see(manifest, out)
-            tower = [connection.share(backbone)]
-            function = _gathered if self.gather else _shard
-
-            def job(work: Work) -> Job:
-                known = self._known(work, backbone, spec, repair)
-                return Job(tower=tower, work=work, spec=spec, flags=flags, threads=self.threads, known=known)
-
-            found: dict[int, Outcome] = {}
-            for number, (outcome, data) in connection.run_tasks(
-                self.cluster,
-                function,
-                ([job(work)] for work in works),
-                num_cpus=self.cpus,
-                num_gpus=float(self.kind == "cuda"),
-                on_progress=together.tell,
-                stop=together.stop,
-                ahead=2 * self.slots if self.gather else None,
-            ):
-                if data is not None:
-                    _keep(works[number].path, data)
-                outcome = replace(outcome, path=works[number].path)
-                together.finished(number, outcome)
-                found[number] = outcome
-            return [found[number] for number in range(len(works))]
-
-        named: dict[str, Any] = {"shards": self.shards, "device": self.local, "batch_size": self.block}
         try:
-            return shards.run(backbone, manifest, spec, out, on_progress=on_progress, runner=everywhere, **named)
+            return build.run(self.job, on_progress, runner=self._run_shards)
         except Interrupted as error:
             raise Interrupted(
-                f"stopped; what is encoded is safe beside {out}. Run the same command again to go on."
+                f"stopped; what is encoded is safe beside {self.job.out}. Run the same command again to go on."
             ) from error
 
-    def _see(self, manifest: Manifest, out: Path) -> None:
-        """InputError naming a node that does not see what a task needs; a folder that is not mounted must not become a
-        shard of failed images."""
+    def _run_shards(self, files: Sequence[FileJob], progress: TotalProgress) -> list[FileOutcome]:
+        """Make every shard on some node; a `Runner` of `build.run`."""
+        self._require_seen()
+        workers = self.job.workers or max(1, round(self.cpus))
+        nothing = select_rows(self.job.manifest, range(0))  # each task brings its own rows
+        shared = [tasks.share(replace(self.job, manifest=nothing, device=self.kind, workers=workers))]
+        ahead = 2 * self.slots if self.gather else None
+        found: dict[int, FileOutcome] = {}
+        for number, (outcome, data) in tasks.run_tasks(
+            self.cluster,
+            _make_gathered if self.gather else _make_shard,
+            ([ShardTask(job=shared, file=f, threads=self.threads, known=self._known_hashes(f))] for f in files),
+            TaskSize(cpus=self.cpus, gpus=float(self.kind == "cuda"), ahead=ahead),
+            progress.update,
+            progress.stop,
+        ):
+            if data is not None:
+                _write_shard(files[number].path, data)
+            progress.finish(number, outcome)
+            found[number] = outcome
+        return [found[number] for number in range(len(files))]
+
+    def _require_seen(self) -> None:
+        """Raise InputError naming a node that does not see what a task needs.
+
+        A folder that is not mounted there must not become a shard of failed images.
+        """
+        manifest, out = self.job.manifest, self.job.out
         lock = out.with_name(out.name + ".lock")  # held, with this process in it
-        spread = np.linspace(0, len(manifest) - 1, SAMPLES).astype(int)
-        images = [path for path in {manifest.path(int(row)): None for row in spread} if path.is_file()]
+        evenly = np.linspace(0, len(manifest) - 1, SAMPLES).astype(int)
+        images = [path for path in {manifest.path(int(row)): None for row in evenly} if path.is_file()]
         for node, (folder, *seen) in connection.visible(self.cluster, [lock, *images]).items():
             if images and not any(seen):
                 raise InputError(
@@ -148,142 +128,145 @@ class Spread:
                     "or pass --gather to have the shards sent here."
                 )
 
-    def _known(self, work: Work, backbone: Backbone, spec: CacheSpec, repair: bool) -> tuple[str, ...]:
-        """With `gather`: the sha256 of the images of a shard that is here, whole and without failures; with `repair`
-        without damaged rows too."""
-        if not self.gather or not work.path.is_file():
+    def _known_hashes(self, shard: FileJob) -> tuple[str, ...]:
+        """With `gather`: sha256 of the images of a shard that is complete here without failures, else nothing.
+
+        With `repair` it must be without damaged rows too.
+        """
+        if not self.gather or not shard.path.is_file():
             return ()
-        file = store.ActivationFile(work.path)
-        header = header_for(work.manifest, backbone, spec, block=self.block)
-        if not file.ok.all() or not reuse.same_rows(file.header, header) or (repair and any(file.damaged())):
+        file = store.ActivationFile(shard.path)
+        sound = file.ok.all() and reuse.same_rows(file.header, shard.header)
+        if not sound or (self.job.repair and any(file.damaged())):
             return ()
         return file.sha256
 
 
 @contextmanager
-def over(
-    address: str,
-    manifest: Manifest,
-    out: Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    batch_size: int | None = None,
-    count: int | None = None,
-    gather: bool = False,
-    image_bytes: int = 0,
-) -> Iterator[Spread]:
-    """Connect, compare the nodes, and say how the work is spread while in the `with` block.
+def connect_build(
+    address: str, job: CacheJob, *, threads: int | None = None, gather: bool = False
+) -> Iterator[ClusterBuild]:
+    """Connect, compare the nodes, and decide how the work is divided while in the `with` block.
 
-    `device` auto takes GPUs where there are any. `count` shards, by default those that are there already, else
-    four for each task that runs at once. `image_bytes` is the size of one image's row.
+    Device auto takes GPUs where there are any. Shards are those of the job, else those that exist already, else four
+    for each task that runs at once.
     """
     with connection.connect(address) as cluster:
         nodes = connection.check_nodes(cluster, ("torch", "open_clip_torch", "timm", "pillow"))
-        kind = cluster.target(device)
-        largest = cluster.largest()
-        if threads is not None and threads > largest and kind == "cpu":
-            raise InputError(f"--threads {threads}: the largest node lends {largest} CPUs.")
-        each = threads or min(hardware.cpu_count(), largest)
-        cpus = float(each)
-        if kind == "cuda":  # the decoding threads of a GPU: its part of the node's cores
-            each = threads or max(1, min(n.cpus // n.gpus for n in nodes if n.gpus))
-            cpus = float(min(each, min(n.cpus // n.gpus for n in nodes if n.gpus)))
+        kind = cluster.target(job.device)
+        each, cpus = _task_threads(cluster, nodes, kind, threads)
         slots = cluster.slots(cpus, float(kind == "cuda"))
-        block = batch_size or BLOCKS[kind]
-        blocks = -(-len(manifest) // block)
-        chosen = count or _there(out) or min(blocks, SHARES * max(slots, 1), 9999)
-        if gather and (size := max(map(len, shards.ranges(len(manifest), chosen, block))) * image_bytes) > GATHER_BYTES:
-            wanted = min(blocks, math.ceil(chosen * size / GATHER_BYTES))
-            raise InputError(
-                f"--gather sends each shard through memory, and {chosen} shards are {size / 1e9:.1f} GB each; "
-                f"take --shards {wanted}."
-            )
-        yield Spread(
-            cluster=cluster,
-            kind=kind,
-            local=_local(kind),
-            threads=each,
-            cpus=cpus,
-            slots=slots,
-            shards=chosen,
-            block=block,
-            gather=gather,
+        block = job.batch_size or BLOCKS[kind]
+        blocks = -(-len(job.manifest) // block)
+        count = job.shards or _existing_shards(job.out) or min(blocks, SHARES * max(slots, 1), 9999)
+        job = replace(job, device=_local_device(kind), batch_size=block, shards=count)
+        if gather:
+            _require_small(job, blocks)
+        yield ClusterBuild(cluster=cluster, job=job, kind=kind, threads=each, cpus=cpus, slots=slots, gather=gather)
+
+
+def _task_threads(cluster: Cluster, nodes: Sequence[Node], kind: str, threads: int | None) -> tuple[int, float]:
+    """Threads of a task, and the CPUs of a node it takes. On a GPU they decode: its part of the node's cores."""
+    largest = cluster.largest()
+    if kind == "cuda":
+        part = min(n.cpus // n.gpus for n in nodes if n.gpus)
+        each = threads or max(1, part)
+        return each, float(min(each, part))
+    if threads is not None and threads > largest:
+        raise InputError(f"--threads {threads}: the largest node lends {largest} CPUs.")
+    each = threads or min(hardware.cpu_count(), largest)
+    return each, float(each)
+
+
+def _require_small(job: CacheJob, blocks: int) -> None:
+    shards = job.shards or 1
+    rows = max(map(len, shard_ranges(len(job.manifest), shards, job.block)))
+    size = rows * store.row_bytes(job.shape, job.spec.dtype)
+    if size > GATHER_BYTES:
+        wanted = min(blocks, math.ceil(shards * size / GATHER_BYTES))
+        raise InputError(
+            f"--gather sends each shard through memory, and {shards} shards are {size / 1e9:.1f} GB each; "
+            f"take --shards {wanted}."
         )
 
 
-def _local(kind: str) -> str:
+def _local_device(kind: str) -> str:
+    """The device with which this machine may plan."""
     import torch
 
     return kind if kind == "cpu" or torch.cuda.is_available() else "cpu"
 
 
-def _there(out: Path) -> int:
-    """The number of shards of what lies at `out` already, 0 for nothing, or for several layouts."""
-    names = {path.name.partition("-of-")[2][:4] for path in shards.files_of(out) if "-of-" in path.name}
+def _existing_shards(out: Path) -> int:
+    """The number of shards that lie at `out` already; 0 for none, or for several layouts."""
+    files = reuse.find_files(out, sharded=True)
+    names = {path.name.partition("-of-")[2][:4] for path in files if "-of-" in path.name}
     return int(names.pop()) if len(names) == 1 else 0
 
 
-def _keep(path: Path, data: np.ndarray) -> None:
-    """A gathered shard under its name, whole or not at all; its rows proved as they arrived."""
-    scratch = path.with_name(path.name + ".gather")
-    try:
-        with open(scratch, "wb") as file:
-            file.write(data.data)
-            file.flush()
-            os.fsync(file.fileno())
-        if bad := list(store.ActivationFile(scratch).damaged()):
+def _write_shard(path: Path, data: np.ndarray) -> None:
+    """Write a gathered shard under its name, whole or not at all; its rows proved as they arrived."""
+    with atomic(path, "--out", sync=True) as file:
+        file.write(data.data)
+        file.flush()
+        if bad := list(store.ActivationFile(file.name).damaged()):
             raise InputError(f"{path}: {len(bad)} row(s) arrived damaged; run the same command again.")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"--out: cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ inside the workers
 
-Made = tuple[Outcome, np.ndarray | None]
+Made = tuple[FileOutcome, np.ndarray | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a task needs: a reference to the tower, in a list, and its shard. `known` are the sha256 of the images of a
-    shard that the driver has and keeps if they are still the same."""
+class ShardTask:
+    """What a task needs: a reference to the job without its images, in a list, and its shard.
 
-    tower: list[Any]
-    work: Work
-    spec: CacheSpec
-    flags: dict[str, Any]
+    `known` are the sha256 of the images of a shard that the driver has and keeps if they are still the same.
+    """
+
+    job: list[Any]
+    file: FileJob
     threads: int
     known: tuple[str, ...]
 
 
-def _shard(job: Job, *, tell: Tell, stop: Stop) -> Made:
-    """One shard on a disk that all nodes share."""
-    cpu.prepare(job.threads)
-    backbone, work, began = connection.fetch(job.tower[0]), job.work, time.monotonic()
-    named: dict[str, Any] = {"also": work.also, "all_may_fail": True, "on_progress": tell, **job.flags}
+def _make_shard(task: ShardTask, *, report: Report, stop: Stop) -> Made:
+    """Make one shard on a disk that all nodes share."""
+    job, began = _prepare(task), time.monotonic()
     while True:
         try:
-            return run_one(backbone, work.manifest, job.spec, work.path, **named), None
+            return make_file(job, task.file, report), None
         except HeldError:
             if stop() or time.monotonic() - began > LEASE:
                 raise
             time.sleep(1)  # the holder may be lost and its lock not yet
 
 
-def _gathered(job: Job, *, tell: Tell, stop: Stop) -> Made:
-    """One shard on this node's own disk, and its bytes; none where the images are those that are known."""
-    cpu.prepare(job.threads)
-    manifest, name = job.work.manifest, job.work.path.name
-    rows = range(len(manifest))
-    if job.known:
-        told = reuse.Look([manifest.path(row) for row in rows], job.flags["workers"], stop).hashes(rows)
-        if job.known == tuple(found for _, found in told):
-            one: dict[str, Any] = {"images": len(rows), "encoded": 0, "reused": len(rows), "failed": (), "seconds": 0.0}
-            return Outcome(path=job.work.path, fingerprint="", **one), None
+def _make_gathered(task: ShardTask, *, report: Report, stop: Stop) -> Made:
+    """Make one shard on this node's own disk and return its bytes; none where the images are those that are known."""
+    job, shard = _prepare(task), task.file
+    rows = range(len(shard.manifest))
+    if task.known:
+        hasher = reuse.ImageHasher([shard.manifest.path(row) for row in rows], job.threads, stop)
+        if task.known == tuple(found for _, found in hasher.hash_rows(rows)):
+            return FileOutcome(images=len(rows)), None
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
-        path, named = Path(folder) / name, {"all_may_fail": True, "on_progress": tell, **job.flags}
-        made = run_one(connection.fetch(job.tower[0]), manifest, job.spec, path, **named)
-        return made, np.fromfile(path, np.uint8)
+        path = Path(folder) / shard.path.name
+        outcome = make_file(job, replace(shard, path=path, also=()), report)
+        return outcome, np.fromfile(path, np.uint8)
+
+
+def _prepare(task: ShardTask) -> CacheJob:
+    """Size this process's threads; return the job, once this node is known to decode as the driver does.
+
+    The shard's header comes from the driver, where the weights were hashed, and it vouches for the pixels too.
+    """
+    cpu.prepare(task.threads)
+    if self_check() != task.file.header.meta["fingerprint_parts"][reuse.PIXEL_CHECK]:
+        raise InputError(
+            f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here; "
+            "install the same Pillow on all."
+        )
+    job: CacheJob = tasks.fetch(task.job[0])
+    return job

@@ -20,8 +20,9 @@ from ..inference import model_file, session
 from ..inference.predictor import Predictor, Result
 from ..system import hardware
 from ..system.files import file_sha256
-from . import connection
-from .connection import Cluster, Stop, Tell
+from . import connection, tasks
+from .connection import Cluster
+from .tasks import Report, Stop, TaskSize
 
 PACKAGES = ("onnxruntime-gpu|onnxruntime", "numpy", "pillow")
 # Images a task. What is lost with a worker; long enough that beginning (an empty queue of pixels) costs little. On a
@@ -33,7 +34,7 @@ Batch = list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class PredictSetup:
     """What all tasks have in common: the model by its path and sha256, and a reference to its bytes, in a list, where
     some node does not see that. `folder` is where relative names begin, `pixels` what `self_check` says here."""
 
@@ -48,7 +49,7 @@ class Setup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class ChunkAnswer:
     """A chunk: the results of its batches, seconds by stage, and Ray's id of the node."""
 
     batches: list[list[Result]]
@@ -56,8 +57,8 @@ class Answered:
     node: str
 
 
-class Remote:
-    """A model file that a cluster's nodes run: an `answers.Answerer`, as a `Predictor` is one.
+class ClusterPredictor:
+    """A model file that a cluster's nodes run; an `inference.batch.Answerer`, as `Predictor` is.
 
     A task computes with as many threads as the model would here, for the last bits may hang on their number, and takes
     as many CPUs of a node, or one GPU. `sample` are names of images that go first. Raises InputError where a node runs
@@ -83,11 +84,11 @@ class Remote:
         self.threads = threads or hardware.cpu_count()
         self.cpus = 1 if self.target == "cuda" else min(self.threads, cluster.largest())
         _require_seen(cluster, sample)
-        self.token, self.tasks = secrets.token_hex(8), Counter[str]()
+        self.token, self.answered = secrets.token_hex(8), Counter[str]()
         self._setup = self._share(workers)
-        (_, said), *_ = connection.run_tasks(cluster, describe, [(self.token, self._setup)], **self._size)
-        self.provider, where, why = said
-        if device == "auto":  # a task is told its device; whoever typed the command was not
+        (_, described), *_ = tasks.run_tasks(cluster, describe, [(self.token, self._setup)], self._size())
+        self.provider, where, why = described
+        if device == "auto":  # a task gets cpu or cuda by name, the command did not
             why = why.replace("as asked", "a node lends a GPU" if self.target == "cuda" else "no node lends a GPU", 1)
         self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {chosen}' if chosen else ''}"
 
@@ -95,8 +96,8 @@ class Remote:
         """What a task needs, in the object store; the model's bytes too where some node does not see it."""
         path, sha256 = str(self.path.resolve()), file_sha256(self.path)
         seen = connection.on_each(self.cluster, same_file, path, sha256)
-        content = [] if all(seen.values()) else [connection.share(np.fromfile(path, np.uint8))]
-        setup = Setup(
+        content = [] if all(seen.values()) else [tasks.share(np.fromfile(path, np.uint8))]
+        setup = PredictSetup(
             path=path,
             sha256=sha256,
             content=content,
@@ -106,15 +107,14 @@ class Remote:
             folder=os.getcwd(),
             pixels=self_check(),
         )
-        return [connection.share(setup)]
+        return [tasks.share(setup)]
 
-    @property
-    def _size(self) -> dict[str, Any]:
-        return {"num_cpus": self.cpus, "num_gpus": int(self.target == "cuda")}
+    def _size(self, ahead: int | None = None) -> TaskSize:
+        return TaskSize(cpus=self.cpus, gpus=int(self.target == "cuda"), ahead=ahead)
 
     @property
     def warning(self) -> str:
-        """As a `Predictor`'s."""
+        """What a user must know of the model before trusting it, as `Predictor.warning`."""
         return str(self.info.get("provenance", ""))
 
     def stream_batches(
@@ -127,8 +127,8 @@ class Remote:
     ) -> Generator[list[Result], None, None]:
         """The results of the batches, each one call of the model, chunk by chunk as they are finished.
 
-        `seconds` collects what the tasks' processes spent, all together; `workers` was said to each task when this was
-        made. Raises Interrupted once `stop` returns True.
+        `seconds` collects what the tasks' processes spent, all together; `workers` is unused, for each task has its
+        number since this was made. Raises Interrupted once `stop` returns True.
         """
         spent = seconds if seconds is not None else {}
         slots = max(self.cluster.slots(self.cpus, int(self.target == "cuda")), 1)
@@ -139,26 +139,29 @@ class Remote:
         size = max(1, min(most, len(batches) // (4 * slots)))
         chunks = ([list(batch) for batch in batches[i : i + size]] for i in range(0, len(batches), size))
         jobs = ((chunk, self.token, self._setup) for chunk in chunks)
-        for _, found in connection.run_tasks(self.cluster, answer, jobs, stop=stop, ahead=2 * slots, **self._size):
-            self.tasks[found.node] += sum(map(len, found.batches))
+        for _, found in tasks.run_tasks(self.cluster, answer, jobs, self._size(ahead=2 * slots), stop=stop):
+            self.answered[found.node] += sum(map(len, found.batches))
             for stage, more in found.seconds.items():
                 spent[stage] = spent.get(stage, 0.0) + more
             yield from found.batches
 
     def describe(self) -> dict[str, Any]:
         """The cluster as NAME.run.json records it, with the images each node answered in this call."""
-        said = zip(self.nodes, connection.describe(self.nodes), strict=True)
-        nodes = [{**one, "images": self.tasks[node.id]} for node, one in said]
+        described = zip(self.nodes, connection.describe(self.nodes), strict=True)
+        nodes = [{**one, "images": self.answered[node.id]} for node, one in described]
         lost = self.cluster.lost(self.nodes)
         return {"cluster": {"what": str(self.cluster), "cpus_a_task": self.cpus, "nodes": nodes, "lost": lost}}
 
 
 def _require_seen(cluster: Cluster, names: Sequence[str]) -> None:
-    """InputError where a node sees none of the first images that are there; single ones become rows that say so."""
+    """Raise InputError where a node sees none of the first images that exist here.
+
+    Single images that a node does not see become rows with that error.
+    """
     here = [os.path.abspath(name) for name in names[:SAMPLE] if os.path.exists(name)]
     if not here:
         return
-    for node, count in connection.on_each(cluster, seen, here).items():
+    for node, count in connection.on_each(cluster, count_seen, here).items():
         if not count:
             raise InputError(
                 f"--cluster: node {node.name} sees none of the first {len(here)} images ({here[0]}); put them where "
@@ -169,24 +172,24 @@ def _require_seen(cluster: Cluster, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------- inside the workers
 
 
-def seen(paths: Sequence[str]) -> int:
-    """How many of the paths are there."""
+def count_seen(paths: Sequence[str]) -> int:
+    """Count the paths that exist."""
     return sum(map(os.path.exists, paths))
 
 
 def same_file(path: str, sha256: str) -> bool:
-    """Whether the file is there with that content."""
+    """Whether the file exists with that content."""
     return os.path.isfile(path) and file_sha256(Path(path)) == sha256
 
 
-def describe(token: str, setup: list[Any], *, tell: Tell, stop: Stop) -> tuple[str, str, str]:
-    """Which provider runs the model on some node, and where and why."""
+def describe(token: str, setup: list[Any], *, report: Report, stop: Stop) -> tuple[str, str, str]:
+    """Say which provider runs the model on some node, and where and why."""
     predictor, _ = _open(token, setup[0])
     return predictor.provider, predictor.where, predictor.why
 
 
-def answer(chunk: list[Batch], token: str, setup: list[Any], *, tell: Tell, stop: Stop) -> Answered:
-    """One task: the results of some batches, under the names that the list has."""
+def answer(chunk: list[Batch], token: str, setup: list[Any], *, report: Report, stop: Stop) -> ChunkAnswer:
+    """Run one task: the results of some batches, under the names that the list has."""
     predictor, found = _open(token, setup[0])
     seconds: dict[str, float] = {}
     places = [[os.path.join(found.folder, name) for name in batch] for batch in chunk]
@@ -195,7 +198,7 @@ def answer(chunk: list[Batch], token: str, setup: list[Any], *, tell: Tell, stop
         out.append([_named(result, name) for result, name in zip(results, chunk[len(out)], strict=True)])
         if stop():
             raise Interrupted("stopped.")
-    return Answered(batches=out, seconds=seconds, node=connection.node_id())
+    return ChunkAnswer(batches=out, seconds=seconds, node=connection.node_id())
 
 
 def _named(result: Result, name: str) -> Result:
@@ -203,9 +206,9 @@ def _named(result: Result, name: str) -> Result:
 
 
 @lru_cache(maxsize=1)
-def _open(token: str, reference: Any) -> tuple[Predictor, Setup]:
+def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
     """The model, opened once a worker process."""
-    setup: Setup = connection.fetch(reference)
+    setup: PredictSetup = tasks.fetch(reference)
     if self_check() != setup.pixels:
         raise InputError(
             f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here."
@@ -216,5 +219,5 @@ def _open(token: str, reference: Any) -> tuple[Predictor, Setup]:
         raise InputError(f"{setup.path}: a node that joined after the command began does not see it; run it again.")
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
         path = Path(folder) / Path(setup.path).name
-        connection.fetch(setup.content[0]).tofile(path)
+        tasks.fetch(setup.content[0]).tofile(path)
         return Predictor(path, setup.device, setup.threads), setup

@@ -13,9 +13,9 @@ from typing import cast
 
 import numpy as np
 
-from ..activations.cache import Cache, ShardedFile, open_cache
+from ..activations.cache import Cache, open_cache
 from ..activations.file import Header
-from ..activations.reuse import file_hash
+from ..activations.reuse import hash_image
 from ..config import SweepSpec
 from ..data import duplicates, splits
 from ..data.manifest import Manifest
@@ -86,7 +86,7 @@ def read(
 
 def _refuse_damaged(file: Cache, rows: np.ndarray, threads: int | None) -> None:
     if bad := list(file.mismatched(rows.tolist(), threads or hardware.cpu_count())):
-        many = f" --shards {len(file.files)}" if isinstance(file, ShardedFile) else ""
+        many = f" --shards {len(file.files)}" if file.sharded else ""
         raise InputError(
             f"{file.path}: {len(bad):,} of {len(rows):,} rows fail their checksum: "
             f"{_named([file.header.images[row] for row in bad])}.\n"
@@ -162,7 +162,7 @@ def _refuse_others(file: Cache, manifest: Manifest, named: dict[int, int], threa
     usable = {i: row for i, row in named.items() if file.ok[row]}
     present = [i for i in usable if manifest.path(i).is_file()]
     with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:
-        hashes = pool.map(lambda i: file_hash(manifest.path(i)), present)
+        hashes = pool.map(lambda i: hash_image(manifest.path(i)), present)
         other = [manifest.images[i] for i, h in zip(present, hashes, strict=True) if h != file.sha256[usable[i]]]
     if other:
         raise InputError(

@@ -20,9 +20,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_fast.activations import build, encoder, verify
+from cxr_fast.activations import build, reuse, verify
 from cxr_fast.activations import cache as index
 from cxr_fast.activations import file as store
+from cxr_fast.activations.encoder import BuildProgress, with_size
+from cxr_fast.activations.job import CacheJob, shard_ranges
+from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec, SweepSpec
 from cxr_fast.data import manifest as datasets
@@ -42,7 +45,7 @@ def tower() -> Backbone:
 
 @pytest.fixture(scope="module")
 def spec(tower: Backbone) -> CacheSpec:
-    return encoder.with_size(CacheSpec(weights=TOY), tower)
+    return with_size(CacheSpec(weights=TOY), tower)
 
 
 @pytest.fixture
@@ -70,14 +73,15 @@ def names_of(folder: Path) -> list[str]:
     return list(datasets.read(folder / "manifest.csv").images)
 
 
-def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, count: int = 3, **flags: Any) -> encoder.Outcome:
-    manifest = datasets.read(folder / "manifest.csv")
-    return build.run(tower, manifest, spec, out, shards=count, device="cpu", batch_size=BLOCK, **flags)
+def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, count: int = 3, **flags: Any) -> build.BuildOutcome:
+    manifest, watch = datasets.read(folder / "manifest.csv"), flags.pop("on_progress", None)
+    named: dict[str, Any] = {"shards": count, "device": "cpu", "batch_size": BLOCK, **flags}
+    return build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named), watch)
 
 
 def whole(tower: Backbone, spec: CacheSpec, folder: Path, out: Path) -> store.ActivationFile:
     manifest = datasets.read(folder / "manifest.csv")
-    encoder.run(tower, manifest, spec, out, device="cpu", batch_size=BLOCK)
+    build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, device="cpu", batch_size=BLOCK))
     return store.ActivationFile(out)
 
 
@@ -97,19 +101,19 @@ def assert_same(sharded: index.Cache, one: store.ActivationFile) -> None:
 def test_shards_are_whole_blocks_in_order_and_even(images: int, block: int, data: st.DataObject) -> None:
     blocks = -(-images // block)
     count = data.draw(st.integers(1, blocks))
-    pieces = build.ranges(images, count, block)
+    pieces = shard_ranges(images, count, block)
     assert [row for piece in pieces for row in piece] == list(range(images))
     assert all(piece.start % block == 0 for piece in pieces)
     sizes = [-(-len(piece) // block) for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
     with pytest.raises(InputError, match=f"at most {blocks:,}"):
-        build.ranges(images, blocks + 1, block)
+        shard_ranges(images, blocks + 1, block)
 
 
 def test_the_shards_hold_what_one_file_holds(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     (images / names_of(images)[4]).write_bytes(b"no image")
     out = tmp_path / "a.shards.json"
-    seen: list[encoder.Progress] = []
+    seen: list[BuildProgress] = []
     outcome = run(tower, spec, images, out, on_progress=seen.append)
     one = whole(tower, spec, images, tmp_path / "one.h5")
     assert_same(index.open_cache(out), one)
@@ -156,6 +160,32 @@ def test_the_search_over_shards_is_the_search_over_one_file(
     assert runs[0]["metrics"] == runs[1]["metrics"]
 
 
+@pytest.mark.parametrize("shards", [None, 6])
+def test_weights_are_hashed_once_however_many_shards_there_are(
+    shards: int | None, tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For plan and run together: the prefix once, and the tower once."""
+    hashed: list[int] = []
+    real = backbone.weights_sha256
+
+    def count(tensors: Any, names: Any) -> str:
+        names = list(names)
+        hashed.append(sum(tensors[name].nbytes for name in names))
+        return real(tensors, names)
+
+    monkeypatch.setattr(backbone, "weights_sha256", count)
+    manifest, out = datasets.read(images / "manifest.csv"), tmp_path / ("a.shards.json" if shards else "a.h5")
+    named: dict[str, Any] = {"shards": shards, "device": "cpu", "batch_size": BLOCK}
+    job = CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named)
+    build.plan(job)
+    build.run(job)
+    state = tower.visual.state_dict()
+    whole = sum(tensor.nbytes for tensor in state.values())
+    assert hashed == [sum(state[name].nbytes for name in backbone.prefix_names(tower.visual, 2)), whole]
+    parts = index.open_cache(out).meta["fingerprint_parts"]
+    assert parts["prefix_sha256"] == backbone.prefix_sha256(tower.visual, 2)
+
+
 def damage(path: Path, row: int) -> None:
     """Turn over one byte of a row's activations."""
     file = store.ActivationFile(path)
@@ -172,7 +202,7 @@ def test_missing_foreign_and_damaged_shards_are_named(
 ) -> None:
     out = tmp_path / "a.shards.json"
     run(tower, spec, images, out)
-    second = build.shard_path(out, 2, 3)
+    second = index.shard_path(out, 2, 3)
     kept = second.read_bytes()
     names = names_of(images)
     said = rf"shard 2 of 3, {second.name} \({names[4]} to {names[7]}\)"
@@ -183,13 +213,13 @@ def test_missing_foreign_and_damaged_shards_are_named(
     second.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(InputError, match=said + ", cannot be read"):
         index.open_cache(out)
-    shutil.copy(build.shard_path(out, 1, 3), second)
+    shutil.copy(index.shard_path(out, 1, 3), second)
     with pytest.raises(InputError, match=said + ", is not the file the index was written for"):
         index.open_cache(out)
     second.unlink()
     other = tmp_path / "other.shards.json"
-    run(tower, encoder.with_size(CacheSpec(weights=TOY, views=("plain",)), tower), images, other)
-    shutil.copy(build.shard_path(other, 2, 3), second)
+    run(tower, with_size(CacheSpec(weights=TOY, views=("plain",)), tower), images, other)
+    shutil.copy(index.shard_path(other, 2, 3), second)
     with pytest.raises(InputError, match=said + ", is foreign"):
         index.open_cache(out)
     second.rename(store.partial_path(second))
@@ -202,9 +232,9 @@ def test_missing_foreign_and_damaged_shards_are_named(
     assert [row for row, _ in index.open_cache(out).damaged()] == [5]
     with pytest.raises(InputError, match=rf"1 of 13 rows fail their checksum: {names[5]}.\n.*--shards 3 --repair"):
         dataset.read(out, SweepSpec(folds=2))
-    assert [image for image, _ in verify.cache(out).bad] == [names[5]]
+    assert [image for image, _ in verify.check_cache(out).bad] == [names[5]]
     assert run(tower, spec, images, out, repair=True).encoded == 1
-    assert not verify.cache(out, reencode=13).bad
+    assert not verify.check_cache(out, ReencodeSpec(count=13)).bad
     assert second.read_bytes() == kept
 
 
@@ -231,6 +261,7 @@ def test_a_folder_of_shards_moves_with_its_index(
         (lambda v: {**v, "shards": [{**v["shards"][0], "file": "../a.h5"}, *v["shards"][1:]]}, InputError, "add up"),
         (lambda v: {k: x for k, x in v.items() if k != "shards"}, InputError, "not a sound index"),
         (lambda v: {**v, "shards": [{"file": "a.h5"}]}, InputError, "not a sound index"),
+        (lambda v: {**v, "shards": [{**v["shards"][0], "more": 1}]}, InputError, "unknown field `more`"),
         (lambda v: [], InputError, "not the index"),
     ],
 )
@@ -242,7 +273,7 @@ def test_an_index_changed_by_hand_is_refused(
     changed = change(json.loads(out.read_text()))
     out.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(error, match=said):
-        index.ShardedFile(out)
+        index.open_cache(out)
 
 
 def test_another_list_and_another_number_of_shards_keep_every_row(
@@ -260,7 +291,7 @@ def test_another_list_and_another_number_of_shards_keep_every_row(
     assert len(list(tmp_path.glob("a.*"))) == 6
     assert_same_values(index.open_cache(out), whole(tower, spec, images, tmp_path / "one.h5"))
     with pytest.raises(InputError, match="was made with views"):
-        run(tower, encoder.with_size(CacheSpec(weights=TOY, views=("plain",)), tower), images, out)
+        run(tower, with_size(CacheSpec(weights=TOY, views=("plain",)), tower), images, out)
     assert len(index.open_cache(out).ok) == 13  # refused before anything was moved
 
 
@@ -294,7 +325,7 @@ def test_a_run_in_the_middle_leaves_no_index_and_goes_on(
     run(tower, spec, images, out)
     listed(images, names)
 
-    def stop(progress: encoder.Progress) -> None:
+    def stop(progress: BuildProgress) -> None:
         if progress.encoded:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -312,7 +343,7 @@ def test_two_runs_at_once_are_refused(tower: Backbone, spec: CacheSpec, images: 
 
     refused = 0
 
-    def nested(progress: encoder.Progress) -> None:
+    def nested(progress: BuildProgress) -> None:
         nonlocal refused
         with pytest.raises(InputError, match="being written by process"):
             run(tower, spec, images, out)
@@ -326,6 +357,9 @@ DIES = """
 import sys
 from tests.helpers import states
 from cxr_fast.activations import file as store
+from cxr_fast.activations.encoder import BuildProgress, with_size
+from cxr_fast.activations.job import CacheJob, shard_ranges
+from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.cli.main import main
 
 blocks, steps = map(int, sys.argv[1:3])
@@ -367,7 +401,7 @@ def test_killed_at_random_moments_the_shards_are_the_same(
 def encoded(out: Path) -> int:
     """Rows done in whatever shards there are."""
     total = 0
-    for path in build.files_of(out):
+    for path in reuse.find_files(out, sharded=True):
         try:
             total += int((store.ActivationFile(path, partial=True).state != store.PENDING).sum())
         except (InputError, OSError, KeyError):  # it has just got another name
@@ -384,7 +418,7 @@ def test_newest_takes_the_last_complete_cache_and_no_single_shard(
         index.newest(folder)
     run(tower, spec, images, folder / "a.shards.json")
     for age, name in ((30, "old"), (10, "new"), (20, "middle")):
-        shutil.copy(build.shard_path(folder / "a.shards.json", 1, 3), folder / f"{name}.h5")
+        shutil.copy(index.shard_path(folder / "a.shards.json", 1, 3), folder / f"{name}.h5")
         os.utime(folder / f"{name}.h5", (1e9 - age, 1e9 - age))
     (folder / "text.h5").write_text("not hdf5")
     assert index.newest(folder).name == "a.shards.json"

@@ -12,14 +12,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cxr_fast.activations import encoder, verify
+from cxr_fast.activations import build, reuse, verify
 from cxr_fast.activations import file as store
+from cxr_fast.activations.encoder import BuildProgress, with_size
+from cxr_fast.activations.job import CacheJob
+from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec
 from cxr_fast.data import manifest as datasets
 from cxr_fast.data.images import load
@@ -40,7 +44,7 @@ def tower() -> Backbone:
 
 @pytest.fixture(scope="module")
 def spec(tower: Backbone) -> CacheSpec:
-    return encoder.with_size(CacheSpec(weights=TOY), tower)
+    return with_size(CacheSpec(weights=TOY), tower)
 
 
 @pytest.fixture
@@ -61,9 +65,11 @@ def write_manifest(folder: Path, names: list[str], flip: bool = False) -> None:
         csv.writer(file).writerows(rows)
 
 
-def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, **flags: object) -> encoder.Outcome:
+def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, **flags: Any) -> build.BuildOutcome:
     manifest = datasets.read(folder / "manifest.csv")
-    return encoder.run(tower, manifest, spec, out, device="cpu", batch_size=BLOCK, **flags)  # type: ignore[arg-type]
+    watch = [flags.pop(name, None) for name in ("on_progress", "on_compared")]
+    named: dict[str, Any] = {"device": "cpu", "batch_size": BLOCK, **flags}
+    return build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named), *watch)
 
 
 def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -115,14 +121,25 @@ def test_a_row_does_not_depend_on_the_block_size(
 ) -> None:
     manifest = datasets.read(images / "manifest.csv")
     for name, block in (("a", 4), ("b", 8)):
-        encoder.run(tower, manifest, spec, tmp_path / f"{name}.h5", device="cpu", batch_size=block)
+        build.run(
+            CacheJob(
+                manifest=manifest,
+                backbone=tower,
+                spec=spec,
+                out=tmp_path / f"{name}.h5",
+                device="cpu",
+                batch_size=block,
+            )
+        )
     a, b = (store.ActivationFile(tmp_path / f"{name}.h5").activations for name in "ab")
     assert np.allclose(a, b, atol=2e-3)
 
 
 def test_the_plan_writes_nothing(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
     manifest = datasets.read(images / "manifest.csv")
-    plan = encoder.plan(manifest, tower, spec, tmp_path / "deep" / "a.h5", device="cpu")
+    plan = build.plan(
+        CacheJob(manifest=manifest, backbone=tower, spec=spec, out=tmp_path / "deep" / "a.h5", device="cpu")
+    )
     assert (plan.images, plan.views, plan.rows_done, plan.cut) == (13, 2, 0, "blocks.4")
     assert plan.bytes_needed == 13 * 2 * 101 * 64 * 2
     assert plan.seconds > 0
@@ -143,11 +160,11 @@ def test_failed_images_are_listed_and_the_rest_goes_on(
     assert [error.split(":")[0] for _, error in outcome.failed] == ["truncated", "not_an_image"]
     file = store.ActivationFile(tmp_path / "a.h5")
     assert np.flatnonzero(~file.ok).tolist() == [3, 7]
-    listing = encoder.write_errors(tmp_path / "a.h5", outcome.failed)
+    listing = build.write_errors(tmp_path / "a.h5", outcome.failed)
     assert listing.name == "a.errors.csv"
     rows = list(csv.DictReader(listing.read_text().splitlines()))
     assert [row["reason"] for row in rows] == ["truncated", "not_an_image"]
-    encoder.write_errors(tmp_path / "a.h5", ())
+    build.write_errors(tmp_path / "a.h5", ())
     assert not listing.exists()
 
 
@@ -232,7 +249,7 @@ def test_other_labels_cost_no_encoding(tower: Backbone, spec: CacheSpec, images:
     assert np.array_equal(store.ActivationFile(out).header.labels, 1 - before)
 
 
-def test_the_same_film_under_two_patients_is_told(
+def test_the_same_film_under_two_patients_is_reported(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
 ) -> None:
     assert run(tower, spec, images, tmp_path / "a.h5").notes == ()
@@ -287,7 +304,7 @@ def test_another_pillow_is_a_mismatch(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tower, spec, images, tmp_path / "a.h5")
-    monkeypatch.setattr(encoder, "self_check", lambda: "f" * 64)
+    monkeypatch.setattr("cxr_fast.activations.job.self_check", lambda: "f" * 64)
     with pytest.raises(InputError, match=r"made with pixel_check .* this run has ffffffffffff…; Pillow"):
         run(tower, spec, images, tmp_path / "a.h5")
 
@@ -306,7 +323,11 @@ def test_the_fingerprint_leaves_paths_and_labels_out(
     shutil.move(images, moved)
     write_manifest(moved, sorted(path.name for path in moved.glob("*.png"))[:5], flip=True)
     manifest = datasets.read(moved / "manifest.csv")
-    two = encoder.run(tower, manifest, spec, tmp_path / "b.h5", device="cpu", batch_size=8, workers=1)
+    two = build.run(
+        CacheJob(
+            manifest=manifest, backbone=tower, spec=spec, out=tmp_path / "b.h5", device="cpu", batch_size=8, workers=1
+        )
+    )
     assert one == two.fingerprint
     meta = store.ActivationFile(tmp_path / "b.h5").meta
     assert str(tmp_path) not in json.dumps(meta["fingerprint_parts"])
@@ -317,11 +338,11 @@ def test_damage_is_proved_and_repaired(tower: Backbone, spec: CacheSpec, images:
     run(tower, spec, images, out)
     file, reference = store.ActivationFile(out), rows_of(out)[0]
     name = file.header.images[5]
-    assert verify.cache(out, reencode=13).bad == ()
+    assert verify.check_cache(out, ReencodeSpec(count=13)).bad == ()
     with open(out, "r+b") as raw:
         raw.seek(file.offset + 5 * reference[0].nbytes + 11)
         raw.write(b"\xff\x01")
-    found = verify.cache(out, reencode=13)
+    found = verify.check_cache(out, ReencodeSpec(count=13))
     assert found.bad == ((name, "checksum"),)
     assert found.reencoded == 12
     assert run(tower, spec, images, out).encoded == 0, "without --repair nothing is read back"
@@ -357,16 +378,16 @@ def test_rows_never_change_under_a_reader(tower: Backbone, spec: CacheSpec, imag
     assert run(tower, spec, images, out).encoded == 1
 
 
-def test_images_compared_with_their_rows_are_told(
+def test_images_compared_with_their_rows_are_reported(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seven thousand films on a network disk take minutes to read again; that must not look like a hang."""
-    monkeypatch.setattr(encoder.reuse, "AT_ONCE", 5)
-    looked: list[int] = []
-    run(tower, spec, images, tmp_path / "a.h5", on_looked=looked.append)
-    assert looked == []
-    assert run(tower, spec, images, tmp_path / "a.h5", on_looked=looked.append).encoded == 0
-    assert looked == [5, 5, 3]
+    monkeypatch.setattr(reuse, "AT_ONCE", 5)
+    compared: list[int] = []
+    run(tower, spec, images, tmp_path / "a.h5", on_compared=compared.append)
+    assert compared == []
+    assert run(tower, spec, images, tmp_path / "a.h5", on_compared=compared.append).encoded == 0
+    assert compared == [5, 5, 3]
 
 
 # ------------------------------------------------------------------ crashes
@@ -378,7 +399,7 @@ def test_a_stop_is_clean_and_resumes_bit_for_bit(
 ) -> None:
     out = tmp_path / "a.h5"
 
-    def stop(progress: encoder.Progress) -> None:
+    def stop(progress: BuildProgress) -> None:
         if progress.encoded == 2 * BLOCK:
             signal.raise_signal(signal.SIGINT)
 
@@ -386,7 +407,7 @@ def test_a_stop_is_clean_and_resumes_bit_for_bit(
         run(tower, spec, images, out, on_progress=stop)
     assert not out.exists()
     assert store.ActivationFile(store.partial_path(out), partial=True).ok.sum() == 2 * BLOCK
-    seen: list[encoder.Progress] = []
+    seen: list[BuildProgress] = []
     assert run(tower, spec, images, out, on_progress=seen.append).reused == 2 * BLOCK
     assert {progress.before for progress in seen} == {2 * BLOCK}
     assert seen[-1].encoded == 13 - 2 * BLOCK
@@ -463,6 +484,6 @@ def test_an_image_that_cannot_be_read_now_keeps_its_row(
 ) -> None:
     run(tower, spec, images, tmp_path / "a.h5")
     before = (tmp_path / "a.h5").read_bytes()
-    monkeypatch.setattr(encoder.reuse, "file_hash", lambda path: "")
+    monkeypatch.setattr(reuse, "hash_image", lambda path: "")
     assert run(tower, spec, images, tmp_path / "a.h5").reused == 13
     assert (tmp_path / "a.h5").read_bytes() == before

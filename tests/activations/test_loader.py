@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from cxr_fast.activations import file as store
 from cxr_fast.activations import loader
+from cxr_fast.activations.cache import JoinedRows
 from cxr_fast.activations.loader import (
     SHARE,
     Activations,
-    choose,
+    choose_residency,
     in_file,
 )
-from cxr_fast.activations.rows import Rows
 from cxr_fast.config import digest
 from cxr_fast.errors import InputError
 from cxr_fast.system import hardware
@@ -77,18 +77,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...
     }
 
 
-def split(folder: Path, array: np.ndarray, cuts: list[int]) -> Rows:
+def split(folder: Path, array: np.ndarray, cuts: list[int]) -> JoinedRows:
     """The same rows in several files, each at another offset."""
     parts = []
     for i, part in enumerate(np.split(np.asarray(array), cuts)):
         path = folder / f"part{i}"
         path.write_bytes(b"x" * (2048 + 8 * i) + part.tobytes() + b"end")
         parts.append(np.memmap(path, array.dtype, "r", offset=2048 + 8 * i, shape=part.shape))
-    return Rows(parts)
+    return JoinedRows(parts)
 
 
 @pytest.fixture(scope="module")
-def several(files: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...], str], Rows]:
+def several(files: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...], str], JoinedRows]:
     """What `files` has, in four files each."""
     folders = {key: tmp_path_factory.mktemp("several") for key in files}
     return {key: split(folders[key], file.activations, [1, 9, 10]) for key, file in files.items()}
@@ -129,10 +129,10 @@ def test_every_residency_gives_the_bytes_of_the_array_as_float32(
 def test_several_files_count_as_one_file_where_each_is_a_whole_map(several: Any) -> None:
     rows = several[SHAPES[0], "float16"]
     assert in_file(rows)
-    assert not in_file(Rows([rows.parts[0], rows.parts[1][1:]]))
-    assert not in_file(Rows([rows.parts[0], np.asarray(rows.parts[1])]))
+    assert not in_file(JoinedRows([rows.parts[0], rows.parts[1][1:]]))
+    assert not in_file(JoinedRows([rows.parts[0], np.asarray(rows.parts[1])]))
     with pytest.raises(InputError, match="--residency stream: these activations are not in a file"):
-        Activations(Rows([np.asarray(rows.parts[1])]), CPU, residency="stream")
+        Activations(JoinedRows([np.asarray(rows.parts[1])]), CPU, residency="stream")
 
 
 def test_a_plain_map_with_an_offset_is_streamed_from_there(tmp_path: Path) -> None:
@@ -287,8 +287,8 @@ def test_the_first_place_of_which_four_fifths_suffice_is_taken(size: int, host: 
         patch.setattr(hardware, "memory_available", lambda: host)
         patch.setattr(loader.torch.cuda, "mem_get_info", lambda _: (gpu, 2**41))
         rest = "host" if not in_file or size < SHARE * host else "stream"
-        assert choose(size, CPU, in_file) == rest
-        assert choose(size, torch.device("cuda"), in_file) == ("device" if size < SHARE * gpu else rest)
+        assert choose_residency(size, CPU, in_file) == rest
+        assert choose_residency(size, torch.device("cuda"), in_file) == ("device" if size < SHARE * gpu else rest)
 
 
 def test_auto_is_what_choose_says(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def rows_for(images: list[int]) -> np.ndarray:
 
 def prepare(folder: Path, images: list[int], *, repair: bool = False) -> bool:
     out, paths = folder / "a.h5", [folder / f"{i}.png" for i in images]
-    return reuse.prepare(header(images), out, reuse.Look(paths, 2, lambda: False), repair=repair)
+    return reuse.prepare(header(images), out, reuse.ImageHasher(paths, 2), repair=repair)
 
 
 def encode(folder: Path, images: list[int], count: int) -> list[int]:
@@ -59,7 +59,7 @@ def encode(folder: Path, images: list[int], count: int) -> list[int]:
             writer.rows(pending, rows_for(chosen), hashes, [None] * len(chosen))
         if (writer.state != store.PENDING).all():
             writer.finish()
-            reuse.finish(folder / "a.h5")
+            reuse.remove_asides(folder / "a.h5")
     return chosen
 
 
@@ -79,20 +79,11 @@ def test_lists_that_change_again_and_again_lose_no_row(folder: Path, monkeypatch
         assert encode(folder, first[::-1], 1) == [11]
         prepare(folder, third)
     assert names(folder) == ["a.h5.partial", "a.h5.reuse1", "a.h5.reuse2", "a.h5.reuse3"]
-    assert reuse.check(header(third), folder / "a.h5") == 10
+    assert reuse.count_reusable(header(third), reuse.find_files(folder / "a.h5")) == 10
     prepare(folder, third)
     assert encode(folder, third, 20) == [5, 10, *range(12, 20)]
     assert names(folder) == ["a.h5"]
     assert np.array_equal(store.ActivationFile(folder / "a.h5").activations, rows_for(third))
-
-
-def test_an_aside_of_an_older_version_is_read_too(folder: Path) -> None:
-    prepare(folder, [0, 1, 2])
-    encode(folder, [0, 1, 2], 2)
-    store.partial_path(folder / "a.h5").rename(folder / "a.h5.reuse")
-    prepare(folder, [2, 1, 0])
-    assert encode(folder, [2, 1, 0], 9) == [2]
-    assert names(folder) == ["a.h5"]
 
 
 def test_a_damaged_copy_is_passed_over_for_a_sound_one(folder: Path) -> None:
@@ -132,7 +123,7 @@ def test_an_aside_made_another_way_is_refused_by_field(folder: Path) -> None:
     store.partial_path(folder / "a.h5").rename(folder / "a.h5.reuse1")
     other = replace(header([0, 1]), meta=header([0, 1], cut="blocks.3").meta)
     with pytest.raises(InputError, match=r"a\.h5\.reuse1 was made with cut blocks.4, this run has blocks.3"):
-        reuse.check(other, folder / "a.h5")
+        reuse.count_reusable(other, reuse.find_files(folder / "a.h5"))
 
 
 # ------------------------------------------------------------------ the pixel check
@@ -145,7 +136,7 @@ def with_check(value: str, images: list[int]) -> store.Header:
 
 def run(folder: Path, head: store.Header) -> bool:
     paths = [folder / image for image in head.images]
-    return reuse.prepare(head, folder / "a.h5", reuse.Look(paths, 1, lambda: False), repair=False)
+    return reuse.prepare(head, folder / "a.h5", reuse.ImageHasher(paths, 1), repair=False)
 
 
 def test_another_pillow_is_refused_by_field_and_version(folder: Path) -> None:
@@ -165,23 +156,3 @@ def test_another_pillow_of_the_same_pixels_goes_on(folder: Path) -> None:
     newer = with_check("one", [0, 1, 2])
     run(folder, replace(newer, meta={**newer.meta, "pillow": "99"}))
     assert encode(folder, [0, 1, 2], 9) == [2]
-
-
-def test_a_file_from_before_the_check_goes_on_and_never_claims_it(folder: Path) -> None:
-    run(folder, header([0, 1, 2]))
-    encode(folder, [0, 1, 2], 2)
-    partial = store.partial_path(folder / "a.h5")
-    inode = partial.stat().st_ino
-    run(folder, with_check("one", [0, 1, 2]))
-    assert partial.stat().st_ino == inode, "continued in place"
-    assert encode(folder, [0, 1, 2], 9) == [2]
-    assert not run(folder, with_check("one", [0, 1, 2])), "complete: nothing to do"
-    run(folder, with_check("one", [2, 3]))  # another list: a new file, and a row of the old one in it
-    assert encode(folder, [2, 3], 9) == [3]
-    meta = store.ActivationFile(folder / "a.h5").meta
-    assert "pixel_check" not in meta["fingerprint_parts"]
-    assert meta["fingerprint"] == digest(meta["fingerprint_parts"])
-    (folder / "a.h5").unlink()
-    run(folder, with_check("one", [2, 3]))
-    encode(folder, [2, 3], 9)
-    assert store.ActivationFile(folder / "a.h5").meta["fingerprint_parts"]["pixel_check"] == "one"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast.activations import stream
-from cxr_fast.activations.stream import Stream, Wanted, plan
+from cxr_fast.activations.stream import Stream, Wanted, plan_reads
 from cxr_fast.errors import InputError
 from tests.helpers import states
 
@@ -93,7 +93,7 @@ def test_a_plan_reads_every_piece_once_and_no_read_is_larger_than_stated(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MERGE", merge), ("GAP", gap), ("PIECES", pieces)):
             patch.setattr(stream, name, value)
-        found = plan(part, start, size)
+        found = plan_reads(part, start, size)
     keys = list(zip(found.part.tolist(), found.start.tolist(), strict=True))
     assert keys == sorted(set(zip(part.tolist(), start.tolist(), strict=True)))
     assert sorted([*found.slot, *found.repeats]) == list(range(len(places)))
@@ -111,12 +111,12 @@ def test_a_plan_reads_every_piece_once_and_no_read_is_larger_than_stated(
 
 def test_neighbours_are_one_read_and_strangers_are_not() -> None:
     size = 1 << 20
-    together = plan(np.zeros(4, np.int64), np.array([3, 1, 2, 0]) * size, size)
+    together = plan_reads(np.zeros(4, np.int64), np.array([3, 1, 2, 0]) * size, size)
     assert together.edges.tolist() == [0, 4]
     assert together.slot.tolist() == [3, 1, 2, 0]
-    apart = plan(np.zeros(3, np.int64), np.array([0, 2, 4]) * size, size)
+    apart = plan_reads(np.zeros(3, np.int64), np.array([0, 2, 4]) * size, size)
     assert apart.edges.tolist() == [0, 1, 2, 3]
-    long = plan(np.zeros(9, np.int64), np.arange(9) * size, size)
+    long = plan_reads(np.zeros(9, np.int64), np.arange(9) * size, size)
     assert long.edges.tolist() == [0, 4, 8, 9]
 
 
@@ -232,8 +232,17 @@ def test_one_who_stops_early_leaves_no_read_that_writes_later(
 
     source = Stream(maps, window=4 * SIZE)
     batches: Iterator[Wanted] = (wanted([(2 * i % N, 0)]) for i in range(100))
+    windows, start = list[stream.Window](), source._start
+
+    def started(*arguments: Any) -> stream.Window:
+        windows.append(start(*arguments))
+        return windows[-1]
+
+    monkeypatch.setattr(source, "_start", started)
     ahead = source.ahead(batches)
     next(ahead)
+    states.wait_until(lambda: all(f.done() for w in windows for f in w.under_way), "an end of both windows' reads")
+    assert len(windows) == 2
     monkeypatch.setattr(stream.os, "preadv", slow)
     for _ in range(4):  # the fifth batch begins the second window, and the third is asked for
         next(ahead)

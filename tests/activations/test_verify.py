@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_fast.activations import encoder, verify
+from cxr_fast.activations import build, verify
 from cxr_fast.activations import file as store
+from cxr_fast.activations.encoder import with_size
+from cxr_fast.activations.job import CacheJob
+from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec
 from cxr_fast.data import manifest
@@ -31,8 +34,17 @@ def made(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(f"{name},p{i},{i % 2}\n" for i, name in enumerate(names))
     (folder / "data" / "manifest.csv").write_text("image,group,Edema\n" + rows)
     tower = backbone.load(TOY)
-    spec = encoder.with_size(CacheSpec(weights=TOY), tower)
-    encoder.run(tower, manifest.read(folder / "data"), spec, folder / "a.h5", device="cpu", batch_size=4)
+    spec = with_size(CacheSpec(weights=TOY), tower)
+    build.run(
+        CacheJob(
+            manifest=manifest.read(folder / "data"),
+            backbone=tower,
+            spec=spec,
+            out=folder / "a.h5",
+            device="cpu",
+            batch_size=4,
+        )
+    )
     return folder
 
 
@@ -53,7 +65,7 @@ def cxr(*arguments: object) -> Result:
 
 def test_a_good_cache_passes(own: tuple[Path, Path]) -> None:
     path, images = own
-    found = verify.cache(path, reencode=12, images=images)
+    found = verify.check_cache(path, ReencodeSpec(count=12, images=images))
     assert (found.rows, found.failed, found.asked, found.reencoded) == (12, 0, 12, 12)
     assert (found.bad, found.unproven, found.absent) == ((), (), 0)
     assert found.largest <= verify.TOLERANCE
@@ -62,7 +74,7 @@ def test_a_good_cache_passes(own: tuple[Path, Path]) -> None:
 
 
 def test_more_than_there_is_means_all(own: tuple[Path, Path]) -> None:
-    assert verify.cache(own[0], reencode=99, images=own[1]).asked == 12
+    assert verify.check_cache(own[0], ReencodeSpec(count=99, images=own[1])).asked == 12
 
 
 def test_rows_of_another_image_are_bad(own: tuple[Path, Path]) -> None:
@@ -74,7 +86,7 @@ def test_rows_of_another_image_are_bad(own: tuple[Path, Path]) -> None:
     with store.Writer(path) as writer:  # a row that is sound but wrong: checksums cannot tell
         writer.rows([2], row, [writer.sha256[2]], [None])
         writer.finish()
-    found = verify.cache(path, reencode=12, images=images)
+    found = verify.check_cache(path, ReencodeSpec(count=12, images=images))
     assert [image for image, _ in found.bad] == [names_of(path)[2]]
     assert "differs from a fresh encoding" in found.bad[0][1]
 
@@ -84,7 +96,7 @@ def test_a_row_whose_image_changed_is_bad(own: tuple[Path, Path], content: str) 
     path, images = own
     names = names_of(path)
     (images / names[1]).write_bytes((images / names[0]).read_bytes() if content == "another film" else b"text")
-    assert dict(verify.cache(path, reencode=12, images=images).bad) == {
+    assert dict(verify.check_cache(path, ReencodeSpec(count=12, images=images)).bad) == {
         names[1]: "the image has changed since; run `cxrfast cache` again"
     }
 
@@ -93,9 +105,9 @@ def test_some_images_gone_others_are_drawn(own: tuple[Path, Path]) -> None:
     path, images = own
     for name in names_of(path)[:5]:
         (images / name).unlink()
-    found = verify.cache(path, reencode=7, images=images)
+    found = verify.check_cache(path, ReencodeSpec(count=7, images=images))
     assert (found.reencoded, found.absent, found.bad) == (7, 0, ())
-    found = verify.cache(path, reencode=9, images=images)
+    found = verify.check_cache(path, ReencodeSpec(count=9, images=images))
     assert (found.asked, found.reencoded, found.absent, found.bad) == (9, 7, 5, ())
     result = cxr(path, "--reencode", 9, "--images", images)
     assert result.exit_code == 0
@@ -143,7 +155,7 @@ def test_an_image_that_cannot_be_decoded_here_is_not_proven(
         raise ImageError("needs_plugin", f"{path}: no plugin")
 
     monkeypatch.setattr(verify, "load_image", fails)
-    found = verify.cache(own[0], reencode=4, images=own[1])
+    found = verify.check_cache(own[0], ReencodeSpec(count=4, images=own[1]))
     assert (found.bad, found.reencoded, len(found.unproven), found.absent) == ((), 0, 4, 0)
     result = cxr(own[0], "--images", own[1])
     assert result.exit_code == 2
@@ -153,8 +165,8 @@ def test_an_image_that_cannot_be_decoded_here_is_not_proven(
 
 def test_what_cannot_be_judged_is_refused(own: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="not the weights"):
-        verify.cache(own[0], reencode=1, images=own[1], weights="random:5:test_vit")
+        verify.check_cache(own[0], ReencodeSpec(count=1, images=own[1], weights="random:5:test_vit"))
     monkeypatch.setattr(verify, "self_check", lambda: "f" * 64)
     with pytest.raises(InputError, match=r"the Pillow here gives other pixels than .*--reencode 0"):
-        verify.cache(own[0], reencode=1, images=own[1])
-    assert verify.cache(own[0]).bad == ()
+        verify.check_cache(own[0], ReencodeSpec(count=1, images=own[1]))
+    assert verify.check_cache(own[0]).bad == ()

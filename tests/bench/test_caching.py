@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from cxr_fast.activations import encoder, file
+from cxr_fast.activations import build, encoder, file
 from cxr_fast.bench import caching
 from cxr_fast.bench.latency import (
     RATIOS,
@@ -71,7 +71,7 @@ def test_fast_and_slow_agree(toy_data: Path, lively_weights: Path, tmp_path: Pat
 def test_tokens_of_another_tower_are_refused(parts: caching.Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = encoder.Encoder(backbone.load("random:1:test_vit"), parts.spec, parts.device, block=8)
     monkeypatch.setattr(parts, "encoder", wrong)
-    monkeypatch.setattr(encoder, "Encoder", lambda *_, **__: wrong)
+    monkeypatch.setattr(build, "Encoder", lambda *_, **__: wrong)
     with pytest.raises(InputError, match="cached tokens and the whole tower differ"):
         caching.measure(parts, 1)
 

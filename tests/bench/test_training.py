@@ -75,14 +75,24 @@ def test_another_training_is_refused_before_anything_is_timed(
 
 
 def test_a_head_alone_has_its_baseline_too(toy_data: Path, lively_weights: Path, tmp_path: Path) -> None:
-    from cxr_fast.activations import encoder
+    from cxr_fast.activations import build
+    from cxr_fast.activations.encoder import with_size
+    from cxr_fast.activations.job import CacheJob
     from cxr_fast.config import CacheSpec
     from cxr_fast.data import manifest
     from cxr_fast.models import backbone
 
     spec = CacheSpec(weights=str(lively_weights), unfreeze_blocks=0)
     tower = backbone.load(spec.weights)
-    encoder.run(tower, manifest.read(toy_data, limit=24), encoder.with_size(spec, tower), tmp_path / "e.h5", workers=1)
+    build.run(
+        CacheJob(
+            manifest=manifest.read(toy_data, limit=24),
+            backbone=tower,
+            spec=with_size(spec, tower),
+            out=tmp_path / "e.h5",
+            workers=1,
+        )
+    )
     found = Arms(training.from_cache(tmp_path / "e.h5", count=16), workers=0)
     assert found.compare()["largest_loss_difference"] < 1e-5
     assert list(found.folds) == ["cached, float32"]

@@ -428,7 +428,7 @@ def test_the_drivers_result_is_what_the_model_reads(
 
 
 def test_the_parts_of_the_driver_are_measured_on_a_toy(driver: ModuleType, tmp_path: Path) -> None:
-    from cxr_fast.activations import encoder
+    from cxr_fast.activations.encoder import with_size
     from cxr_fast.config import CacheSpec
     from cxr_fast.data.manifest import read
     from cxr_fast.data.phantom.dataset import write_dataset
@@ -436,7 +436,7 @@ def test_the_parts_of_the_driver_are_measured_on_a_toy(driver: ModuleType, tmp_p
     from tests.conftest import TOY
 
     tower = backbone.load(TOY)
-    spec = encoder.with_size(CacheSpec(weights=TOY, views=("plain",)), tower)
+    spec = with_size(CacheSpec(weights=TOY, views=("plain",)), tower)
     write_dataset(tmp_path / "data", studies=4, size=64, seed=0)
     driver.FILMS = {"small": (64, 48, "png")}
     for seconds in (

@@ -785,9 +785,11 @@ def test_another_failure_of_the_program_keeps_its_traceback(
 def test_a_cache_run_says_what_it_compares_and_then_what_it_encodes(capsys: pytest.CaptureFixture[str]) -> None:
     line = data.CacheProgress(many=False)
     line.bar.every = 0.0
-    line.looked(5, 20)
-    line.looked(5, 20)
-    line.show(encoder.Progress(done=15, total=30, before=10, encoded=5, failed=0, decoding=2, computing=3, writing=0))
+    line.compare(5, 20)
+    line.compare(5, 20)
+    line.show(
+        encoder.BuildProgress(done=15, total=30, before=10, encoded=5, failed=0, decoding=2, computing=3, writing=0)
+    )
     told = capsys.readouterr().err.splitlines()
     assert told[1].startswith(" 50.0 %  10 of 20 images compared with their rows, ")
     assert told[2] == " 50.0 %  15 of 30 images, 1.0 images/s, waiting for the model, 15 s left"

@@ -17,8 +17,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cxr_fast.activations import build, cache, encoder
+from cxr_fast.activations import build, cache, reuse
 from cxr_fast.activations import file as store
+from cxr_fast.activations.encoder import BuildProgress, with_size
+from cxr_fast.activations.job import CacheJob
 from cxr_fast.cli.main import main
 from cxr_fast.cluster import activations, connection
 from cxr_fast.config import CacheSpec
@@ -72,7 +74,7 @@ def in_the_middle(out: Path) -> list[int]:
 
 
 def made(out: Path) -> list[bytes]:
-    return [(out.parent / shard.file).read_bytes() for shard in cache.read(out)]
+    return [(out.parent / shard.file).read_bytes() for shard in cache.read_index(out).shards]
 
 
 @pytest.mark.kill
@@ -81,9 +83,16 @@ def test_three_nodes_one_lost_make_the_files_of_one_machine(
     nodes: RayNodes, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower, manifest = backbone.load(TOY), datasets.read(films)
-    spec = encoder.with_size(CacheSpec(weights=TOY), tower)
+    spec = with_size(CacheSpec(weights=TOY), tower)
     one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
-    build.run(tower, manifest, spec, one, shards=SHARDS, device="cpu", batch_size=BLOCK)
+    named: dict[str, Any] = {
+        "manifest": manifest,
+        "backbone": tower,
+        "spec": spec,
+        "device": "cpu",
+        "batch_size": BLOCK,
+    }
+    build.run(CacheJob(out=one, shards=SHARDS, **named))
     gate = Gate(tmp_path / "gate")
 
     def interrupt(pid: int) -> str:
@@ -95,43 +104,46 @@ def test_three_nodes_one_lost_make_the_files_of_one_machine(
         return "interrupted"
 
     def remove_node(pid: int) -> str:
-        return nodes.remove_node(pid, spread.cluster.here) if pid in in_the_middle(many) else ""
+        return nodes.remove_node(pid, remote.cluster.here) if pid in in_the_middle(many) else ""
 
     def kill(pid: int) -> str:
         return nodes.kill_worker(pid) if pid in in_the_middle(many) else ""
 
-    named: dict[str, Any] = {"device": "cpu", "threads": 1, "batch_size": BLOCK}
-    seen: list[encoder.Progress] = []
-    with activations.over(nodes.address, manifest, many, count=SHARDS, **named) as spread:
-        assert (spread.kind, spread.slots, spread.shards, spread.block) == ("cpu", 3, SHARDS, BLOCK)
-        assert "3 nodes, 3 CPUs" in str(spread)
-        monkeypatch.setattr(activations, "_shard", partial(tasks.held_shard, gate))
+    seen: list[BuildProgress] = []
+    job = CacheJob(out=many, shards=SHARDS, **named)
+    with activations.connect_build(nodes.address, job, threads=1) as remote:
+        assert (remote.kind, remote.slots, remote.shards, remote.job.block) == ("cpu", 3, SHARDS, BLOCK)
+        assert "3 nodes, 3 CPUs" in str(remote)
+        monkeypatch.setattr(activations, "_make_shard", partial(tasks.held_shard, gate))
         with losing(gate, interrupt) as killed, pytest.raises(Interrupted, match="Run the same command again"):
-            spread.run(tower, manifest, spec, many)
+            remote.run()
         assert killed
         assert not many.exists()
-        kept = sum(int((store.ActivationFile(p, partial=True).state == 1).sum()) for p in build.files_of(many))
+        kept = sum(
+            int((store.ActivationFile(p, partial=True).state == 1).sum()) for p in reuse.find_files(many, sharded=True)
+        )
         assert kept
         with losing(gate, remove_node, kill) as killed:
-            outcome = spread.run(tower, manifest, spec, many, on_progress=seen.append)
+            outcome = remote.run(seen.append)
         assert len(killed) == 2
     assert (outcome.images, outcome.failed) == (COUNT, ())
     assert outcome.encoded + outcome.reused == COUNT
     assert seen[-1].done == COUNT
     assert made(many) == made(one)
 
-    with activations.over(nodes.address, manifest, many, **named) as spread:
-        assert spread.shards == SHARDS  # as it lies there
-        assert spread.run(tower, manifest, spec, many).encoded == 0
-        spread = replace(spread, gather=True)
-        assert spread.run(tower, manifest, spec, sent).encoded == COUNT
+    with activations.connect_build(nodes.address, CacheJob(out=many, **named), threads=1) as remote:
+        assert remote.shards == SHARDS  # as many as exist
+        assert remote.run().encoded == 0
+        remote = replace(remote, job=replace(remote.job, out=sent), gather=True)
+        assert remote.run().encoded == COUNT
         assert made(sent) == made(one)
-        assert spread.run(tower, manifest, spec, sent).encoded == 0
-        first = build.shard_path(sent, 1, SHARDS)
+        assert remote.run().encoded == 0
+        first = cache.shard_path(sent, 1, SHARDS)
         data = bytearray(first.read_bytes())
         data[store.ActivationFile(first).offset + 5] ^= 255
         first.write_bytes(data)
-        assert spread.run(tower, manifest, spec, sent, repair=True).encoded == COUNT // SHARDS
+        remote = replace(remote, job=replace(remote.job, repair=True))
+        assert remote.run().encoded == COUNT // SHARDS
         assert made(sent) == made(one)
 
 
@@ -164,9 +176,9 @@ def test_every_task_runs_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_gathered_shard_that_arrives_damaged_is_not_kept(toy_cache: Path, tmp_path: Path) -> None:
     data = np.fromfile(toy_cache, np.uint8)
-    activations._keep(tmp_path / "a.h5", data)
+    activations._write_shard(tmp_path / "a.h5", data)
     assert (tmp_path / "a.h5").read_bytes() == toy_cache.read_bytes()
     data[store.ActivationFile(toy_cache).offset + 5] ^= 255
     with pytest.raises(InputError, match=r"1 row\(s\) arrived damaged"):
-        activations._keep(tmp_path / "b.h5", data)
+        activations._write_shard(tmp_path / "b.h5", data)
     assert not list(tmp_path.glob("b*"))

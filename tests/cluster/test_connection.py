@@ -20,18 +20,10 @@ import numpy as np
 import pytest
 
 from cxr_fast.cluster import connection, predict, search
-from cxr_fast.cluster.connection import (
-    Cluster,
-    check_nodes,
-    connect,
-    describe,
-    on_each,
-    run_tasks,
-    share,
-    visible,
-)
-from cxr_fast.cluster.predict import Remote
+from cxr_fast.cluster.connection import Cluster, check_nodes, connect, describe, on_each, visible
+from cxr_fast.cluster.predict import ClusterPredictor
 from cxr_fast.cluster.search import ClusterTrainers
+from cxr_fast.cluster.tasks import TaskSize, run_tasks, share
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data import paths as inputs
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
@@ -178,7 +170,7 @@ def test_a_path_is_visible_where_its_content_is(cluster: Cluster, tmp_path: Path
 def test_tasks_report_and_come_back(cluster: Cluster) -> None:
     told: list[tuple[int, str]] = []
     jobs = ([number] for number in range(7))
-    found = dict(run_tasks(cluster, square, jobs, on_progress=lambda *one: told.append(one), ahead=2))
+    found = dict(run_tasks(cluster, square, jobs, TaskSize(ahead=2), lambda *one: told.append(one)))
     assert found == {number: number * number for number in range(7)}
     assert sorted(told) == sorted((number, text) for number in range(7) for text in ("begun", "done"))
 
@@ -381,13 +373,15 @@ def test_a_command_interrupted_then_killed_is_finished_by_one_machine(
 @pytest.fixture(scope="module")
 def embeddings(toy_data: Path, lively_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache after pooling: heads alone are trained."""
-    from cxr_fast.activations import encoder
+    from cxr_fast.activations import build
+    from cxr_fast.activations.encoder import with_size
+    from cxr_fast.activations.job import CacheJob
     from cxr_fast.data import manifest
     from cxr_fast.models import backbone
 
     out, tower = tmp_path_factory.mktemp("heads") / "toy.h5", backbone.load(str(lively_weights))
-    spec = encoder.with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
-    encoder.run(tower, manifest.read(toy_data), spec, out, device="cpu", workers=1)
+    spec = with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
+    build.run(CacheJob(manifest=manifest.read(toy_data), backbone=tower, spec=spec, out=out, device="cpu", workers=1))
     return out
 
 
@@ -398,10 +392,10 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     spec = SweepSpec(epochs=(3, 5), folds=3, final="refit", train=FAST)
     Sweep(embeddings, tmp_path / "local", spec, SweepOptions(device="cpu")).run()
     # Here the cache has another content than the nodes find under its name, and the token another name.
-    monkeypatch.setattr(search, "content", lambda _: "another cache")
+    monkeypatch.setattr(search, "content_mark", lambda _: "another cache")
     monkeypatch.setattr(search, "TOKEN", "another name")
-    look = search.look
-    monkeypatch.setattr(search, "look", lambda *names: (look(*names)[0], False))
+    look = search.find_shared
+    monkeypatch.setattr(search, "find_shared", lambda *names: (look(*names)[0], False))
     job = Sweep(embeddings, tmp_path / "run", spec, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
     cache, folder = job.plan().notes
     assert cache.startswith("3 node(s) do not see (")
@@ -477,7 +471,7 @@ def test_predictions_that_lose_workers_are_those_of_one_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted, out = inputs.read([str(toy_data)]), tmp_path / "cluster.csv"
-    remote = Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
     monkeypatch.setattr(predict, "answer", partial(tasks.held_answer, gate))
     with losing(gate, nodes.kill_worker, nodes.kill_worker) as killed:
         summary = answers.write(remote, wanted, out, PREDICTED)
@@ -497,7 +491,7 @@ def test_nodes_without_the_model_and_names_without_a_folder(
     shutil.copy(toy_model, own)
     wanted = inputs.read(["."])
     assert not any(os.path.isabs(path) for path in wanted.paths)
-    remote = Remote(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
     own.rename(tmp_path / "moved.onnx")  # now no node finds it by its name
     monkeypatch.setattr(answers, "_model_sha256", lambda _: answers.file_sha256(toy_model))
     answers.write(remote, wanted, tmp_path / "cluster.csv", PREDICTED)
@@ -510,12 +504,12 @@ def test_nodes_without_the_model_and_names_without_a_folder(
 def test_a_node_that_sees_no_image_is_named(
     cluster: Cluster, toy_model: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "seen", lambda paths: 0)
+    monkeypatch.setattr(predict, "count_seen", lambda paths: 0)
     wanted = inputs.read([str(toy_data)])
     with pytest.raises(
         InputError, match=r"^--cluster: node \S+ sees none of the first 80 images \(/.*\); put them where"
     ):
-        Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1)
+        ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1)
 
 
 @pytest.mark.kill
@@ -524,7 +518,7 @@ def test_an_interrupted_prediction_is_finished_by_one_machine(
     cluster: Cluster, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path
 ) -> None:
     wanted, out = inputs.read([str(toy_data)]), tmp_path / "p.csv"
-    remote = Remote(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
 
     def hit(_: answers.State) -> None:
         os.kill(os.getpid(), signal.SIGINT)

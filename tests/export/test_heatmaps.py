@@ -13,8 +13,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cxr_fast.activations import encoder
-from cxr_fast.activations.encoder import normalise
+from cxr_fast.activations import build
+from cxr_fast.activations.encoder import normalise, with_size
+from cxr_fast.activations.job import CacheJob
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepOptions, SweepSpec, TrainSpec, from_dict
 from cxr_fast.data.images import load
@@ -200,8 +201,12 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
     from cxr_fast.data import manifest
 
     tower = backbone.load(str(lively_weights))
-    spec = encoder.with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
-    encoder.run(tower, manifest.read(toy_data), spec, tmp_path / "c.h5", device="cpu", workers=1)
+    spec = with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
+    build.run(
+        CacheJob(
+            manifest=manifest.read(toy_data), backbone=tower, spec=spec, out=tmp_path / "c.h5", device="cpu", workers=1
+        )
+    )
     sweep = SweepSpec(epochs=(2,), folds=2, final="ensemble", train=TrainSpec(lr=1e-3, batch_size=4))
     Sweep(tmp_path / "c.h5", tmp_path / "run", sweep, SweepOptions(device="cpu")).run()
     run = read_run(tmp_path / "run")

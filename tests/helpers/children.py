@@ -13,7 +13,8 @@ from typing import Any
 import h5py
 import torch
 
-from cxr_fast.activations import encoder
+from cxr_fast.activations import build
+from cxr_fast.activations.job import CacheJob
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec
 from cxr_fast.data import manifest, paths
 from cxr_fast.errors import Interrupted
@@ -41,7 +42,16 @@ def encode_all(data: str, out: str, spec: CacheSpec, block: int, step: int, told
     there were; a table of the file's head is a step too."""
     torch.set_num_threads(1)
     steps = states.Steps(states.at(step), (h5py.Group, "create_dataset"))
-    encoder.run(backbone.load(spec.weights), manifest.read(Path(data)), spec, Path(out), device="cpu", batch_size=block)
+    build.run(
+        CacheJob(
+            manifest=manifest.read(Path(data)),
+            backbone=backbone.load(spec.weights),
+            spec=spec,
+            out=Path(out),
+            device="cpu",
+            batch_size=block,
+        )
+    )
     told.send(steps.done)
 
 

@@ -470,12 +470,17 @@ def test_the_final_model_is_the_chosen_folds(toy_run: Path) -> None:
 
 def test_the_run_is_the_same_from_a_cache_of_embeddings(toy_data: Path, tmp_path: Path) -> None:
     """Nothing unfrozen: the head alone trains, and the folder holds the tower as it was."""
-    from cxr_fast.activations import encoder
+    from cxr_fast.activations import build
+    from cxr_fast.activations.job import CacheJob
     from cxr_fast.data import manifest
 
     tower = backbone.load("random:0:test_vit")
     spec = with_size(CacheSpec(weights="random:0:test_vit", unfreeze_blocks=0), tower)
-    encoder.run(tower, manifest.read(toy_data), spec, tmp_path / "e.h5", device="cpu", workers=1)
+    build.run(
+        CacheJob(
+            manifest=manifest.read(toy_data), backbone=tower, spec=spec, out=tmp_path / "e.h5", device="cpu", workers=1
+        )
+    )
     run = Sweep(tmp_path / "e.h5", tmp_path / "run", SMALL, ON_CPU).run()
     assert run["trainable"] == {"blocks": 0, "head": 404_515, "total": 404_515}
     assert backbone.tower_sha256(read_run(tmp_path / "run").visual) == run["cache"]["tower_sha256"]
