@@ -61,7 +61,7 @@ def stem(path: Path) -> str:
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
-    """Where shard `number` of `count` (from 1) of the index `path` lies: `NAME.shard-0001-of-0004.h5` beside it."""
+    """Return the path of shard `number` of `count` (from 1): `NAME.shard-0001-of-0004.h5` beside the index."""
     return path.with_name(f"{stem(path)}.shard-{number:04d}-of-{count:04d}.h5")
 
 
@@ -218,7 +218,7 @@ class Cache:
         return {**self.__dict__, "_activations": None}
 
     def mismatched(self, rows: Sequence[int], threads: int, *, chunk: int = 32) -> Iterator[int]:
-        """Those of `rows` whose bytes do not give their checksum, by file."""
+        """Yield those of `rows` whose bytes do not give their checksum, by file."""
         numbers = np.asarray(rows, dtype=int)
         for file, first, end in zip(self.files, self.starts, self.starts[1:], strict=False):
             inside = numbers[(numbers >= first) & (numbers < end)] - first
@@ -226,12 +226,12 @@ class Cache:
                 yield row + first
 
     def damage(self, row: int) -> str:
-        """Why an encoded row cannot be trusted, or an empty string."""
+        """Say why an encoded row cannot be trusted; an empty string where it can."""
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.files[part].damage(row - self.starts[part])
 
     def damaged(self) -> Iterator[tuple[int, str]]:
-        """Encoded rows that cannot be trusted, with the reason."""
+        """Yield encoded rows that cannot be trusted, with the reason."""
         for file, first in zip(self.files, self.starts, strict=False):
             yield from ((row + first, reason) for row, reason in file.damaged())
 

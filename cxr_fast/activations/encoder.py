@@ -97,8 +97,10 @@ def with_size(spec: CacheSpec, backbone: Backbone) -> CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildProgress:
-    """How far a run is: images done of total, of them `before` this call, images encoded by this call, images failed,
-    and the seconds this call waited for decoding, computed, and waited for the disk."""
+    """How far a run is, in images: done of total, of them `before` this call, encoded by this call, failed.
+
+    Seconds of this call: waiting for decoding, computing, waiting for the disk (writing).
+    """
 
     done: int = 0
     total: int = 0
@@ -111,7 +113,7 @@ class BuildProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the first image of this call, without comparing images with rows that exist."""
+        """Seconds since the first image of this call, without comparing images with rows that exist."""
         return self.decoding + self.computing + self.writing
 
     @property

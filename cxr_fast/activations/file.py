@@ -23,6 +23,7 @@ import numpy as np
 from .. import __version__
 from ..config import digest
 from ..errors import InputError, SchemaError
+from ..system.files import reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
 
 SCHEMA = 1
@@ -35,7 +36,7 @@ PENDING, DONE, FAILED = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What an activation file says of itself.
+    """The description of an activation file: its metadata, and a column for each property of its rows.
 
     `meta` is JSON: spec, fingerprint and its parts, backbone config, weights source, dataset name and root.
     `shape` is (N, V, T, D), or (N, V, E) for a cut after pooling.
@@ -53,12 +54,12 @@ class Header:
 
 
 def partial_path(path: Path) -> Path:
-    """Where the file lives until it is complete."""
+    """Return the name that the file has until it is complete."""
     return path.with_name(path.name + PARTIAL)
 
 
 def row_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of one image's row, all views."""
+    """Count the bytes of one image's row, all views."""
     return int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
@@ -78,7 +79,7 @@ def create(path: Path, header: Header) -> None:
             raise InputError(f"--out: {path} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk.")
         with h5py.File(scratch, "w") as file:
             _write_header(file, header)
-        _reserve(scratch)
+        reserve_space(scratch)
         os.replace(scratch, target)
     except OSError as error:
         raise InputError(f"--out: cannot write {target}: {error.strerror or error}.") from error
@@ -113,7 +114,7 @@ def _write_header(file: h5py.File, header: Header) -> None:
 
 
 class Writer:
-    """Rows into a partial file, from one thread, without the HDF5 library, while nobody else has it open to read.
+    """Writes rows into a partial file, from one thread, without the HDF5 library; refused while anybody reads it.
 
     `rows` writes the bytes, waits until they are on disk, and only then marks them done. `state` (N,) holds PENDING,
     DONE or FAILED a row.
@@ -129,7 +130,7 @@ class Writer:
             self._offsets = {name: _offset(file[name]) for name in names}
             self.state = np.array(file["done"])
             self.sha256 = [_text(value) for value in file["sha256"][:]]
-        self._fd = _alone(partial, path)
+        self._fd = _open_exclusive(partial, path)
 
     def rows(
         self, indices: Sequence[int], values: np.ndarray, sha256: Sequence[str], errors: Sequence[str | None]
@@ -178,7 +179,7 @@ class Writer:
         start = 0
         for i in range(1, len(indices) + 1):
             if i == len(indices) or indices[i] != indices[i - 1] + 1:
-                _pwrite(self._fd, array[start:i].data, self._offsets[name] + indices[start] * size)
+                write_at(self._fd, array[start:i].data, self._offsets[name] + indices[start] * size)
                 start = i
 
     def finish(self) -> None:
@@ -187,10 +188,10 @@ class Writer:
         os.fsync(self._fd)
         self.close()
         os.replace(partial_path(self.path), self.path)
-        _sync(self.path.parent)
+        sync_folder(self.path.parent)
 
     def close(self) -> None:
-        """Give the file back; done rows stay done."""
+        """Close the file and release its lock; done rows stay done."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -207,7 +208,7 @@ def reopen(path: Path) -> None:
 
     Raises InputError, changing nothing, while anybody has its rows mapped or its HDF5 file open.
     """
-    fd = _alone(path, path)
+    fd = _open_exclusive(path, path)
     try:
         # Under the lock: whoever opened the file and waits for its turn sees afterwards that the name is gone.
         os.replace(path, partial_path(path))
@@ -215,8 +216,8 @@ def reopen(path: Path) -> None:
         os.close(fd)
 
 
-def _alone(path: Path, name: Path) -> int:
-    """A descriptor for writing, with the exclusive lock on it; `name` is what the user calls the file."""
+def _open_exclusive(path: Path, name: Path) -> int:
+    """Open for writing with the exclusive lock; return the descriptor. `name` is what the user calls the file."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -230,7 +231,7 @@ def _alone(path: Path, name: Path) -> int:
 class ActivationFile:
     """An activation file read through a memory map; refused while incomplete unless `partial`.
 
-    `activations` is a read-only (N, V, T, D) or (N, V, E) map; `ok` (N,) bool tells which images were encoded. The map
+    `activations` is a read-only (N, V, T, D) or (N, V, E) map; `ok` (N,) bool marks images that were encoded. The map
     opens on first use, so that the object pickles. As long as it, or any array cut from it, lives, no writer touches
     the file: the map keeps a shared lock that the kernel drops with it.
     """
@@ -284,7 +285,7 @@ class ActivationFile:
         return {**self.__dict__, "_map": None}
 
     def mismatched(self, rows: Sequence[int], threads: int, *, chunk: int = 32) -> Iterator[int]:
-        """Those of `rows` whose bytes do not give their checksum, in order; read by `threads`, zlib holds no GIL."""
+        """Yield those of `rows` whose bytes do not give their checksum, in order; `threads` read, zlib holds no GIL."""
         activations = np.asarray(self.activations)
 
         def wrong(some: Sequence[int]) -> list[int]:
@@ -295,14 +296,14 @@ class ActivationFile:
                 yield from found
 
     def damage(self, row: int) -> str:
-        """Why an encoded row cannot be trusted (`checksum`, `not finite`), or an empty string."""
+        """Say why an encoded row cannot be trusted (`checksum`, `not finite`); an empty string where it can."""
         values = np.ascontiguousarray(self.activations[row])
         if zlib.crc32(values.data) != self.crc32[row]:
             return "checksum"
         return "" if np.isfinite(values).all() else "not finite"
 
     def damaged(self) -> Iterator[tuple[int, str]]:
-        """Encoded rows that cannot be trusted, with the reason."""
+        """Yield encoded rows that cannot be trusted, with the reason."""
         for row in np.flatnonzero(self.ok):
             if reason := self.damage(int(row)):
                 yield int(row), reason
@@ -345,7 +346,7 @@ def _open_hdf5(path: Path) -> h5py.File:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, complete or partial."""
+    """Read the header of a file, complete or partial."""
     with open_file(path) as file:
         return _read_header(file)
 
@@ -381,7 +382,7 @@ def _offset(dataset: h5py.Dataset) -> int:
 
 
 def _version(file: Path | int) -> tuple[int, ...]:
-    """What tells two states of a file apart on every host that mounts it: inode, size and time of the last write."""
+    """Return inode, size and time of the last write, which differ between two states of a file on every host."""
     status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -392,29 +393,3 @@ def _text(value: bytes) -> str:
 
 def _clip(text: str, size: int) -> bytes:
     return text.encode()[:size].decode("utf-8", "ignore").encode()
-
-
-def _pwrite(fd: int, data: Any, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _reserve(path: Path) -> None:
-    """Claim the file's space on disk now, so that a full disk shows before hours of encoding."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

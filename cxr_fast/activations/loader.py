@@ -34,10 +34,9 @@ class Activations:
     """Rows of an activation array on their way to `device`.
 
     `array` is (N, V, T, D) or (N, V, E), float16 or float32, usually a memory map, or `JoinedRows` of several.
-    `residency`:
-    `device` copies it there once; `host` gathers each batch from memory (a map's page cache); `stream` reads the rows
-    of many batches ahead from the files, `window` bytes at a time; `auto` takes the first of the three that fits.
-    Raises InputError on `stream` without a file, or `device` where it cannot fit.
+    Residency `device` copies it there once; `host` gathers each batch from memory (a map's page cache); `stream` reads
+    the rows of many batches ahead from the files, `window` bytes at a time; `auto` takes the first of the three that
+    fits. Raises InputError on `stream` without a file, or `device` where it cannot fit.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Activations:
 
     @property
     def where(self) -> str:
-        """Where the activations live, for the plan."""
+        """Say where the activations are kept, for the plan."""
         if self.residency == "device":
             return f"copied to {self.device}"
         return "memory map" if self.residency == "host" else "read ahead from the file"
@@ -70,7 +69,7 @@ class Activations:
         return int(self.array.shape[1])
 
     def gather(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """(B,) row and view numbers to float32 activations (B, ...) on the device."""
+        """Gather float32 activations (B, ...) on the device for (B,) row and view numbers."""
         if self.resident is not None:
             return self.resident[rows.to(self.device), views.to(self.device)].float()
         read = self.stream.read if self.stream is not None else self._take
@@ -129,7 +128,7 @@ def _stream(array: np.ndarray | JoinedRows, device: torch.device, window: int) -
 
 
 def parts(array: np.ndarray | JoinedRows) -> tuple[np.ndarray, ...]:
-    """The arrays that hold the rows."""
+    """Return the arrays that hold the rows."""
     return array.parts if isinstance(array, JoinedRows) else (array,)
 
 

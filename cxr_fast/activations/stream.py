@@ -1,7 +1,7 @@
 """Batches of rows from files larger than memory: read a window ahead, in the order of the file, many reads at once.
 
-Which rows come when is the trainer's to say; this module only reads. What it holds is two windows, however long
-the files are.
+The trainer decides which rows come when; this module only reads. It holds two windows in memory, however long the
+files are.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ class Stream:
         self._lock = threading.Lock()
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B,) rows and views to (B, ...) in the stored dtype."""
+        """Read (B, ...) in the stored dtype for (B,) rows and views."""
         window = self._start([(rows, views)], np.empty(len(rows) * self.size, np.uint8))
         window.wait()
         return window.values
 
     def ahead(self, batches: Iterable[Wanted]) -> Iterator[np.ndarray]:
-        """`read` of each batch in turn, from memory that is written again once the next batch is asked for.
+        """Read each batch in turn, into memory that is written again once the next batch is asked for.
 
         Several may run at once; each has two windows of its own.
         """
@@ -182,7 +182,7 @@ class Stream:
         return window
 
     def _work(self, window: Window) -> None:
-        """Take reads off a window until none is left."""
+        """Do the reads of a window until none is left."""
         try:
             while (edges := _next(window.left)) is not None:
                 self._read(window, *edges)
@@ -222,7 +222,7 @@ def _column(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _next(left: deque[tuple[int, int]]) -> tuple[int, int] | None:
-    """The next of what several threads take from, in one step that no other can come between."""
+    """Take the next of what several threads take from; None where nothing is left."""
     try:
         return left.popleft()
     except IndexError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,27 +125,20 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         cpu.pick_device(flags["device"])
     cpu.prepare(flags["threads"])
     tower = backbone.load(spec.weights)
-    path = _cache_path(out, manifest.name, flags)
     job = CacheJob(
         manifest=manifest,
         backbone=tower,
         spec=with_size(spec, tower),
-        out=path,
+        out=_cache_path(out, manifest.name, flags),
         stop_on_error=flags["on_error"] == "stop",
         **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair")},
     )
     line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
-        remote: Any = None
-        if flags["cluster"]:
-            from ..cluster.activations import connect_build
-
-            there = connect_build(flags["cluster"], job, threads=flags["threads"], gather=flags["gather"])
-            remote = stack.enter_context(there)
-            click.echo(str(remote))
+        remote = stack.enter_context(_connect_build(job, flags)) if flags["cluster"] else None
         plan = remote.plan() if remote else build.plan(job)
-        _refuse_dropping(plan, path, flags["limit"])
-        show_cache_plan(plan, manifest, path, remote.shards if remote else job.shards)
+        _refuse_dropping(plan, job.out, flags["limit"])
+        show_cache_plan(plan, manifest, job.out, remote.shards if remote else job.shards)
         if tower.random:
             click.echo("weights: RANDOM, not BiomedCLIP")
         if remote:
@@ -152,7 +146,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         else:
             outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
         line.bar.done()
-    echo_outcome(outcome, path)
+    echo_outcome(outcome, job.out)
 
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
@@ -168,6 +162,16 @@ def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
             + ("." if ending != ".h5" else f"; one that ends in {SUFFIX} wants --shards K.")
         )
     return path
+
+
+@contextlib.contextmanager
+def _connect_build(job: Any, flags: dict[str, Any]) -> Iterator[Any]:
+    """Connect to the cluster and say how the work is divided there."""
+    from ..cluster.activations import connect_build
+
+    with connect_build(flags["cluster"], job, threads=flags["threads"], gather=flags["gather"]) as remote:
+        click.echo(str(remote))
+        yield remote
 
 
 def _refuse_dropping(plan: Any, path: Path, limit: int | None) -> None:

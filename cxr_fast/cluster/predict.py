@@ -60,9 +60,9 @@ class ChunkAnswer:
 class ClusterPredictor:
     """A model file that a cluster's nodes run; an `inference.batch.Answerer`, as `Predictor` is.
 
-    A task computes with as many threads as the model would here, for the last bits may hang on their number, and takes
-    as many CPUs of a node, or one GPU. `sample` are names of images that go first. Raises InputError where a node runs
-    other versions or sees none of them, DeviceError where no node lends what `device` asks for.
+    A task computes with as many threads as the model would here, because the last bits may depend on their number, and
+    takes as many CPUs of a node, or one GPU. `sample` are the first names of the list. Raises InputError where a node
+    runs other versions or sees none of them, DeviceError where no node lends what `device` asks for.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ClusterPredictor:
         self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {chosen}' if chosen else ''}"
 
     def _share(self, workers: int | None) -> list[Any]:
-        """What a task needs, in the object store; the model's bytes too where some node does not see it."""
+        """Put what a task needs into the object store; the model's bytes too where some node does not see it."""
         path, sha256 = str(self.path.resolve()), file_sha256(self.path)
         seen = connection.on_each(self.cluster, same_file, path, sha256)
         content = [] if all(seen.values()) else [tasks.share(np.fromfile(path, np.uint8))]
@@ -125,7 +125,7 @@ class ClusterPredictor:
         seconds: dict[str, float] | None = None,
         stop: Stop = bool,
     ) -> Generator[list[Result], None, None]:
-        """The results of the batches, each one call of the model, chunk by chunk as they are finished.
+        """Yield the results of the batches, each one call of the model, chunk by chunk as they are finished.
 
         `seconds` collects what the tasks' processes spent, all together; `workers` is unused, for each task has its
         number since this was made. Raises Interrupted once `stop` returns True.
@@ -146,7 +146,7 @@ class ClusterPredictor:
             yield from found.batches
 
     def describe(self) -> dict[str, Any]:
-        """The cluster as NAME.run.json records it, with the images each node answered in this call."""
+        """Return the cluster as NAME.run.json records it, with the images each node answered in this call."""
         described = zip(self.nodes, connection.describe(self.nodes), strict=True)
         nodes = [{**one, "images": self.answered[node.id]} for node, one in described]
         lost = self.cluster.lost(self.nodes)
@@ -207,7 +207,7 @@ def _named(result: Result, name: str) -> Result:
 
 @lru_cache(maxsize=1)
 def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
-    """The model, opened once a worker process."""
+    """Open the model, once per worker process."""
     setup: PredictSetup = tasks.fetch(reference)
     if self_check() != setup.pixels:
         raise InputError(

@@ -22,9 +22,9 @@ from ..config import TrainSpec
 from ..errors import InputError
 from ..models.backbone import Backbone
 from ..training.checkpoints import Journal
-from ..training.fold import Epoch
+from ..training.fold import Epoch, OnEpoch
 from ..training.head_fold import HeadFold
-from ..training.search import OnEpoch, Search
+from ..training.search import Search
 from . import connection, tasks
 from .connection import Cluster, Node
 from .fold_task import (
@@ -50,27 +50,27 @@ class ClusterTrainers:
         self.cluster = cluster
 
     def target(self, device: str) -> str:
-        """`cpu` or `cuda`, by `--device`. DeviceError where no node lends it."""
+        """Return `cpu` or `cuda`, by `--device`. DeviceError where no node lends it."""
         return self.cluster.target(device)
 
     def gpu(self) -> tuple[str, bool]:
-        """The name of some node's GPU, and whether it computes in bfloat16."""
+        """Return the name of some node's GPU, and whether it computes in bfloat16."""
         found: tuple[str, bool] = next(tasks.run_tasks(self.cluster, ask_gpu, [()], TaskSize(gpus=1)))[1]
         return found
 
     def start(
         self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
     ) -> ClusterFolds:
-        """The search's folds and refit as tasks of the cluster's nodes."""
+        """Start what trains the search's folds and refit as tasks of the cluster's nodes."""
         return ClusterFolds(self.cluster, search, trains, out, device=device, residency=residency)
 
 
 class ClusterFolds:
-    """Trains a search's folds and its refit on a cluster's nodes; `train_folds` and `refit` stand for the local ones.
+    """Trains a search's folds and its refit on a cluster's nodes, in place of the local `train_folds` and `refit`.
 
     `trains` are the configurations, their precision resolved. On CPUs a task computes with as many threads as are set
-    here, for the last bits hang on their number, and takes as many CPUs of a node; on `cuda` it takes a GPU. `notes`
-    are lines that a user must see before it starts. Close it: that stops what still runs.
+    here, because the last bits depend on their number, and takes as many CPUs of a node; on `cuda` it takes a GPU.
+    `notes` are lines that a user must see before it starts. `close` stops what still runs.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ClusterFolds:
         return str(self.cluster)
 
     def _share(self, residency: str) -> list[Any]:
-        """What all tasks need, in the object store; and what of it a node already sees."""
+        """Put what all tasks need into the object store; find which nodes see the cache and the run folder."""
         data, search = self.search.data, self.search
         cache, mark = str(data.file.path.resolve()), content_mark(data.file)
         with _token_beside(self.out, self.token) as name:
@@ -129,7 +129,7 @@ class ClusterFolds:
 
     @property
     def notes(self) -> list[str]:
-        """What of the cluster makes the search slower than it might be."""
+        """Lines that say what in the cluster makes the search slower than it could be."""
         out = []
         if self.device == "cpu" and not self.heads and self.cpus < self.threads:
             out.append(
@@ -143,7 +143,7 @@ class ClusterFolds:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """The cluster as `run.json` records it, with the folds each node trained in this call."""
+        """Return the cluster as `run.json` records it, with the folds each node trained in this call."""
         described = zip(self.nodes, connection.describe(self.nodes), strict=True)
         nodes = [{**one, "folds": self.trained[node.id]} for node, one in described]
         return {
@@ -156,7 +156,7 @@ class ClusterFolds:
     def train_folds(
         self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Stop
     ) -> dict[str, Any]:
-        """The folds of configuration `number`; those of all later ones are handed out with the first call."""
+        """Train the folds of configuration `number`; the first call hands out those of all later ones too."""
         folds = range(self.search.spec.folds)
         if self._results is None:
             todo = [n for n in range(len(self.trains)) if journal.read(f"config{n}.json") is None]
@@ -219,7 +219,7 @@ class ClusterFolds:
         )
 
     def _next(self, journal: Journal) -> None:
-        """Take in the next fold that has finished, whichever it is."""
+        """Wait for the next fold that finishes, whichever it is, and keep its result."""
         at, done = next(self._results)
         job = self._jobs[at]
         write_fold_files(journal, done.files)
@@ -228,7 +228,7 @@ class ClusterFolds:
 
 
 def lean(backbone: Backbone, unfreeze_blocks: int) -> Backbone:
-    """What a `Tail` takes of a tower: the last blocks and what follows them, a sixth of a ViT-B/16 for two."""
+    """Keep what a `Tail` needs of a tower: the last blocks and what follows them, a sixth of a ViT-B/16 for two."""
     visual, trunk = backbone.visual, backbone.visual.trunk
     names = ("global_pool", "num_prefix_tokens", "embed_dim", "norm", "fc_norm")
     kept = list(trunk.blocks)[len(trunk.blocks) - unfreeze_blocks :]
@@ -238,7 +238,7 @@ def lean(backbone: Backbone, unfreeze_blocks: int) -> Backbone:
 
 @contextmanager
 def _token_beside(out: Path, token: str) -> Iterator[str]:
-    """A file in the run folder's parent, there for as long as the nodes look for it."""
+    """Keep a file in the run folder's parent while the nodes look for it."""
     path = out.with_name(f".{out.name}.{token}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cxr_fast.errors import InputError
-from cxr_fast.system.files import atomic, write_bytes
+from cxr_fast.system.files import atomic, reserve_space, sync_folder, write_at, write_bytes
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -35,3 +36,14 @@ def test_under_a_lock_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
         file.write(b"whole")
         assert (tmp_path / "a.partial").stat().st_size == 0
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "whole")]
+
+
+def test_all_of_the_bytes_are_written_at_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, pwrite = tmp_path / "a", os.pwrite
+    path.write_bytes(b"." * 8)
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:2], at))  # the system may write less
+    with open(path, "r+b") as file:
+        write_at(file.fileno(), b"abcde", 2)
+    reserve_space(path)
+    sync_folder(tmp_path)
+    assert path.read_bytes() == b"..abcde."
