@@ -9,6 +9,7 @@ from importlib import import_module
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test compares the two
     # isort: off
+    from .activations.build import build_cache as build_cache
     from .activations.cache import Cache as Cache, open_cache as open_cache
     from .config import CacheSpec as CacheSpec, PreprocessSpec as PreprocessSpec
     from .config import SweepOptions as SweepOptions, SweepSpec as SweepSpec, TrainSpec as TrainSpec
@@ -35,7 +36,7 @@ _MODULE = {
     **dict.fromkeys(("CxrFastError", "DeviceError", "ImageError", "InputError"), "errors"),
     **dict.fromkeys(("Interrupted", "ParityError", "SchemaError"), "errors"),
     **dict.fromkeys(("Predictor", "Result"), "inference.predictor"),
-    **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
+    "build_cache": "activations.build",
     "compare_runs": "report.comparison",
     "evaluate": "report.evaluation",
     **dict.fromkeys(("ExportSpec", "export_run"), "export.variants"),

@@ -106,7 +106,7 @@ def _cache(data: Path, out: Path, weights: str) -> Path:
 
     # Two threads that wait for each other by spinning are thirty times slower on a busy machine.
     torch.set_num_threads(1)
-    manifest, tower = datasets.read(data), backbone.load(weights)
+    manifest, tower = datasets.read_dataset(data), backbone.load(weights)
     labels = manifest.labels.copy()
     labels[np.random.default_rng(0).random(labels.shape) < 1 / 8] = -1
     spec = with_size(CacheSpec(weights=weights), tower)

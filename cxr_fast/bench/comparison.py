@@ -162,7 +162,7 @@ def _read_images(spec: CompareSpec, models: tuple[About, About]) -> tuple[list[n
 
 def _listed(source: Path, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Paths (n) of a manifest's images and labels (n, C) for the model's classes, -1 for one that it lacks."""
-    read = manifest.read(source)
+    read = manifest.read_dataset(source)
     shared = [name for name in classes if name in read.classes]
     if not shared:
         raise InputError(f"--manifest: {source} has none of the model's classes ({', '.join(classes[:3])}, ...).")

@@ -84,4 +84,4 @@ def copy_films(folder: Path, images: Path | None, count: int) -> manifest.Manife
         shutil.copy(source, folder / f"copy{i}{source.suffix}")
         rows.append([f"copy{i}{source.suffix}", str(i), str(i % 2)])
     write_csv(folder / "manifest.csv", ["image", "group", "A"], rows)
-    return manifest.read(folder / "manifest.csv")
+    return manifest.read_dataset(folder / "manifest.csv")

@@ -233,9 +233,6 @@ def read_dataset(
     return _manifest(rows, placed, str(about.get("name", plain)), root, info)
 
 
-read = read_dataset  # until every caller uses the whole name
-
-
 def _manifest(
     rows: ListedImages, placed: Sequence[tuple[int, str]], name: str, root: Path, info: dict[str, Any]
 ) -> Manifest:

@@ -37,7 +37,7 @@ def made(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = with_size(CacheSpec(weights=TOY), tower)
     build.run(
         CacheJob(
-            manifest=manifest.read(folder / "data"),
+            manifest=manifest.read_dataset(folder / "data"),
             backbone=tower,
             spec=spec,
             out=folder / "a.h5",

@@ -55,7 +55,7 @@ def test_answers_are_those_of_the_files_themselves(
 ) -> None:
     from cxr_fast.data import manifest as datasets
 
-    manifest = datasets.read(toy_data)
+    manifest = datasets.read_dataset(toy_data)
     rows = np.unique(np.linspace(0, len(manifest) - 1, 40).astype(int))
     a, b = Predictor(toy_model, **ALL), Predictor(other, **ALL)
     good = [row for row in rows if next(a.stream([manifest.path(row)])).ok]

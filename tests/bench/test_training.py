@@ -82,7 +82,7 @@ def test_a_head_alone_has_its_baseline_too(toy_data: Path, lively_weights: Path,
     tower = backbone.load(spec.weights)
     build.run(
         CacheJob(
-            manifest=manifest.read(toy_data, limit=24),
+            manifest=manifest.read_dataset(toy_data, limit=24),
             backbone=tower,
             spec=with_size(spec, tower),
             out=tmp_path / "e.h5",

@@ -430,7 +430,7 @@ def test_the_drivers_result_is_what_the_model_reads(
 def test_the_parts_of_the_driver_are_measured_on_a_toy(driver: ModuleType, tmp_path: Path) -> None:
     from cxr_fast.activations.encoder import with_size
     from cxr_fast.config import CacheSpec
-    from cxr_fast.data.manifest import read
+    from cxr_fast.data.manifest import read_dataset
     from cxr_fast.data.phantom.dataset import write_dataset
     from cxr_fast.models import backbone
     from tests.conftest import TOY
@@ -441,7 +441,7 @@ def test_the_parts_of_the_driver_are_measured_on_a_toy(driver: ModuleType, tmp_p
     driver.FILMS = {"small": (64, 48, "png")}
     for seconds in (
         driver.decode_seconds(tmp_path, spec.preprocess, 2)["small"]["seconds"],
-        driver.write_seconds(tmp_path, tower, spec, read(tmp_path / "data"), 2),
+        driver.write_seconds(tmp_path, tower, spec, read_dataset(tmp_path / "data"), 2),
         driver.step_seconds(tower, 1)["seconds_per_sample"]["float32"],
     ):
         assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]

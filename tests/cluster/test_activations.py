@@ -82,7 +82,7 @@ def made(out: Path) -> list[bytes]:
 def test_three_nodes_one_lost_make_the_files_of_one_machine(
     nodes: RayNodes, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tower, manifest = backbone.load(TOY), datasets.read(films)
+    tower, manifest = backbone.load(TOY), datasets.read_dataset(films)
     spec = with_size(CacheSpec(weights=TOY), tower)
     one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
     named: dict[str, Any] = {

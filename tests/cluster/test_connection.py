@@ -381,7 +381,9 @@ def embeddings(toy_data: Path, lively_weights: Path, tmp_path_factory: pytest.Te
 
     out, tower = tmp_path_factory.mktemp("heads") / "toy.h5", backbone.load(str(lively_weights))
     spec = with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
-    build.run(CacheJob(manifest=manifest.read(toy_data), backbone=tower, spec=spec, out=out, device="cpu", workers=1))
+    build.run(
+        CacheJob(manifest=manifest.read_dataset(toy_data), backbone=tower, spec=spec, out=out, device="cpu", workers=1)
+    )
     return out
 
 

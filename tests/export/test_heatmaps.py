@@ -204,7 +204,12 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
     spec = with_size(CacheSpec(weights=str(lively_weights), unfreeze_blocks=0), tower)
     build.run(
         CacheJob(
-            manifest=manifest.read(toy_data), backbone=tower, spec=spec, out=tmp_path / "c.h5", device="cpu", workers=1
+            manifest=manifest.read_dataset(toy_data),
+            backbone=tower,
+            spec=spec,
+            out=tmp_path / "c.h5",
+            device="cpu",
+            workers=1,
         )
     )
     sweep = SweepSpec(epochs=(2,), folds=2, final="ensemble", train=TrainSpec(lr=1e-3, batch_size=4))

@@ -44,7 +44,7 @@ def encode_all(data: str, out: str, spec: CacheSpec, block: int, step: int, told
     steps = states.Steps(states.at(step), (h5py.Group, "create_dataset"))
     build.run(
         CacheJob(
-            manifest=manifest.read(Path(data)),
+            manifest=manifest.read_dataset(Path(data)),
             backbone=backbone.load(spec.weights),
             spec=spec,
             out=Path(out),
