@@ -1,4 +1,4 @@
-"""Heat maps: which patches the class token looked at, weighted by the gradient of one class's logit."""
+"""Compute heat maps: the class token's attention to each patch, weighted by the gradient of one class's logit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TO
 
 
 def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
-    """Relevance of each patch to each class for one normalised image (1, 3, S, S); (C, rows, columns) float32, >= 0.
+    """Return each patch's relevance to each class for one normalised image (1, 3, S, S); (C, rows, columns) >= 0.
 
     Mean over heads of max(0, A * d logit / d A), A the class token's attention in the last block: equation 5 of Chefer,
     Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), in logits. Their product over blocks is left
@@ -94,9 +94,9 @@ def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.nda
 
 
 def attention(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (B, heads, T, T) and values (B, heads, T, D / heads) of a timm `Block` at tokens (B, T, D).
+    """Compute probabilities (B, heads, T, T) and values (B, heads, T, D / heads) of a timm `Block` at tokens (B, T, D).
 
-    timm's own attention is fused: its probabilities exist nowhere.
+    timm's own attention is fused and returns no probabilities.
     """
     attn = block.attn
     b, t, _ = x.shape
@@ -106,7 +106,7 @@ def attention(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_attention(block: Any, x: torch.Tensor, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The block's output (B, T, D), from its input x and what `attention` gave."""
+    """Compute the block's output (B, T, D) from its input x and the result of `attention`."""
     z = (a @ v).transpose(1, 2).reshape(*x.shape[:2], -1)
     x = x + block.ls1(block.attn.proj(z))
     out: torch.Tensor = x + block.ls2(block.mlp(block.norm2(x)))
@@ -114,7 +114,7 @@ def from_attention(block: Any, x: torch.Tensor, a: torch.Tensor, v: torch.Tensor
 
 
 def shares(maps: np.ndarray) -> np.ndarray:
-    """Each map (C, rows, columns) over its own sum; one that is nowhere positive stays 0."""
+    """Divide each map (C, rows, columns) by its own sum; one that is nowhere positive stays 0."""
     total = maps.sum(axis=(1, 2), keepdims=True, dtype=np.float64)
     return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
 

@@ -42,6 +42,9 @@ class ExportSpec:
 
     `out` is a folder, or a file for a single variant, by default the run's folder; `final` another final model than the
     run's own; `images` where the cached images are now; `count` how many of them each variant is checked on.
+
+        >>> ExportSpec(variants=("fp32", "int8")).count
+        256
     """
 
     out: AnyPath | None = None
