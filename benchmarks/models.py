@@ -15,7 +15,7 @@ from cxr_fast.bench.comparison import Arm
 from cxr_fast.bench.films import copy_films
 from cxr_fast.bench.training import random_labels
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
-from cxr_fast.data import manifest as datasets
+from cxr_fast.data.manifest import read_dataset
 from cxr_fast.data.phantom.dataset import write_dataset
 from cxr_fast.export.variants import Exported, ExportSpec, export_run
 from cxr_fast.models import backbone
@@ -29,7 +29,7 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     One epoch on 16 phantoms says nothing, so neither do its thresholds: decisions near them flip at a touch.
     """
     write_dataset(folder / "data", studies=8, size=128, seed=0)
-    tower, manifest = backbone.load(weights), datasets.read_dataset(folder / "data")
+    tower, manifest = backbone.load(weights), read_dataset(folder / "data")
     spec = with_size(CacheSpec(weights=weights), tower)
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))

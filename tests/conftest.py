@@ -101,12 +101,12 @@ def _cache(data: Path, out: Path, weights: str) -> Path:
     from cxr_fast.activations.encoder import with_size
     from cxr_fast.activations.job import CacheJob
     from cxr_fast.config import CacheSpec
-    from cxr_fast.data import manifest as datasets
+    from cxr_fast.data.manifest import read_dataset
     from cxr_fast.models import backbone
 
     # Two threads that wait for each other by spinning are thirty times slower on a busy machine.
     torch.set_num_threads(1)
-    manifest, tower = datasets.read_dataset(data), backbone.load(weights)
+    manifest, tower = read_dataset(data), backbone.load(weights)
     labels = manifest.labels.copy()
     labels[np.random.default_rng(0).random(labels.shape) < 1 / 8] = -1
     spec = with_size(CacheSpec(weights=weights), tower)

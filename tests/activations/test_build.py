@@ -28,7 +28,7 @@ from cxr_fast.activations.job import CacheJob, shard_ranges
 from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec, SweepSpec
-from cxr_fast.data import manifest as datasets
+from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError, Interrupted, SchemaError
 from cxr_fast.models import backbone
 from cxr_fast.models.backbone import Backbone
@@ -70,17 +70,17 @@ def listed(folder: Path, names: list[str]) -> None:
 
 
 def names_of(folder: Path) -> list[str]:
-    return list(datasets.read_dataset(folder / "manifest.csv").images)
+    return list(read_dataset(folder / "manifest.csv").images)
 
 
 def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, count: int = 3, **flags: Any) -> build.BuildOutcome:
-    manifest, watch = datasets.read_dataset(folder / "manifest.csv"), flags.pop("on_progress", None)
+    manifest, watch = read_dataset(folder / "manifest.csv"), flags.pop("on_progress", None)
     named: dict[str, Any] = {"shards": count, "device": "cpu", "batch_size": BLOCK, **flags}
     return build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named), watch)
 
 
 def whole(tower: Backbone, spec: CacheSpec, folder: Path, out: Path) -> store.ActivationFile:
-    manifest = datasets.read_dataset(folder / "manifest.csv")
+    manifest = read_dataset(folder / "manifest.csv")
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, device="cpu", batch_size=BLOCK))
     return store.ActivationFile(out)
 
@@ -174,7 +174,7 @@ def test_weights_are_hashed_once_however_many_shards_there_are(
         return real(tensors, names)
 
     monkeypatch.setattr(backbone, "weights_sha256", count)
-    manifest, out = datasets.read_dataset(images / "manifest.csv"), tmp_path / ("a.shards.json" if shards else "a.h5")
+    manifest, out = read_dataset(images / "manifest.csv"), tmp_path / ("a.shards.json" if shards else "a.h5")
     named: dict[str, Any] = {"shards": shards, "device": "cpu", "batch_size": BLOCK}
     job = CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named)
     build.plan(job)

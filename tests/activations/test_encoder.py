@@ -25,8 +25,8 @@ from cxr_fast.activations.encoder import BuildProgress, with_size
 from cxr_fast.activations.job import CacheJob
 from cxr_fast.activations.verify import ReencodeSpec
 from cxr_fast.config import CacheSpec, PreprocessSpec, SweepSpec
-from cxr_fast.data import manifest as datasets
 from cxr_fast.data.images import load
+from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.models import backbone
 from cxr_fast.models.backbone import Backbone
@@ -66,7 +66,7 @@ def write_manifest(folder: Path, names: list[str], flip: bool = False) -> None:
 
 
 def run(tower: Backbone, spec: CacheSpec, folder: Path, out: Path, **flags: Any) -> build.BuildOutcome:
-    manifest = datasets.read_dataset(folder / "manifest.csv")
+    manifest = read_dataset(folder / "manifest.csv")
     watch = [flags.pop(name, None) for name in ("on_progress", "on_compared")]
     named: dict[str, Any] = {"device": "cpu", "batch_size": BLOCK, **flags}
     return build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=out, **named), *watch)
@@ -119,7 +119,7 @@ def test_more_blocks_than_the_backbone_has_is_refused(
 def test_a_row_does_not_depend_on_the_block_size(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
 ) -> None:
-    manifest = datasets.read_dataset(images / "manifest.csv")
+    manifest = read_dataset(images / "manifest.csv")
     for name, block in (("a", 4), ("b", 8)):
         build.run(
             CacheJob(
@@ -136,7 +136,7 @@ def test_a_row_does_not_depend_on_the_block_size(
 
 
 def test_the_plan_writes_nothing(tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path) -> None:
-    manifest = datasets.read_dataset(images / "manifest.csv")
+    manifest = read_dataset(images / "manifest.csv")
     plan = build.plan(
         CacheJob(manifest=manifest, backbone=tower, spec=spec, out=tmp_path / "deep" / "a.h5", device="cpu")
     )
@@ -322,7 +322,7 @@ def test_the_fingerprint_leaves_paths_and_labels_out(
     moved = tmp_path / "elsewhere"
     shutil.move(images, moved)
     write_manifest(moved, sorted(path.name for path in moved.glob("*.png"))[:5], flip=True)
-    manifest = datasets.read_dataset(moved / "manifest.csv")
+    manifest = read_dataset(moved / "manifest.csv")
     two = build.run(
         CacheJob(
             manifest=manifest, backbone=tower, spec=spec, out=tmp_path / "b.h5", device="cpu", batch_size=8, workers=1

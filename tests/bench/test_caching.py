@@ -19,7 +19,7 @@ from cxr_fast.bench.measure import median, spread
 from cxr_fast.bench.results import RATIOS
 from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec
-from cxr_fast.data import manifest as datasets
+from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError
 from cxr_fast.models import backbone
 from cxr_fast.system import hardware
@@ -34,12 +34,12 @@ def made(data: Path, weights: Path, folder: Path, **changes: Any) -> caching.Par
     torch.set_num_threads(1)
     tower = backbone.load(str(weights))
     spec = encoder.with_size(CacheSpec(weights=str(weights), **changes), tower)
-    manifest, _ = caching.few(datasets.read_dataset(data), 10, spec.preprocess)
+    manifest, _ = caching.few(read_dataset(data), 10, spec.preprocess)
     return caching.Parts(tower, spec, manifest, folder, "cpu")
 
 
 def test_images_are_spread_and_broken_ones_counted(toy_data: Path) -> None:
-    manifest, spec = datasets.read_dataset(toy_data), CacheSpec().preprocess
+    manifest, spec = read_dataset(toy_data), CacheSpec().preprocess
     found, left_out = caching.few(manifest, 1000, spec)
     assert (len(found), left_out) == (len(manifest) - 1, 1)
     some, _ = caching.few(manifest, 10, spec)
@@ -52,7 +52,7 @@ def test_images_are_spread_and_broken_ones_counted(toy_data: Path) -> None:
 
 
 def test_nothing_readable_is_refused(toy_data: Path, tmp_path: Path) -> None:
-    manifest = datasets.read_dataset(toy_data)
+    manifest = read_dataset(toy_data)
     gone = replace(manifest, root=tmp_path)
     with pytest.raises(InputError, match=r"none of 5 images of .* can be read"):
         caching.few(gone, 5, CacheSpec().preprocess)

@@ -24,7 +24,7 @@ from cxr_fast.activations.job import CacheJob
 from cxr_fast.cli.main import main
 from cxr_fast.cluster import activations, connection
 from cxr_fast.config import CacheSpec
-from cxr_fast.data import manifest as datasets
+from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import DeviceError, InputError, Interrupted
 from cxr_fast.models import backbone
 from tests.conftest import TOY
@@ -82,7 +82,7 @@ def made(out: Path) -> list[bytes]:
 def test_three_nodes_one_lost_make_the_files_of_one_machine(
     nodes: RayNodes, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tower, manifest = backbone.load(TOY), datasets.read_dataset(films)
+    tower, manifest = backbone.load(TOY), read_dataset(films)
     spec = with_size(CacheSpec(weights=TOY), tower)
     one, many, sent = (tmp_path / name / "a.shards.json" for name in ("one", "many", "sent"))
     named: dict[str, Any] = {

@@ -13,8 +13,7 @@ import pytest
 
 from cxr_fast.activations import file as store
 from cxr_fast.config import SweepSpec
-from cxr_fast.data import manifest as datasets
-from cxr_fast.data.manifest import Manifest
+from cxr_fast.data.manifest import Manifest, read_dataset
 from cxr_fast.errors import InputError
 from cxr_fast.training import dataset
 
@@ -42,7 +41,7 @@ def labels_of(names: list[str], folder: Path) -> Manifest:
         csv.writer(file).writerows(
             [["image", "group", "Mass"], *([name, f"g{i}", i % 2] for i, name in enumerate(names))]
         )
-    return datasets.read_dataset(folder / "other.csv", missing="keep")
+    return read_dataset(folder / "other.csv", missing="keep")
 
 
 # ------------------------------------------------------------------ damage
@@ -75,7 +74,7 @@ def test_a_row_that_the_manifest_leaves_out_may_be_damaged(own: Path) -> None:
 
 
 def test_the_manifest_of_the_same_folder_is_told_by_place(own: Path, toy_data: Path) -> None:
-    data = dataset.read(own, SPEC, datasets.read_dataset(toy_data, missing="keep"))
+    data = dataset.read(own, SPEC, read_dataset(toy_data, missing="keep"))
     assert (data.by_name, data.notes) == (0, ())
     assert len(data.rows) == 79
 
@@ -123,7 +122,7 @@ def test_an_image_named_twice_is_refused(own: Path, toy_data: Path, tmp_path: Pa
 
 
 def test_labels_of_the_manifest_replace_the_caches(own: Path, toy_data: Path) -> None:
-    manifest = datasets.read_dataset(toy_data)
+    manifest = read_dataset(toy_data)
     file = store.ActivationFile(own)
     other = replace(manifest, classes=("Mass",), labels=np.full((len(manifest), 1), 1, np.int8), groups=manifest.images)
     header, kept, _ = dataset.relabel(file, other)
