@@ -62,7 +62,7 @@ def fact_table(run: Record) -> Table:
         "hardware": _hardware(run),
         "system": machine.get("os"),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-        "time": duration(run["seconds"]),
+        "time": duration(run["seconds"], tenths=True),
         "written": f"{run['written_by']}, {run['created']}",
     }
     return Table(title="Facts", columns=["", ""], rows=[[name, value] for name, value in facts.items() if value])

@@ -78,7 +78,7 @@ def grid_table(run: Record, digits: int = 3) -> Table:
                 row["epochs"],
                 Figure(value=row["mean_auc"], digits=digits),
                 Figure(value=row["std_auc"], digits=digits),
-                Label(text=duration(row["seconds"]), value=row["seconds"]),
+                Label(text=duration(row["seconds"], tenths=True), value=row["seconds"]),
             ]
             for row in run["grid"]
         ],

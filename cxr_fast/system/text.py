@@ -151,11 +151,11 @@ def table(head: list[str], rows: list[list[str]], *, mark: int | None = None, na
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *body])
 
 
-def duration(seconds: float) -> str:
-    """`4.2 s`, `42 s`, `3 min 10 s`, `2 h 05 min`."""
+def duration(seconds: float, *, tenths: bool = False) -> str:
+    """`4 s` (with `tenths` `4.2 s`), `42 s`, `3 min 10 s`, `2 h 05 min`."""
     s = round(seconds)
     if s < 60:
-        return f"{seconds:.1f} s" if s < 10 else f"{s} s"
+        return f"{seconds:.1f} s" if tenths and s < 10 else f"{s} s"
     return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 

@@ -714,7 +714,7 @@ def test_every_command_shows_its_help() -> None:
 @pytest.mark.parametrize(
     ("function", "value", "expected"),
     [
-        (duration, 0.4, "0.4 s"),
+        (duration, 0.4, "0 s"),
         (duration, 59.4, "59 s"),
         (duration, 59.6, "1 min 00 s"),
         (duration, 190, "3 min 10 s"),
