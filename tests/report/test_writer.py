@@ -328,7 +328,7 @@ def test_the_recipe_and_the_making_are_told(made: Path, parsed: Page) -> None:
     facts = dict(map(tuple, parsed.tables["Facts"]))
     assert facts["cache fingerprint"] == run["cache"]["fingerprint"]
     assert run["toolchain"]["torch"] in facts["versions"]
-    assert facts["time"] == duration(run["seconds"])
+    assert facts["time"] == duration(run["seconds"], tenths=True)
     assert "Not a medical device" in parsed.text
     assert [row[0] for row in parsed.tables["Training progression, means over folds"][1:]] == ["1", "6"]
     assert "chosen among folds with different validation images" in parsed.text
@@ -782,7 +782,7 @@ def test_numbers_as_text() -> None:
     assert with_interval({"value": 0.8124, "low": 0.7791, "high": 0.8432}) == "0.812 [0.779, 0.843]"
     assert with_interval({"value": 0.8, "low": None, "high": None}) == "0.800"
     assert with_interval({"value": None, "low": None, "high": None}) == "–"
-    assert [duration(s) for s in (1.23, 42.4, 190, 7500)] == ["1.2 s", "42 s", "3 min 10 s", "2 h 05 min"]
+    assert [duration(s, tenths=True) for s in (1.23, 42.4, 190, 7500)] == ["1.2 s", "42 s", "3 min 10 s", "2 h 05 min"]
 
 
 def test_every_csv_opens_as_a_table(made: Path) -> None:
