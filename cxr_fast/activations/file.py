@@ -25,6 +25,7 @@ from ..config import digest
 from ..errors import InputError, SchemaError
 from ..system.files import reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
+from ..system.text import gigabytes
 
 SCHEMA = 1
 KIND = "cxr-fast activations"
@@ -76,7 +77,7 @@ def create(path: Path, header: Header) -> None:
         need = row_bytes(header.shape, header.dtype) * header.shape[0]
         free = os.statvfs(target.parent).f_bavail * os.statvfs(target.parent).f_frsize
         if need > free:
-            raise InputError(f"--out: {path} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk.")
+            raise InputError(f"--out: {path} needs {gigabytes(need)}; {gigabytes(free)} are free on that disk.")
         with h5py.File(scratch, "w") as file:
             _write_header(file, header)
         reserve_space(scratch)

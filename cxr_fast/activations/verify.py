@@ -111,7 +111,7 @@ def _reencode(
 ) -> tuple[float, dict[int, str], dict[int, str]]:
     """Largest difference, and which rows are wrong or could not be encoded again, each with the reason."""
     parts = file.meta["fingerprint_parts"]
-    if parts[PIXEL_CHECK] != self_check():
+    if parts.get(PIXEL_CHECK, self_check()) != self_check():
         raise InputError(
             f"the Pillow here gives other pixels than {file.meta.get('pillow')}, with which {file.path} was made: "
             "encoding again proves nothing. Install that one, or pass --reencode 0."

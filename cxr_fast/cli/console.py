@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Part = str | Table
+BAR, WIDE = 24, 100  # columns of a progress bar, and of a terminal that has room for one
 
 
 def plain(parts: Iterable[Part]) -> str:
@@ -114,27 +115,28 @@ class ProgressBar:
             return
         self.last = now
         took = now - self.began if seconds is None else seconds
-        left = f", {duration(took / (done - before) * (total - done))} left" if done > before else ""
+        left = f"{duration(took / (done - before) * (total - done))} left" if done > before else ""
         if self.live:
-            self._draw(100 * done / total, text + left)
+            self._draw(100 * done / total, text, left)
         else:
-            click.echo(f"{100 * done / total:5.1f} %  {text}{left}", err=True)
+            click.echo(f"{100 * done / total:5.1f} %  {text}{', ' * bool(left)}{left}", err=True)
 
     @property
     def seconds(self) -> float:
         """Since the bar began."""
         return time.monotonic() - self.began
 
-    def _draw(self, percent: float, text: str) -> None:
+    def _draw(self, percent: float, text: str, left: str) -> None:
         from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+        console = _console(sys.stderr)
         if self.drawn is None:
             ProgressBar.close()
             self.drawn = Progress(
-                BarColumn(24),
+                *([BarColumn(BAR)] if console.width >= WIDE else []),
                 TextColumn("{task.percentage:5.1f} %"),
                 TextColumn("{task.description}", markup=False),
-                console=_console(sys.stderr),
+                console=console,
                 auto_refresh=False,
                 transient=True,
                 redirect_stdout=False,
@@ -143,7 +145,11 @@ class ProgressBar:
             self.drawn.add_task("", total=100)
             self.drawn.start()
             ProgressBar._open = self
-        self.drawn.update(TaskID(0), completed=percent, description=text, refresh=True)
+        # Where it is narrow the bar goes first, then the end of the text; percentage and time left stay.
+        room = console.width - (BAR + 1 if console.width >= WIDE else 0) - len("100.0 %  , ") - len(left)
+        short = text if len(text) <= room else f"{text[: max(room - 1, 0)]}…"
+        said = ", ".join(filter(None, [short, left]))
+        self.drawn.update(TaskID(0), completed=percent, description=said, refresh=True)
 
     def done(self) -> None:
         """Take the bar away."""

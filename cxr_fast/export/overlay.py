@@ -201,7 +201,8 @@ def _shortened(text: str, size: int, width: int) -> str:
         font.set_text(text)
         return bool(font.get_width_height()[0] / 64 <= width)
 
-    text = " ".join(text.split())
+    # A file name that is not UTF-8 holds surrogates, which no font can draw.
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
     kept, short = len(text), text
     while kept > 2 and not fits(short):
         kept -= 1

@@ -245,7 +245,7 @@ def _earlier(out: Path, spec: BatchSpec) -> dict[str, Any]:
         found = {}
     except (OSError, ValueError):
         found = None
-    ours = isinstance(found, dict) and found.get("kind", KIND) == KIND
+    ours = found == {} or (isinstance(found, dict) and found.get("kind") == KIND)
     foreign = [] if ours else [run_path(out)]
     if spec.pool and studies_path(out).exists() and not (ours and found.get("study_pool")):
         foreign.append(studies_path(out))

@@ -133,6 +133,13 @@ class Checkpoint:
             )
 
     def _unreadable(self) -> InputError:
+        with open(self.path, "rb") as file:
+            earlier = file.read(200).startswith(b'{"kind": "cxr-fast predictions so far"')
+        if earlier:
+            return InputError(
+                f"--out: {self.path} holds answers in the format of an earlier cxr-fast; finish them with that one, or "
+                f"{MEND} to predict all images again."
+            )
         return InputError(
             f"--out: {self.path} is damaged, or another version of cxr-fast or another program wrote it; {MEND} to "
             "predict all images again."

@@ -191,10 +191,16 @@ class Sweep:
             device=str(self.device) if self.trainer is None else self.trained_on,
             precision=self.kinds[0],
             seconds=self._expected_seconds(self.points[0][1]),
-            resumed=(Path(f"{self.out}.partial") / "plan.json").is_file() and not self.options.overwrite,
+            resumed=self._goes_on(),
             cluster="" if self.trainer is None else str(self.trainer),
             notes=() if self.trainer is None else tuple(self.trainer.notes),
         )
+
+    def _goes_on(self) -> bool:
+        """Whether an unfinished run of this very request exists and is not to be replaced."""
+        folder = Path(f"{self.out}.partial")
+        unfinished = (folder / "plan.json").is_file() and not self.options.overwrite
+        return unfinished and not difference(folder, self.request())
 
     def _expected_seconds(self, train: TrainSpec) -> float:
         """Time a few steps on a throw-away fold, for the whole search; NaN where this machine lacks the device."""

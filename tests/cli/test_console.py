@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from cxr_fast.cli import console
 
 SHOW = """
 from cxr_fast.cli.console import show, show_plan
@@ -133,3 +136,20 @@ def test_a_command_draws_its_table(phantoms: Path, environment: dict[str, str]) 
     said = on_terminal(code, **environment)
     assert re.search(r"│ Normal +│ +\d+ │", said)
     assert ("\x1b[" in said) != bool(environment)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 140])
+def test_a_narrow_terminal_keeps_percentage_and_time_left(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_console", lambda file: Console(file=out, width=width, force_terminal=True))
+    bar = console.ProgressBar()
+    bar.live = True
+    bar.show(8, 47, "8 of 47 images, 17.3 images/s, waiting for the model", seconds=8.0, force=True)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    bar.done()
+    assert "17.0 %" in drawn
+    assert "39 s left" in drawn
+    assert all(len(line) <= width for line in re.split(r"[\r\n]", drawn))
+    assert ("━" in drawn) == (width >= console.WIDE)

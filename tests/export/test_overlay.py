@@ -233,3 +233,7 @@ def test_any_film_and_any_number_of_classes_fit(film: tuple[int, int], count: in
     found = explained(grey=np.zeros(film, np.uint8), maps=explained().maps * count)
     page = pixels(found)
     assert max(page.shape) <= 5000
+
+
+def test_a_file_name_that_is_not_utf_8_is_drawn_with_a_mark_in_its_place() -> None:
+    assert overlay._shortened("a\udcff.png", 20, 500) == "a?.png"

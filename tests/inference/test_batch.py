@@ -685,3 +685,10 @@ def test_a_class_that_the_table_cannot_hold_is_refused(
     with pytest.raises(InputError, match=said):
         write(predictor, named(files[:1]), tmp_path / "p.csv")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_json_of_somebody_else_is_not_replaced(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "p.run.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match=r"p\.run\.json exists and predict did not write it"):
+        write(predictor, named(files[:1]), tmp_path / "p.csv")
+    assert (tmp_path / "p.run.json").read_text() == '{"mine": 1}'

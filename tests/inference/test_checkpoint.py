@@ -352,3 +352,14 @@ def test_a_moved_pair_goes_on(out: Path, image: Path) -> None:
     shutil.move(beside(out), beside(other))
     with Checkpoint(other, MODEL) as kept:
         assert kept.holds(str(image))
+
+
+def test_answers_of_an_earlier_version_are_named_as_such_and_kept(tmp_path: Path) -> None:
+    path = beside(tmp_path / "p.csv")
+    path.write_text('{"kind": "cxr-fast predictions so far", "schema": 1}\n')
+    with (
+        pytest.raises(InputError, match=r"in the format of an earlier cxr-fast; .* --overwrite to predict all images"),
+        Checkpoint(tmp_path / "p.csv", MODEL),
+    ):
+        pass
+    assert path.read_text().startswith('{"kind"')
