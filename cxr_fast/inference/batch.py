@@ -321,6 +321,9 @@ def _predict(
                 state.failed += sum(not result.ok for result in results)
                 if on_batch is not None:
                     on_batch(state)
+                # A cluster hands on several batches at once, and a second signal while they are kept would kill.
+                if stopped.is_set() and state.done < state.total:
+                    raise Interrupted("stopped.")
 
 
 @contextlib.contextmanager
