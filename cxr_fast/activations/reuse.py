@@ -157,7 +157,7 @@ def count_dropped(header: store.Header, files: Iterable[Path]) -> int:
 def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
     """Raise InputError, naming the first part of the fingerprint that differs, when two files' rows cannot be mixed."""
     here, there = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]
-    if PIXEL_CHECK not in there:
+    if PIXEL_CHECK in here and PIXEL_CHECK not in there:
         raise InputError(
             f"--out: {path} is of a cxr-fast that did not yet record what pixels Pillow gave; give another --out, or "
             "remove the file."
