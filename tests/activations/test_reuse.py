@@ -134,6 +134,14 @@ def with_check(value: str, images: list[int]) -> store.Header:
     return replace(new, meta={**new.meta, "pillow": f"of {value}"})
 
 
+def test_a_file_from_before_the_pixel_check_is_refused_as_such(folder: Path) -> None:
+    prepare(folder, [0, 1])
+    encode(folder, [0, 1], 1)
+    store.partial_path(folder / "a.h5").rename(folder / "a.h5.reuse1")
+    with pytest.raises(InputError, match=r"a\.h5\.reuse1 is of a cxr-fast that did not yet record what pixels Pillow"):
+        reuse.count_reusable(with_check("new", [0, 1]), reuse.find_files(folder / "a.h5"))
+
+
 def run(folder: Path, head: store.Header) -> bool:
     paths = [folder / image for image in head.images]
     return reuse.prepare(head, folder / "a.h5", reuse.ImageHasher(paths, 1), repair=False)
