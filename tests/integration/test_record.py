@@ -13,7 +13,7 @@ from record import commands, compare
 from record_files import keys_of, of_file, plain_text
 from safetensors.numpy import save_file
 
-HERE = "/tmp/cxr-record-x/work"
+HERE = "/scratch/cxr-record-x/work"
 
 
 def record() -> dict[str, Any]:
