@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -156,9 +154,15 @@ class CacheSpec:
 class TrainSpec:
     """How one fold is trained: AdamW on focal loss (Lin et al. 2017), the published recipe's defaults.
 
-    `focal+jaccard` is 0.7 focal and 0.3 soft Jaccard. `class_weights` weighs a class by one over its share of
-    positives in training, or by the square root of that, mean 1. `flip` draws the cached flipped view for half the
-    samples; `train_norm` trains the final norm and projection too.
+    `focal+jaccard` is 0.7 focal and 0.3 soft Jaccard; `asl` the asymmetric loss (Ridnik et al. 2021); `ldam` cross
+    entropy with a margin for positives that grows as a class gets rare (Cao et al. 2019). `head_lr` and `layer_decay`
+    give head and blocks rates of their own; `head_first` is LP-FT (Kumar et al. 2022). `logit_adjustment` is that of
+    Menon et al. 2021. With `sampling` an epoch has as many draws as films, with replacement: a film belongs to its
+    rarest finding, one without a finding to "none", and each of these is drawn equally often (`balanced`) or by the
+    square root of its number of films (`sqrt`). `ema` averages the weights after each step; at step t its decay is
+    min(`ema`, (1 + t) / (10 + t)), so that a short run is averaged over the steps it has. `class_weights` weighs a
+    class by one over its share of positives in training, or by the square root of that, mean 1. `flip` draws the
+    cached flipped view for half the samples; `train_norm` trains the final norm and projection too.
 
     `shuffle` is the order of an epoch: `full`, any; or `block`, for caches that are read from disk: the training rows
     in file order are cut into blocks of `shuffle_block`, the blocks are permuted, and all rows of `shuffle_window`
@@ -171,19 +175,38 @@ class TrainSpec:
     """
 
     lr: float = _setting(2e-5, "Learning rate of AdamW.")
+    head_lr: float | None = _setting(None, "Learning rate of the head; --lr is then that of the blocks.")
+    layer_decay: float = _setting(1.0, "Multiply the rate by this for each block below the last.")
+    train_blocks: int | None = _setting(None, "Blocks to train, at most those the cache leaves; 0 is the head alone.")
+    head_first: int = _setting(0, "Epochs that train the head alone, before blocks and head are trained.")
     weight_decay: float = _setting(1e-4, "Weight decay of AdamW.")
     batch_size: int = _setting(16, "Images per step.")
     clip_norm: float = _setting(1.0, "Gradient norm limit.")
-    loss: Literal["focal", "focal+jaccard", "bce"] = _setting(
-        "focal", "Loss; focal+jaccard is 0.7 focal and 0.3 soft Jaccard."
+    loss: Literal["focal", "focal+jaccard", "bce", "asl", "ldam"] = _setting(
+        "focal", "Loss; focal+jaccard is 0.7 focal and 0.3 soft Jaccard, asl the asymmetric loss, ldam has margins."
     )
     focal_alpha: float = _setting(0.25, "Focal loss: weight of positives.")
     focal_gamma: float = _setting(2.0, "Focal loss: focusing exponent.")
+    asl_gamma_neg: float = _setting(4.0, "Asymmetric loss: focusing exponent of negatives.")
+    asl_gamma_pos: float = _setting(1.0, "Asymmetric loss: focusing exponent of positives.")
+    asl_clip: float = _setting(0.05, "Asymmetric loss: negatives below this probability cost nothing.")
+    ldam_margin: float = _setting(1.0, "LDAM: margin of the rarest class, in logits.")
+    logit_adjustment: float = _setting(
+        0.0, "Add this times the log odds of each class's share of positives to the logits in the loss."
+    )
+    label_smoothing: float = _setting(0.0, "Share of each label that is spread evenly over yes and no.")
     class_weights: Literal["none", "inverse", "sqrt"] = _setting(
         "none", "Weigh rare classes up: by one over their share, or its square root."
     )
+    sampling: Literal["none", "balanced", "sqrt"] = _setting(
+        "none", "Draw films by their rarest finding: each film once, every finding equally often, or between the two."
+    )
     dropout: float = _setting(0.5, "Dropout in the head.")
+    ema: float = _setting(0.0, "Decay of the weights' running average, which is then the model; 0 averages nothing.")
     flip: bool = True
+    tta: Literal["none", "flip"] = _setting(
+        "none", "Score the plain view, or the mean of plain and flipped (test-time augmentation)."
+    )
     scheduler: Literal["plateau", "none"] = _setting("plateau", "Learning-rate schedule on validation macro AUC.")
     plateau_factor: float = _setting(0.5, "Plateau: what the rate is multiplied by.")
     plateau_patience: int = _setting(3, "Plateau: epochs without a better AUC that it waits.")
@@ -201,17 +224,44 @@ class TrainSpec:
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(0 < self.lr < math.inf, "lr", self.lr, "positive")
+        _require(self.head_lr is None or 0 < self.head_lr < math.inf, "head_lr", self.head_lr, "positive")
+        _require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
+        _require(self.train_blocks is None or self.train_blocks >= 0, "train_blocks", self.train_blocks, "0 or more")
+        _require(self.head_first >= 0, "head_first", self.head_first, "0 or more")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (batch norm needs two samples)")
         _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _require(0 <= self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "in [0, 1]")
         _require(0 <= self.focal_gamma < math.inf, "focal_gamma", self.focal_gamma, "0 or more")
+        for name in (
+            "asl_gamma_neg",
+            "asl_gamma_pos",
+        ):  # between 0 and 1 the gradient of a clipped negative is not finite
+            value = getattr(self, name)
+            _require(value == 0 or 1 <= value < math.inf, name, value, "0, or at least 1")
+        _require(0 <= self.asl_clip < 1, "asl_clip", self.asl_clip, "in [0, 1)")
+        _require(0 <= self.ldam_margin < math.inf, "ldam_margin", self.ldam_margin, "0 or more")
+        _require(0 <= self.logit_adjustment < math.inf, "logit_adjustment", self.logit_adjustment, "0 or more")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "in (0, 1)")
         _require(self.plateau_patience >= 0, "plateau_patience", self.plateau_patience, "0 or more")
         for name in ("shuffle_block", "shuffle_window"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise InputError for fields that exclude each other, by their names."""
+        for wrong, first, second in (
+            (self.sampling != "none" and self.shuffle == "block", "--sampling", "--shuffle block"),
+            (self.label_smoothing and self.loss == "focal+jaccard", "--label-smoothing", "--loss focal+jaccard"),
+            (self.head_first and self.train_blocks == 0, "--head-first", "--train-blocks 0"),
+            (self.layer_decay < 1 and self.train_blocks == 0, "--layer-decay", "--train-blocks 0"),
+        ):
+            if wrong:
+                raise InputError(f"{first} does not go with {second}; leave one of them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +269,8 @@ class SweepSpec:
     """The search around the fold: hold-out, folds, epoch budgets, the final model, thresholds.
 
     `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`; thresholds and calibration come from
-    out-of-fold predictions.
+    out-of-fold predictions. `retrain_head` is classifier re-training (Kang et al. 2020): fresh heads, at the chosen
+    budget and the head's rate, on embeddings of each fold's trained blocks.
 
         >>> SweepSpec(epochs=(5, 10), folds=3, train=TrainSpec(dropout=0.2)).final
         'best-fold'
@@ -234,8 +285,12 @@ class SweepSpec:
     split_by: Literal["group", "image"] = _setting(
         "group", "What may not be shared between folds; image splits views of one patient."
     )
-    final: Literal["best-fold", "refit", "ensemble"] = _setting(
-        "best-fold", "The final model: the best fold's, one trained on all folds, or the folds' mean."
+    retrain_head: Literal["none", "balanced", "sqrt"] = _setting(
+        "none", "After the search train each fold's head again on its frozen blocks, films drawn so (cRT)."
+    )
+    final: Literal["best-fold", "refit", "ensemble", "retrained"] = _setting(
+        "best-fold",
+        "The final model: the best fold's, one trained on all folds, the folds' mean, or that of retrained heads.",
     )
     threshold_target: str = _setting("f1", "f1, sensitivity=X or specificity=X, per class, out of fold.")
     calibration: Literal["none", "platt", "isotonic"] = _setting("none", "Calibration per class, fitted out of fold.")
@@ -254,6 +309,8 @@ class SweepSpec:
         )
         _require(self.folds >= 2, "folds", self.folds, "at least 2")
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "in [0, 1)")
+        if self.final == "retrained" and self.retrain_head == "none":
+            raise InputError("--final retrained: no head is trained again; add --retrain-head balanced.")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")
         _require(
             self.threshold_goal is not None,
@@ -291,86 +348,3 @@ class SweepOptions:
     weights: str | None = None
     grid: tuple[str, ...] = ()
     overwrite: bool = False
-
-
-# Where our defaults differ from the published recipe: (spec, field, published value, why ours differs).
-REFERENCE = (
-    ("SweepSpec", "split_by", "image", "views of one patient would land in different folds and in the hold-out"),
-    ("CacheSpec", "normalize", "imagenet", "BiomedCLIP was trained with other channel statistics"),
-)
-# What `--recipe reference` does not bring back.
-NOT_RESTORED = (
-    "the published code looked for the last two blocks under a name that does not exist and trained the head alone; "
-    "here they are trained",
-    "its thresholds were in part learned on the images they were judged on; here on out-of-fold predictions",
-)
-
-
-def reference_value(cls: type, name: str) -> Any:
-    """The published recipe's value of a field; our default where the two agree."""
-    found = [value for spec, field_name, value, _ in REFERENCE if (spec, field_name) == (cls.__name__, name)]
-    return found[0] if found else default(cls, name)
-
-
-def recipe_differences(cache: CacheSpec, sweep: SweepSpec) -> list[dict[str, Any]]:
-    """Each field where our default and the published recipe differ, with what this run used: rows of `field`, `here`,
-    `published`, `default`, `why`."""
-    return [
-        {
-            "field": name,
-            "here": getattr(sweep if cls == "SweepSpec" else cache, name),
-            "published": published,
-            "default": default(SweepSpec if cls == "SweepSpec" else CacheSpec, name),
-            "why": why,
-        }
-        for cls, name, published, why in REFERENCE
-    ]
-
-
-def grid_values(name: str, text: str) -> list[Any]:
-    """The values of one training field in `--grid NAME=A,B`, in order and of the field's type.
-
-    Raises InputError on an unknown field, an empty list, a value of the wrong type, or one named twice.
-    """
-    fields = {f.name for f in dataclasses.fields(TrainSpec)}
-    if name not in fields:
-        raise InputError(f"--grid: {name!r} is no training field; it takes {', '.join(sorted(fields))}.")
-    hint = typing.get_type_hints(TrainSpec)[name]
-    values = [_parse(name, hint, part.strip()) for part in text.split(",")]
-    if len(set(map(repr, values))) < len(values):
-        raise InputError(f"--grid: {name}={text} names a value twice.")
-    return values
-
-
-def _parse(name: str, hint: Any, text: str) -> Any:
-    if typing.get_origin(hint) is Literal:
-        if text in typing.get_args(hint):
-            return text
-        raise InputError(f"--grid: {name}={text!r} is not one of {', '.join(map(str, typing.get_args(hint)))}.")
-    if hint is bool:
-        if text in ("true", "false"):
-            return text == "true"
-        raise InputError(f"--grid: {name}={text!r} must be true or false.")
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    if optional and text == "none":
-        return None
-    kind = int if optional or hint is int else float
-    try:
-        return kind(text)
-    except ValueError:
-        raise InputError(f"--grid: {name}={text!r} is not a number.") from None
-
-
-def grid(train: TrainSpec, flags: Sequence[str]) -> list[tuple[dict[str, Any], TrainSpec]]:
-    """Every combination of `--grid NAME=A,B` flags on top of a spec: (what differs, the spec), last flag fastest.
-
-    Without flags the spec alone, with nothing that differs. Raises InputError on a bad flag or combination.
-    """
-    axes: dict[str, list[Any]] = {}
-    for flag in flags:
-        name, equals, text = flag.partition("=")
-        if not equals or name in axes:
-            raise InputError(f"--grid: {flag!r} must be NAME=A,B,..., each NAME once.")
-        axes[name] = grid_values(name, text)
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [(point, dataclasses.replace(train, **point)) for point in points]

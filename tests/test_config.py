@@ -34,30 +34,58 @@ CACHE = st.builds(
     dtype=st.sampled_from(config.choices(CacheSpec, "dtype")),
     preprocess=PREPROCESS,
 )
-TRAIN = st.builds(
-    TrainSpec,
-    lr=POSITIVE,
-    weight_decay=SHARE,
-    batch_size=st.integers(2, 4096),
-    clip_norm=POSITIVE,
-    loss=st.sampled_from(config.choices(TrainSpec, "loss")),
-    focal_alpha=SHARE,
-    focal_gamma=POSITIVE,
-    class_weights=st.sampled_from(config.choices(TrainSpec, "class_weights")),
-    dropout=SHARE,
-    flip=st.booleans(),
-    scheduler=st.sampled_from(config.choices(TrainSpec, "scheduler")),
-    plateau_factor=st.floats(0.01, 0.99),
-    plateau_patience=st.integers(0, 99),
-    patience=st.none() | st.integers(1, 99),
-    train_norm=st.booleans(),
-    precision=st.sampled_from(config.choices(TrainSpec, "precision")),
-    shuffle=st.sampled_from(config.choices(TrainSpec, "shuffle")),
-    shuffle_block=st.integers(1, 99),
-    shuffle_window=st.integers(1, 99),
-)
+GAMMA = st.just(0.0) | st.floats(1, 100)
+TRAIN_FIELDS = {
+    "lr": POSITIVE,
+    "head_lr": st.none() | POSITIVE,
+    "layer_decay": st.floats(0.01, 1),
+    "train_blocks": st.none() | st.integers(0, 12),
+    "head_first": st.integers(0, 9),
+    "weight_decay": SHARE,
+    "batch_size": st.integers(2, 4096),
+    "clip_norm": POSITIVE,
+    "loss": st.sampled_from(config.choices(TrainSpec, "loss")),
+    "focal_alpha": SHARE,
+    "focal_gamma": POSITIVE,
+    "asl_gamma_neg": GAMMA,
+    "asl_gamma_pos": GAMMA,
+    "asl_clip": SHARE,
+    "ldam_margin": POSITIVE,
+    "logit_adjustment": POSITIVE,
+    "label_smoothing": SHARE,
+    "class_weights": st.sampled_from(config.choices(TrainSpec, "class_weights")),
+    "sampling": st.sampled_from(config.choices(TrainSpec, "sampling")),
+    "dropout": SHARE,
+    "ema": SHARE,
+    "flip": st.booleans(),
+    "tta": st.sampled_from(config.choices(TrainSpec, "tta")),
+    "scheduler": st.sampled_from(config.choices(TrainSpec, "scheduler")),
+    "plateau_factor": st.floats(0.01, 0.99),
+    "plateau_patience": st.integers(0, 99),
+    "patience": st.none() | st.integers(1, 99),
+    "train_norm": st.booleans(),
+    "precision": st.sampled_from(config.choices(TrainSpec, "precision")),
+    "shuffle": st.sampled_from(config.choices(TrainSpec, "shuffle")),
+    "shuffle_block": st.integers(1, 99),
+    "shuffle_window": st.integers(1, 99),
+}
+
+
+def compatible(fields: dict[str, Any]) -> TrainSpec:
+    """A spec of drawn fields; of two that exclude each other one takes its default."""
+    if fields["shuffle"] == "block":
+        fields |= {"sampling": "none"}
+    if fields["loss"] == "focal+jaccard":
+        fields |= {"label_smoothing": 0.0}
+    if fields["train_blocks"] == 0:
+        fields |= {"head_first": 0, "layer_decay": 1.0}
+    return TrainSpec(**fields)
+
+
+TRAIN = st.fixed_dictionaries(TRAIN_FIELDS).map(compatible)
 SWEEP = st.builds(
     SweepSpec,
+    retrain_head=st.sampled_from(["balanced", "sqrt"]),
     epochs=st.sets(st.integers(1, 999), min_size=1).map(lambda found: tuple(sorted(found))),
     folds=st.integers(2, 20),
     holdout=SHARE,
@@ -79,7 +107,7 @@ def shuffled(value: Any, order: Any) -> Any:
 
 
 def test_the_strategies_cover_every_field() -> None:
-    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 19, SweepSpec: 9}
+    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 32, SweepSpec: 10}
     assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
 
 
@@ -134,12 +162,25 @@ BAD = [
     (CacheSpec, "normalize", ("openai",)),
     (CacheSpec, "dtype", ("bfloat16",)),
     (TrainSpec, "lr", (0.0, -1e-5, math.nan, math.inf)),
+    (TrainSpec, "head_lr", (0.0, -1e-5, math.nan, math.inf)),
+    (TrainSpec, "layer_decay", (0.0, -0.5, 1.1, math.nan)),
+    (TrainSpec, "train_blocks", (-1,)),
+    (TrainSpec, "head_first", (-1,)),
     (TrainSpec, "weight_decay", (-1e-9, math.nan, math.inf)),
     (TrainSpec, "batch_size", (0, 1)),
     (TrainSpec, "clip_norm", (0.0, -1.0, math.nan)),
     (TrainSpec, "loss", ("mse",)),
     (TrainSpec, "focal_alpha", (-0.1, 1.1, math.nan)),
     (TrainSpec, "focal_gamma", (-1.0, math.nan, math.inf)),
+    (TrainSpec, "asl_gamma_neg", (-1.0, 0.5, math.nan, math.inf)),
+    (TrainSpec, "asl_gamma_pos", (-1.0, 0.5, math.nan, math.inf)),
+    (TrainSpec, "asl_clip", (-0.1, 1.0, math.nan)),
+    (TrainSpec, "ldam_margin", (-0.1, math.nan, math.inf)),
+    (TrainSpec, "logit_adjustment", (-0.1, math.nan, math.inf)),
+    (TrainSpec, "label_smoothing", (-0.1, 1.0, math.nan)),
+    (TrainSpec, "sampling", ("class", "", None)),
+    (TrainSpec, "ema", (-0.1, 1.0, math.nan)),
+    (TrainSpec, "tta", ("both", None)),
     (TrainSpec, "dropout", (-0.1, 1.0, math.nan)),
     (TrainSpec, "scheduler", ("cosine",)),
     (TrainSpec, "plateau_factor", (0.0, 1.0, math.nan)),
@@ -154,6 +195,7 @@ BAD = [
     (SweepSpec, "holdout", (-0.1, 1.0, math.nan)),
     (SweepSpec, "seed", (-1, 2**32)),
     (SweepSpec, "split_by", ("study",)),
+    (SweepSpec, "retrain_head", ("inverse",)),
 ]
 
 
@@ -181,15 +223,28 @@ def test_defaults_are_the_published_recipe() -> None:
     train = dataclasses.asdict(sweep.train)
     assert train == {
         "lr": 2e-5,
+        "head_lr": None,
+        "layer_decay": 1.0,
+        "train_blocks": None,
+        "head_first": 0,
         "weight_decay": 1e-4,
         "batch_size": 16,
         "clip_norm": 1.0,
         "loss": "focal",
         "focal_alpha": 0.25,
         "focal_gamma": 2.0,
+        "asl_gamma_neg": 4.0,
+        "asl_gamma_pos": 1.0,
+        "asl_clip": 0.05,
+        "ldam_margin": 1.0,
+        "logit_adjustment": 0.0,
+        "label_smoothing": 0.0,
         "class_weights": "none",
+        "sampling": "none",
         "dropout": 0.5,
+        "ema": 0.0,
         "flip": True,
+        "tta": "none",
         "scheduler": "plateau",
         "plateau_factor": 0.5,
         "plateau_patience": 3,
@@ -201,6 +256,7 @@ def test_defaults_are_the_published_recipe() -> None:
         "shuffle_window": 64,
     }
     assert (sweep.epochs, sweep.folds, sweep.holdout, sweep.split_by) == ((30, 50, 75, 90, 100), 5, 0.2, "group")
+    assert (sweep.retrain_head, sweep.final, sweep.calibration) == ("none", "best-fold", "none")
     assert (cache.weights, cache.unfreeze_blocks, cache.views) == ("biomedclip", 2, ("plain", "flip"))
     assert (cache.normalize, cache.dtype, cache.preprocess.size) == ("model", "float16", 224)
 
@@ -213,12 +269,34 @@ def test_default_is_what_the_constructor_gives(cls: type) -> None:
         config.default(cls, "no_such_field")
 
 
+EXCLUDED = [
+    ({"sampling": "balanced", "shuffle": "block"}, "--sampling", "--shuffle block"),
+    ({"label_smoothing": 0.1, "loss": "focal+jaccard"}, "--label-smoothing", "--loss focal+jaccard"),
+    ({"head_first": 2, "train_blocks": 0}, "--head-first", "--train-blocks 0"),
+    ({"layer_decay": 0.5, "train_blocks": 0}, "--layer-decay", "--train-blocks 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "first", "second"), EXCLUDED)
+def test_fields_that_exclude_each_other_are_refused_by_name(fields: dict[str, Any], first: str, second: str) -> None:
+    with pytest.raises(InputError) as caught:
+        TrainSpec(**fields)
+    assert str(caught.value) == f"{first} does not go with {second}; leave one of them out."
+    for name in fields:  # either alone is taken
+        TrainSpec(**{name: fields[name]})
+
+
+def test_a_retrained_final_needs_a_retrained_head() -> None:
+    with pytest.raises(InputError, match=r"^--final retrained: .*--retrain-head"):
+        SweepSpec(final="retrained")
+
+
 @pytest.mark.parametrize("cls", SPECS)
 def test_every_choice_can_be_chosen(cls: type) -> None:
-    several = 0
+    several, needed = 0, {"retrained": {"retrain_head": "balanced"}}
     for f in dataclasses.fields(cls):
         if "Literal" in str(f.type):
             for value in config.choices(cls, f.name):
-                assert getattr(cls(**{f.name: value}), f.name) == value
+                assert getattr(cls(**{f.name: value}, **needed.get(value, {})), f.name) == value
                 several += 1
     assert several >= 2

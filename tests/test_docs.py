@@ -28,13 +28,16 @@ from cxr_fast.inference.predictor import Predictor
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cxr_fast"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+# The README, and the pages it sends its readers to.
+PAGES = "\n".join([README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))])
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language in the README; an empty language is a fence without a name."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for name, text in fences if name == language]
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of one language in a page; an empty language is a fence without a name."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [inside for name, inside in fences if name == language]
 
 
 def parse(line: str, *, complete: bool = True) -> None:
@@ -64,7 +67,9 @@ def commands(group: click.Group = main, path: str = "cxrfast") -> Iterator[tuple
 
 
 # What comes after `;` is another command's.
-SHELL = [line.split("; ")[0] for text in blocks("sh") for line in text.splitlines() if line.startswith("cxrfast ")]
+SHELL = [
+    line.split("; ")[0] for text in blocks("sh", PAGES) for line in text.splitlines() if line.startswith("cxrfast ")
+]
 
 
 @pytest.mark.parametrize("line", SHELL)
@@ -74,11 +79,11 @@ def test_a_command_of_the_readme_parses(line: str) -> None:
 
 def test_the_main_job_is_in_the_readme() -> None:
     steps = [shlex.split(line, comments=True)[1] for line in SHELL]
-    assert steps[:7] == ["prepare", "cache", "sweep", "export", "verify", "predict", "bench"]
+    assert steps[:8] == ["prepare", "cache", "sweep", "sweep", "export", "verify", "predict", "bench"]
 
 
 def test_commands_within_sentences_parse() -> None:
-    spans = re.findall(r"`(cxrfast [^`]+)`", README)
+    spans = re.findall(r"`(cxrfast [^`]+)`", PAGES)
     assert spans
     for span in spans:
         parse(span, complete=False)
@@ -112,15 +117,15 @@ def test_commands_that_messages_tell_to_type_parse(module: Path) -> None:
 
 
 def written(node: ast.AST) -> str:
-    """The text of a string or an f-string, a letter in place of each value."""
+    """The text of a string or an f-string, a digit in place of each value."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(str(v.value) if isinstance(v, ast.Constant) else "X" for v in node.values)
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "9" for v in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def test_flags_of_the_readme_exist() -> None:
     known = {option for _, command in commands() for param in command.params for option in param.opts}
-    spans = [span for span in re.findall(r"`([^`\n]+)`", README) if span.startswith(("cxrfast", "--"))]
+    spans = [span for span in re.findall(r"`([^`\n]+)`", PAGES) if span.startswith(("cxrfast", "--"))]
     used = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)}
     assert used
     assert used <= known
@@ -179,6 +184,22 @@ def test_the_readmes_prediction_runs(
     assert 0 < float(first) < 1
     assert rest[0].startswith("film.png [")
     assert rest[-1] == "broken.png truncated"
+
+
+def test_a_head_and_a_loss_of_ones_own_train_and_export_as_the_page_says(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks("python", RECIPES)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "exports").mkdir()
+    shutil.copy(toy_cache, tmp_path / "cache" / "indiana.h5")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "recipes.md", "exec"), {"__name__": "page"})
+    run = json.loads((tmp_path / "exports/own/run.json").read_text(encoding="utf-8"))
+    assert [layer["layer"] for layer in run["custom"]["layers"]["inside"].values()] == [
+        *("LayerNorm", "Linear", "GELU", "Dropout", "Linear")
+    ]
+    assert (tmp_path / "exports/own/model.fp32.onnx").is_file()
 
 
 # --------------------------------------------------------------------------------------- the table of benchmarks

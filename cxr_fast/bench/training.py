@@ -15,6 +15,7 @@ from ..activations import build, verify
 from ..activations import cache as index
 from ..activations import file as store
 from ..activations.encoder import normalise, with_size
+from ..activations.forward import predict
 from ..activations.job import CacheJob
 from ..activations.loader import Activations
 from ..config import CacheSpec, SweepSpec, TrainSpec, from_dict
@@ -25,7 +26,7 @@ from ..models.backbone import Backbone, load, prefix, prefix_sha256
 from ..models.device import pick_device
 from ..system import hardware
 from ..system.text import Table, duration, to_plain
-from ..training.fold import Fold, FoldData, predict
+from ..training.folds.fold import Fold, FoldData
 from . import results
 from .baseline import Films, Model, Trainer, loader
 from .caching import pixels_apart

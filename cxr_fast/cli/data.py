@@ -19,7 +19,6 @@ from ..system.text import Table, duration, file_name, gigabytes
 from .console import Part, ProgressBar, echo_notes, show, show_plan
 from .options import (
     PATH,
-    by_recipe,
     cluster_option,
     dataset_options,
     device_option,
@@ -29,6 +28,7 @@ from .options import (
     spec_from,
     spec_options,
     threads_option,
+    with_recipe,
 )
 
 
@@ -113,8 +113,8 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     """Run every image once through the frozen layers and keep the activations in one HDF5 file, or in --shards K."""
     if flags["gather"] and not flags["cluster"]:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
-    normalize = by_recipe(ctx, recipe, CacheSpec, "normalize")
-    spec = spec_from(CacheSpec, flags, normalize=normalize, preprocess=spec_from(PreprocessSpec, flags))
+    flags = with_recipe(ctx, recipe, flags)
+    spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
     manifest = read_source(source, flags, limit=flags["limit"])
     from ..activations import build
     from ..activations.encoder import with_size

@@ -16,7 +16,7 @@ from ..config import NOTICE
 from ..system.files import write_json
 from ..system.text import Table, gigabytes, number
 from .console import Part, ProgressBar, show
-from .options import PATH, cluster_option, device_option, images_option, threads_option
+from .options import PATH, adjustment_option, cluster_option, device_option, images_option, threads_option
 
 
 @click.command()
@@ -30,9 +30,16 @@ from .options import PATH, cluster_option, device_option, images_option, threads
 )
 @click.option(
     "--final",
-    type=click.Choice(["best-fold", "refit", "ensemble"]),
+    type=click.Choice(["best-fold", "refit", "ensemble", "retrained"]),
     help="Another final model of the run.  [default: the one the sweep chose]",
 )
+@click.option(
+    "--tta",
+    type=click.Choice(["none", "flip"]),
+    help="Answer for the plain view, or for the mean of plain and mirrored (about twice the time an image).  "
+    "[default: as the run was scored]",
+)
+@adjustment_option
 @click.option("--embedding", is_flag=True, help="Also put out the L2-normalised embedding.")
 @click.option("--allow-drift", is_flag=True, help="Keep fp16 and int8 files over their limits.")
 @click.option(
@@ -65,6 +72,8 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
 
 def describe_export(found: list[Any]) -> list[Part]:
     """What was kept and why not, one line per variant, and the classes that lose most."""
+    from ..metrics import calibration
+
     info, first, far = found[0].info, found[0].parity, found[0].drift
     head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
     rows = [
@@ -80,9 +89,10 @@ def describe_export(found: list[Any]) -> list[Part]:
         ]
         for one in found
     ]
+    views = " of both views" if "flip" in info["views"] else ""
     parts: list[Part] = [
-        f"{info['final']['kind']} model, {len(info['labels'])} classes; against torch float32 on {far.images} images "
-        f"({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
+        f"{info['final']['kind']} model{views}, {len(info['labels'])} classes; against torch float32 on {far.images} "
+        f"images ({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
         Table(columns=head, rows=rows),
     ]
     if any(one.variant == "fp16" for one in found):
@@ -94,6 +104,10 @@ def describe_export(found: list[Any]) -> list[Part]:
         left = one.info["float_matrices"]
         text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
         parts.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
+    if info["calibration"] is not None and "adjusted" in info["calibration"]:
+        parts.append(f"note: {calibration.describe(info['calibration'], len(info['labels']))}; thresholds moved along")
+    if ", used on " in info["threshold_source"]:
+        parts.append(f"note: thresholds: {info['threshold_source']}; the run's figures are not those of this model")
     if info["provenance"]:
         parts.append(f"note: {info['provenance'].upper()}")
     return parts

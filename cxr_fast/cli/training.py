@@ -19,22 +19,23 @@ from ..config import (
     SweepSpec,
     TrainSpec,
     default,
-    reference_value,
 )
 from ..errors import InputError
 from ..models import device as cpu
+from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
 from ..system.files import write_json
 from ..system.text import duration, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, show_plan
 from .options import (
     PATH,
-    by_recipe,
+    adjustment_option,
     cluster_option,
     device_option,
     recipe_option,
     spec_from,
     spec_options,
     threads_option,
+    with_recipe,
 )
 
 
@@ -49,9 +50,11 @@ from .options import (
     metavar="NAME=A,B",
     help="Try each value of a training field, such as lr=1e-5,2e-5; several flags: every combination.",
 )
-@spec_options(SweepSpec, "final", "threshold_target", "calibration")
-@spec_options(TrainSpec, "lr", "weight_decay", "batch_size", "clip_norm", "loss", "focal_alpha", "focal_gamma")
-@spec_options(TrainSpec, "class_weights", "dropout")
+@spec_options(SweepSpec, "retrain_head", "final", "threshold_target", "calibration")
+@spec_options(TrainSpec, "lr", "head_lr", "layer_decay", "train_blocks", "head_first")
+@spec_options(TrainSpec, "weight_decay", "batch_size", "clip_norm", "loss", "focal_alpha", "focal_gamma")
+@spec_options(TrainSpec, "asl_gamma_neg", "asl_gamma_pos", "asl_clip", "ldam_margin", "logit_adjustment")
+@spec_options(TrainSpec, "label_smoothing", "class_weights", "sampling", "dropout", "ema")
 @click.option(
     "--views",
     type=click.Choice(["plain,flip", "plain"]),
@@ -59,7 +62,9 @@ from .options import (
     show_default=True,
     help="Views to train on: half the samples of an epoch are the flipped ones, or none.",
 )
-@spec_options(TrainSpec, "scheduler", "plateau_factor", "plateau_patience", "patience", "train_norm", "precision")
+@spec_options(
+    TrainSpec, "tta", "scheduler", "plateau_factor", "plateau_patience", "patience", "train_norm", "precision"
+)
 @spec_options(TrainSpec, "shuffle", "shuffle_block", "shuffle_window")
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
@@ -108,8 +113,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         shuffles = {str(train.shuffle) for _, train in job.points}
         echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
         echo_notes((*job.data.notes, *plan.notes))
-        if recipe == "reference":
-            echo_recipe(job)
+        echo_recipe(job, recipe)
         bar = ProgressBar()
         run = job.run(epoch_line(bar, plan, spec))
         bar.done()
@@ -125,8 +129,9 @@ def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> Sweep
         if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             flag = f"--{axis.replace('_', '-')}"
             raise InputError(f"{flag} and --grid {axis}=... both say it; leave one of them out.")
+    flags = with_recipe(ctx, recipe, flags)
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
-    return spec_from(SweepSpec, flags, split_by=by_recipe(ctx, recipe, SweepSpec, "split_by"), train=train)
+    return spec_from(SweepSpec, flags, train=train)
 
 
 def _other_labels(manifest: Path | None) -> Any:
@@ -144,7 +149,10 @@ def epoch_line(bar: ProgressBar, plan: Any, spec: SweepSpec) -> Any:
         nonlocal done
         done += 1
         which = f"configuration {config + 1}/{plan.configurations}, " if plan.configurations > 1 else ""
-        which += f"fold {fold + 1}/{spec.folds}" if fold < spec.folds else "refit"
+        if fold > spec.folds:
+            which += f"retrained head {fold - spec.folds}/{spec.folds}"
+        else:
+            which += f"fold {fold + 1}/{spec.folds}" if fold < spec.folds else "refit"
         score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
         bar.show(min(done, plan.epochs_in_all), plan.epochs_in_all, f"{which} epoch {epoch.epoch}{score}")
 
@@ -161,16 +169,25 @@ def require_reference_cache(normalize: str) -> None:
         )
 
 
-def echo_recipe(job: Any) -> None:
-    """Each difference of the published recipe from our defaults."""
-    from ..config import NOT_RESTORED, from_dict, recipe_differences
+def echo_recipe(job: Any, recipe: str) -> None:
+    """Each field in which a recipe differs from our defaults, and why; nothing for the default."""
+    from ..config import from_dict, to_dict
 
-    click.echo("the published recipe, where it differs from our defaults:")
-    for row in recipe_differences(from_dict(CacheSpec, job.data.file.meta["spec"]), job.spec):
-        kept = "" if row["here"] == row["published"] else f", but here {row['here']} by your flag"
-        click.echo(f"  {row['field']} {row['published']} instead of {row['default']}{kept}: {row['why']}")
-    for text in NOT_RESTORED:
-        click.echo(f"  not restored: {text}")
+    if recipe == "reference":
+        click.echo("the published recipe, where it differs from our defaults:")
+        for row in recipe_differences(from_dict(CacheSpec, job.data.file.meta["spec"]), job.spec):
+            kept = "" if row["here"] == row["published"] else f", but here {row['here']} by your flag"
+            click.echo(f"  {row['field']} {row['published']} instead of {row['default']}{kept}: {row['why']}")
+        for text in NOT_RESTORED:
+            click.echo(f"  not restored: {text}")
+    elif RECIPES[recipe]:
+        click.echo(f"the recipe {recipe}, where it differs from our defaults:")
+        given = to_dict(job.spec)
+        for cls, name, value, why in RECIPES[recipe]:
+            here = (given["train"] if cls == "TrainSpec" else given)[name]
+            value, here = (",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (value, here))
+            kept = "" if here == value else f", but here {here} by your flag"
+            click.echo(f"  {name} {value}{kept}: {why}")
 
 
 def describe_plan(plan: Any, spec: SweepSpec) -> str:
@@ -223,6 +240,7 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
         parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
         parts += ["", tables.final_table(run, 4)]
+    parts += ["", tables.probe_table(run, 4)]
     if held := run["metrics"]["holdout"]:
         said = f" ({run['provenance']})" if run["provenance"] else ""
         parts.append(
@@ -250,18 +268,21 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
-def report(runs: tuple[Path, ...], out: Path | None, pool: Any, resamples: int, seed: int) -> None:
+@adjustment_option
+def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
     """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
 
     Exit 1 where a saved file is missing or damaged: the page then says what it lacks.
     """
     if out is not None and len(runs) < 2:
         raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
-    if len(runs) > 1 and resamples < 1:
+    if len(runs) > 1 and flags["resamples"] < 1:
         raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
+    if len(runs) > 1 and flags["logit_adjustment"]:
+        raise InputError("--logit-adjustment: of one run; a comparison takes runs as they are.")
     from ..report.writer import write_all
 
-    pages = write_all(runs, out, resamples=resamples, seed=seed, pool=pool)
+    pages = write_all(runs, out, **flags)
     for written in pages:
         click.echo(written.page)
         for line in written.missing if not written.whole else ():

@@ -23,11 +23,12 @@ from ..config import SweepSpec, TrainSpec
 from ..errors import CxrFastError, DeviceError, InputError
 from ..models import device as cpu
 from ..models.backbone import Backbone
+from ..models.heads import Custom
 from ..system.files import atomic
 from ..training.checkpoints import Journal
 from ..training.dataset import Data
-from ..training.fold import Fold
-from ..training.head_fold import HeadFold, fit_side_by_side
+from ..training.folds.fold import Fold
+from ..training.folds.head_fold import HeadFold, fit_side_by_side
 from ..training.search import Search, fit_one
 from . import connection, tasks
 from .tasks import Report, Stop
@@ -48,6 +49,7 @@ class SearchSetup:
     data: Data
     spec: SweepSpec
     unfreeze_blocks: int
+    custom: Custom
     cache: str
     mark: str
     identity: tuple[int, ...]
@@ -136,8 +138,7 @@ def train_fold(job: FoldJob, token: str, setup: list[Any], *, report: Report, st
     """Run one task: train a fold to its last epoch, from where its journal is."""
     began = time.perf_counter()
     cpu.prepare(job.threads)
-    found, activations = _prepare(token, setup[0])
-    search = Search(found.backbone, activations, found.data, found.spec, unfreeze_blocks=found.unfreeze_blocks)
+    found, search = _prepare(token, setup[0])
     with _journal(found, job) as (journal, shared):
         fold = search.fold(job.train, job.fold) if job.rates is None else search.refit(job.train, job.rates)
         _fit(fold, job, journal, report, stop)
@@ -163,8 +164,8 @@ def _fit(fold: Fold, job: FoldJob, journal: Journal, report: Report, stop: Stop)
 
 
 @lru_cache(maxsize=1)
-def _prepare(token: str, reference: Any) -> tuple[SearchSetup, Activations]:
-    """Fetch what the tasks of one search have in common, once per worker process."""
+def _prepare(token: str, reference: Any) -> tuple[SearchSetup, Search]:
+    """Fetch what the tasks of one search have in common, once per worker process; so frozen blocks run once there."""
     setup: SearchSetup = tasks.fetch(reference)
     file = _find_cache(setup.cache, setup.mark)
     if file is not None:
@@ -175,7 +176,16 @@ def _prepare(token: str, reference: Any) -> tuple[SearchSetup, Activations]:
         array, residency = tasks.fetch(setup.array[0]), "auto"
     else:
         raise InputError(f"{setup.cache}: a node that joined after the search began does not see it; start again.")
-    return setup, Activations(array, torch.device(setup.device), residency=residency)
+    activations = Activations(array, torch.device(setup.device), residency=residency)
+    search = Search(
+        setup.backbone,
+        activations,
+        setup.data,
+        setup.spec,
+        unfreeze_blocks=setup.unfreeze_blocks,
+        custom=setup.custom,
+    )
+    return setup, search
 
 
 def _find_cache(path: str, mark: str) -> Cache | None:

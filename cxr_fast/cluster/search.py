@@ -22,8 +22,8 @@ from ..config import TrainSpec
 from ..errors import InputError
 from ..models.backbone import Backbone
 from ..training.checkpoints import Journal
-from ..training.fold import Epoch, OnEpoch
-from ..training.head_fold import HeadFold
+from ..training.folds.fold import Epoch, OnEpoch
+from ..training.folds.head_fold import HeadFold
 from ..training.search import Search
 from . import connection, tasks
 from .connection import Cluster, Node
@@ -104,6 +104,7 @@ class ClusterFolds:
             data=replace(data, file=cast(Any, None), header=bare),
             spec=search.spec,
             unfreeze_blocks=search.unfreeze_blocks,
+            custom=search.custom,
             cache=cache,
             mark=mark,
             identity=file_identity(cache),

@@ -15,7 +15,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from .. import __version__
+from ..config import VIEWS
 from ..metrics.calibration import EDGE
+from ..models.heads import leaves
+from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
 from .nodes import Graph, to_array, to_array_or_none
 
@@ -23,6 +26,7 @@ OPSET = 20
 IR_VERSION = 10
 RAW = "raw_probabilities"
 VARIANTS = ("fp32", "fp16", "int8")
+END_NAMES = ("start", "end", "axis", "step")
 
 
 def build(
@@ -31,16 +35,17 @@ def build(
     """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E).
 
     An ensemble passes the frozen part once and each tail from there; its probabilities are the mean, its logits those
-    of the mean. Where the run is calibrated `probabilities` are, `logits` are not, and `raw_probabilities` is a third
-    output. An int8 graph takes its images one by one inside (Scan): quantisation follows the range of what it sees, and
-    an image's answer must not hang on its neighbours in the batch.
+    of the mean. So are those of a run scored on both views (`tta`), each image and its mirrored twin. Where the run is
+    calibrated `probabilities` are, `logits` are not, and `raw_probabilities` is a third output. An int8 graph takes its
+    images one by one inside (Scan): quantisation follows the range of what it sees, and an image's answer must not hang
+    on its neighbours in the batch.
     """
     graph = Graph(variant, exclude)
     _image(graph, run)
     size, classes = run.info["preprocess"]["size"], len(run.info["classes"])
     outputs = [("logits", classes), ("probabilities", classes)]
     outputs += [(RAW, classes)] if run.info["calibration"] is not None else []
-    outputs += [("embedding", run.head[0].in_features)] if embedding else []
+    outputs += [("embedding", embedding_width(run.visual))] if embedding else []
     each = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n]) for name, n in outputs]
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", size, size])
     if variant == "int8":
@@ -85,18 +90,36 @@ def matrices(run: Run) -> list[str]:
 def _image(graph: Graph, run: Run) -> None:
     """From `pixels` to the outputs."""
     trunk = run.visual.trunk
-    x = _patches(graph, run)
+    both_views = run.info["train"].get("tta") == "flip"
+    x = _patches(graph, run, _with_mirrored(graph) if both_views else "pixels")
     x = graph.layer_norm(x, trunk.norm_pre, "norm_pre")
     cut = len(trunk.blocks) - run.info["unfreeze_blocks"]
     x = graph.cast(x, TensorProto.FLOAT16, "tokens.half")
     with graph.blocks():
         for i, block in enumerate(trunk.blocks[:cut]):
             x = _block(graph, x, block, i, "", first_only=_first_only(trunk, i))
-    several = len(run.members) > 1
+    several = len(run.members) > 1 or both_views
     each = [_tail(graph, x, member, cut, f"member{k}." if several else "") for k, member in enumerate(run.members)]
+    if both_views:
+        each = [half for logits in each for half in _halves(graph, logits)]
     raw = "probabilities" if run.info["calibration"] is None else RAW
     _mean(graph, each, raw) if several else graph.add("Sigmoid", each[0], name=raw)
     _calibrate(graph, raw, run.info["calibration"])
+
+
+def _with_mirrored(graph: Graph) -> str:
+    """`pixels`, and behind them the same images mirrored: (2 N, S, S)."""
+    lowest = np.iinfo(np.int64).min
+    ends = [graph.weight(f"mirrored.{k}", np.array([v])) for k, v in zip(END_NAMES, (-1, lowest, 2, -1), strict=True)]
+    mirrored = graph.add("Slice", "pixels", *ends, name="mirrored")
+    return graph.add("Concat", "pixels", mirrored, name="both_views", axis=0)
+
+
+def _halves(graph: Graph, x: str) -> list[str]:
+    """The first and the second half of the rows of (2 N, C)."""
+    names = [f"{x}.{view}" for view in VIEWS]
+    graph.nodes.append(helper.make_node("Split", [x], names, name=f"{x}.views", axis=0, num_outputs=2))
+    return names
 
 
 def _first_only(trunk: Any, i: int) -> bool:
@@ -171,7 +194,7 @@ def _piecewise(graph: Graph, raw: str, xs: list[list[float]], ys: list[list[floa
     graph.add("Add", p, first, name="probabilities")
 
 
-def _patches(graph: Graph, run: Run) -> str:
+def _patches(graph: Graph, run: Run, pixels: str) -> str:
     """uint8 grey pixels to tokens (N, T, D), class token and positions included.
 
     Grey g becomes channels (g/255 - mean_c) / std_c. The patch embedding has no padding, so the affine map folds
@@ -185,7 +208,7 @@ def _patches(graph: Graph, run: Run) -> str:
     if conv.bias is not None:
         bias = bias + to_array(conv.bias)
     kernel = (kernel / std / 255).sum(axis=1, keepdims=True)
-    x = graph.add("Cast", "pixels", name="grey", to=TensorProto.FLOAT)
+    x = graph.add("Cast", pixels, name="grey", to=TensorProto.FLOAT)
     x = graph.add("Unsqueeze", x, graph.weight("axis1", np.array([1])), name="channel")
     weights = (graph.weight("patch.weight", kernel), graph.weight("patch.bias", bias))
     stride = list(conv.stride)
@@ -303,24 +326,47 @@ def _l2(graph: Graph, x: str, name: str) -> str:
     return graph.add("Div", x, length, name=f"{name}embedding")
 
 
-def _head(graph: Graph, x: str, head: nn.Sequential, prefix: str) -> str:
-    """The MLP head; each batch norm is folded into the matrix before it (exact in evaluation mode)."""
-    layers = [layer for layer in head if isinstance(layer, (nn.Linear, nn.BatchNorm1d, nn.ReLU))]
+def _head(graph: Graph, x: str, head: nn.Module, prefix: str) -> str:
+    """The head; each batch norm behind a matrix is folded into it (exact in evaluation mode)."""
+    layers = [layer for layer in leaves(head) if not isinstance(layer, (nn.Dropout, Dropout, nn.Identity))]
     for i, layer in enumerate(layers):
+        name = f"{prefix}logits" if i == len(layers) - 1 else f"{prefix}head.{i}"
+        following = layers[i + 1] if i + 1 < len(layers) else None
         if isinstance(layer, nn.Linear):
-            weight, bias = (to_array(t).astype(np.float64) for t in (layer.weight, layer.bias))
-            norm = layers[i + 1] if i + 1 < len(layers) else None
-            if isinstance(norm, nn.BatchNorm1d):
-                assert norm.running_var is not None
-                assert norm.running_mean is not None
-                factor = to_array(norm.weight) / np.sqrt(to_array(norm.running_var).astype(np.float64) + norm.eps)
-                weight, bias = weight * factor[:, None], (bias - to_array(norm.running_mean)) * factor
-                bias = bias + to_array(norm.bias)
-            name = f"{prefix}logits" if norm is None else f"{prefix}head.{i}"
+            weight = to_array(layer.weight).astype(np.float64)
+            bias = np.zeros(len(weight)) if layer.bias is None else to_array(layer.bias).astype(np.float64)
+            if isinstance(following, nn.BatchNorm1d):
+                factor, mean, shift = _batch_norm(following)
+                weight, bias = weight * factor[:, None], (bias - mean) * factor + shift
+                name = f"{prefix}logits" if i == len(layers) - 2 else name
             x = graph.linear(x, weight, bias, name)
-        elif isinstance(layer, nn.ReLU):
-            x = graph.add("Relu", x, name=f"{prefix}head.{i}.relu")
+        elif isinstance(layer, nn.BatchNorm1d):
+            if i and isinstance(layers[i - 1], nn.Linear):
+                continue
+            factor, mean, shift = _batch_norm(layer)
+            x = graph.add("Mul", x, graph.weight(f"{name}.a", factor), name=f"{name}.scaled")
+            x = graph.add("Add", x, graph.weight(f"{name}.b", shift - mean * factor), name=name)
+        elif isinstance(layer, nn.LayerNorm):
+            x = graph.layer_norm(x, layer, name)
+        else:
+            x = _activation(graph, x, layer, name)
     return x
+
+
+def _batch_norm(norm: nn.BatchNorm1d) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factor, mean and shift (F,) of a batch norm in evaluation mode: (x - mean) factor + shift."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    factor = to_array(norm.weight) / np.sqrt(to_array(norm.running_var).astype(np.float64) + norm.eps)
+    return factor, to_array(norm.running_mean), to_array(norm.bias)
+
+
+def _activation(graph: Graph, x: str, layer: nn.Module, name: str) -> str:
+    if isinstance(layer, nn.SiLU):
+        return graph.add("Mul", x, graph.add("Sigmoid", x, name=f"{name}.gate"), name=name)
+    if isinstance(layer, nn.GELU):
+        return graph.add("Gelu", x, name=name, approximate=layer.approximate)
+    return graph.add({nn.ReLU: "Relu", nn.Tanh: "Tanh"}[type(layer)], x, name=name)
 
 
 def _scaled(linear: Any, scale: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -61,8 +61,9 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
     raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress("torch float32", done, len(pixels)))
     held = saved["fold"][rows] < 0
     part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
-    # The sweep kept the answers to all images of the final model it chose, of no other.
-    cached = saved["final"][rows] if run.info["final"]["kind"] == run.chosen else None
+    # The sweep kept the answers to all images of the final model and the views it chose, of no other.
+    own = run.info["final"]["kind"] == run.chosen and run.info["train"].get("tta") == run.tta
+    cached = saved["final"][rows] if own else None
     golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
     return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part, golden=golden)
 

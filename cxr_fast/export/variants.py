@@ -41,7 +41,9 @@ class ExportSpec:
     """What is exported and kept.
 
     `out` is a folder, or a file for a single variant, by default the run's folder; `final` another final model than the
-    run's own; `images` where the cached images are now; `count` how many of them each variant is checked on.
+    run's own; `tta` other views than the run was scored on ("none", or "flip" for the mean of plain and mirrored);
+    `logit_adjustment` is taken from the logits after training, times each class's log odds;
+    `images` where the cached images are now; `count` how many of them each variant is checked on.
 
         >>> ExportSpec(variants=("fp32", "int8")).count
         256
@@ -50,6 +52,8 @@ class ExportSpec:
     out: AnyPath | None = None
     variants: Sequence[str] = ("fp32",)
     final: str | None = None
+    tta: str | None = None
+    logit_adjustment: float = 0.0
     images: AnyPath | None = None
     embedding: bool = False
     allow_drift: bool = False
@@ -102,9 +106,11 @@ def export_run(
     folder = Path(run_folder)
     if unknown := [v for v in spec.variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
-    run = read_run(folder, spec.final)
+    run = read_run(folder, spec.final, tta=spec.tta, logit_adjustment=spec.logit_adjustment)
     if spec.embedding and len(run.members) > 1:
         raise InputError("--embedding: an ensemble has as many embeddings as members; use --final best-fold or refit.")
+    if spec.embedding and run.info["train"].get("tta") == "flip":
+        raise InputError("--embedding: a model of both views has two embeddings of an image; use --tta none.")
     paths = _paths(folder, None if spec.out is None else Path(spec.out), spec.variants)
     report = on_progress or (lambda text, done, total: None)
     checks = checks_of(run, None if spec.images is None else Path(spec.images), spec.count, report)
@@ -241,6 +247,7 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
         "threshold_source": info["threshold_source"],
         "calibration": info["calibration"],
         "final": info["final"],
+        "views": ["plain", "flip"] if info["train"].get("tta") == "flip" else ["plain"],
         "preprocess": info["preprocess"],
         "pixel_check": self_check(),
         "dicom_policy": info["preprocess"]["dicom_policy"],

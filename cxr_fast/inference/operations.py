@@ -8,6 +8,7 @@ raw_data 9, data_location 14).
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 from typing import IO
@@ -22,21 +23,24 @@ MOST_DEEP = 2  # an int8 graph is the body of a Scan
 # Each with the attributes that it is written with.
 ATTRIBUTES: dict[str, frozenset[str]] = {
     **dict.fromkeys(
-        ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum", "Clip", "Log", "Relu", "Sigmoid"), frozenset()
+        ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum", "Clip", "Log", "Relu", "Sigmoid", "Tanh"), frozenset()
     ),
     **dict.fromkeys(("MatMul", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Pad"), frozenset()),
     **dict.fromkeys(("DynamicQuantizeLinear", "MatMulIntegerToFloat"), frozenset()),
     **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceSum"), frozenset({"keepdims"})),
     "Cast": frozenset({"to"}),
+    "Concat": frozenset({"axis"}),
     "Conv": frozenset({"kernel_shape", "strides"}),
     "Gelu": frozenset({"approximate"}),
     "LayerNormalization": frozenset({"axis", "epsilon"}),
     "MultiHeadAttention": frozenset({"num_heads", "scale"}),
     "Scan": frozenset({"body", "num_scan_inputs"}),
     "Softmax": frozenset({"axis"}),
+    "Split": frozenset({"axis", "num_outputs"}),
     "Transpose": frozenset({"perm"}),
 }
 MOST_PADDED = 64  # class and register tokens in front of the patches
+MOST_JOINED = 2  # an image and its mirrored twin, joined once; twenty doublings in a row are a million images
 
 Weights = dict[str, list[Record | None]]  # where the values of each name lie; None where they are not raw bytes
 
@@ -47,40 +51,53 @@ _ATTRIBUTE_NAME, _SUBGRAPH = 1, 6
 _NAME, _RAW_DATA, _DATA_LOCATION = 8, 9, 14
 
 
+@dataclasses.dataclass
+class _Found:
+    """Names of padding amounts, where each weight's values lie, and how many inputs are joined."""
+
+    pads: set[str] = dataclasses.field(default_factory=set)
+    weights: Weights = dataclasses.field(default_factory=dict)
+    joined: int = 0
+
+
 def check(file: IO[bytes]) -> None:
     """Raise NotOnnx where a file holds what no export writes."""
     for record in records(file, 0, file.seek(0, io.SEEK_END), MOST_RECORDS):
         if record.field in _FOREIGN:
             raise NotOnnx("functions or training inside, which `cxrfast export` never writes")
         if record.field == _GRAPH and record.wire == BYTES:
-            pads, weights = set[str](), Weights()
-            _graph(file, record, pads, weights, 0)
-            for name in pads:
-                for values in weights.get(name, [None]):
+            found = _Found()
+            _graph(file, record, found, 0)
+            for name in found.pads:
+                for values in found.weights.get(name, [None]):
                     _padding(file, values)
+            if found.joined > MOST_JOINED:
+                raise NotOnnx("more joined than an image and its mirrored twin, which `cxrfast export` never does")
 
 
-def _graph(file: IO[bytes], graph: Record, pads: set[str], weights: Weights, deep: int) -> None:
-    """Collect the names of padding amounts in `pads`, and in `weights` where each weight's values lie."""
+def _graph(file: IO[bytes], graph: Record, found: _Found, deep: int) -> None:
+    """Collect what a graph holds in `found`."""
     if deep == MOST_DEEP:
         raise NotOnnx("graphs within graphs, which `cxrfast export` never writes")
     for record in records(file, graph.body, graph.end, MOST_NODES):
         if record.field == _NODE:
-            _node(file, record, pads, weights, deep)
+            _node(file, record, found, deep)
         elif record.field == _INITIALIZER:
-            _weight(file, record, weights)
+            _weight(file, record, found.weights)
         elif record.field == _SPARSE:
             raise NotOnnx("sparse weights, which `cxrfast export` never writes")
 
 
-def _node(file: IO[bytes], node: Record, pads: set[str], weights: Weights, deep: int) -> None:
+def _node(file: IO[bytes], node: Record, found: _Found, deep: int) -> None:
     parts = list(records(file, node.body, node.end, MOST_FIELDS))
     inputs, kinds = ([_text(file, part) for part in parts if part.field == k] for k in (_INPUT, _OP_TYPE))
     kind = kinds[0] if len(kinds) == 1 else ""
     if kind not in ATTRIBUTES:
         raise NotOnnx(f"an operation that `cxrfast export` never writes: {kind[:40]!r}")
     if kind == "Pad":
-        pads.update(inputs[1:])
+        found.pads.update(inputs[1:])
+    if kind == "Concat":
+        found.joined += len(inputs)
     for part in parts:
         if part.field != _ATTRIBUTE:
             continue
@@ -90,7 +107,7 @@ def _node(file: IO[bytes], node: Record, pads: set[str], weights: Weights, deep:
             raise NotOnnx(f"{kind} with {name[:40]!r}, which `cxrfast export` never writes")
         for field in fields:
             if field.field == _SUBGRAPH:
-                _graph(file, field, pads, weights, deep + 1)
+                _graph(file, field, found, deep + 1)
 
 
 def _weight(file: IO[bytes], weight: Record, weights: Weights) -> None:

@@ -32,21 +32,60 @@ def fit(labels: np.ndarray, probs: np.ndarray, kind: str) -> dict[str, Any] | No
     return {"kind": kind, "fitted": fitted, names[0]: list(first), names[1]: list(second)}
 
 
+def prior_log_odds(labels: np.ndarray) -> np.ndarray:
+    """Log odds of the share of positives among the known labels of each class, (C,) float64 from labels (N, C).
+
+    A class without a positive counts as having one, and one without a negative likewise.
+    """
+    positives, known = (labels == 1).sum(axis=0), np.maximum((labels >= 0).sum(axis=0), 2)
+    positives = np.clip(positives, 1, known - 1)
+    return np.asarray(np.log(positives / (known - positives)))
+
+
+def adjust(labels: np.ndarray, strength: float) -> dict[str, Any]:
+    """Post-hoc logit adjustment as a calibration: `strength` times each class's log odds in training labels (N, C) is
+    taken from its logit. Source: Menon et al., Long-tail learning via logit adjustment, 2021, eq. 9."""
+    shift = -strength * prior_log_odds(labels)
+    values = {"a": [1.0] * len(shift), "b": [float(b) for b in shift]}
+    return {"kind": "platt", "fitted": len(shift), "adjusted": strength, **values}
+
+
 def apply(calibration: dict[str, Any] | None, probs: np.ndarray) -> np.ndarray:
     """Calibrate raw probabilities (N, C) to float32; None returns the same array."""
     if calibration is None:
         return probs
+    return _exact(calibration, probs).astype(np.float32)
+
+
+def move_thresholds(calibration: dict[str, Any], limits: np.ndarray) -> np.ndarray:
+    """Thresholds (C,) float64 that call the same calibrated probabilities positive as `limits` (C,) call raw ones.
+
+    No decision on a float32 probability changes, unless two of them on both sides of a limit become equal: those nearer
+    than EDGE to 0 or 1, and neighbours where the map is flat. A limit above 1, which calls nothing positive, stays.
+    """
+    upper = limits.astype(np.float32)
+    upper = np.where(upper < limits, np.nextafter(upper, np.float32(np.inf)), upper)  # the least positive
+    lower = np.nextafter(upper, np.float32(-np.inf))  # the greatest negative
+    sides = apply(calibration, np.stack([lower, upper]).clip(0, 1)).astype(np.float64)
+    inside = np.clip(_exact(calibration, limits.clip(0, 1)[None])[0], np.nextafter(sides[0], np.inf), sides[1])
+    return np.where(limits > 1, limits, inside)
+
+
+def _exact(calibration: dict[str, Any], probs: np.ndarray) -> np.ndarray:
+    """Calibrated probabilities (N, C) in float64."""
     p = probs.astype(np.float64)
     if calibration["kind"] == "platt":
         scaled = np.asarray(calibration["a"]) * logit(p) + np.asarray(calibration["b"])
         scaled = np.clip(scaled, -700, 700)  # a steep map overflows exp, where float32 has 0 and 1 long before
-        return (1 / (1 + np.exp(-scaled))).astype(np.float32)
+        return np.asarray(1 / (1 + np.exp(-scaled)))
     columns = zip(p.T, calibration["x"], calibration["y"], strict=True)
-    return np.stack([np.interp(column, x, y) for column, x, y in columns], axis=1).astype(np.float32)
+    return np.stack([np.interp(column, x, y) for column, x, y in columns], axis=1)
 
 
 def describe(calibration: dict[str, Any], classes: int) -> str:
     """Say in words what was fitted, and how many of the classes were not."""
+    if "adjusted" in calibration:
+        return f"logits adjusted by {calibration['adjusted']:g} times each class's log odds in training"
     said = f"{calibration['kind']} per class, fitted out of fold"
     left = classes - calibration["fitted"]
     return said + (f"; {left} of {classes} classes could not be fitted and are not calibrated" if left else "")

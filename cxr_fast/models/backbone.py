@@ -13,6 +13,7 @@ from torch import nn
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
 from . import weights
+from .tail import embedding_width
 from .weights import short_reason, weights_sha256
 
 RANDOM_ARCH = "vit_base_patch16_224"
@@ -95,7 +96,7 @@ def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
                 f"--weights: timm cannot build {name!r} as a vision tower: {short_reason(error)}"
             ) from error
     _require_plain_vit(visual, name)
-    if (width := _embedding_width(visual)) != config["embed_dim"]:
+    if (width := embedding_width(visual)) != config["embed_dim"]:
         raise InputError(f"--weights: {name!r} without projection gives {width} numbers, not {config['embed_dim']}.")
     return visual.eval().requires_grad_(False)
 
@@ -208,10 +209,6 @@ def _spread(trunk: Any) -> None:
     for tensor in (trunk.cls_token, trunk.pos_embed):
         if tensor is not None:
             nn.init.normal_(tensor)
-
-
-def _embedding_width(visual: Any) -> int:
-    return int(visual.head.proj.out_features if "proj" in visual.head._modules else visual.trunk.embed_dim)
 
 
 def _require_plain_vit(visual: Any, name: str) -> None:

@@ -68,8 +68,10 @@ class Tail(nn.Module):
     """What is trained, from activations (B, T, D) at the cut, or (B, E) when no block is unfrozen, to logits (B, C).
 
     `visual` is an open_clip `TimmModel`; its blocks, norm and projection are copied, so one tower serves every
-    fold. Norm and projection stay frozen unless `train_norm`.
+    fold. Norm and projection stay frozen unless `train_norm`. `head` replaces the MLP head by one of the user's.
     """
+
+    head: Any
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class Tail(nn.Module):
         classes: int,
         dropout: float = 0.5,
         train_norm: bool = False,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         trunk = visual.trunk
@@ -88,8 +91,8 @@ class Tail(nn.Module):
         self.prefix_tokens = trunk.num_prefix_tokens
         after = (trunk.norm, trunk.fc_norm, visual.head) if unfreeze_blocks else (nn.Identity(),) * 3
         self.norm, self.fc_norm, self.projection = (copy.deepcopy(module) for module in after)
-        embed_dim = visual.head.proj.out_features if "proj" in visual.head._modules else trunk.embed_dim
-        self.head = Head(embed_dim, classes, dropout=dropout)
+        self.embed_dim = embed_dim = embedding_width(visual)
+        self.head = Head(embed_dim, classes, dropout=dropout) if head is None else head
         self.requires_grad_(False)
         self.blocks.requires_grad_(True)
         self.head.requires_grad_(True)
@@ -109,20 +112,32 @@ class Tail(nn.Module):
         return logits
 
     def embedding(self, x: torch.Tensor) -> torch.Tensor:
-        """L2-normalised embedding (B, E)."""
+        """L2-normalised embedding (B, E) of activations at the cut, or of embeddings (B, E), which skip the blocks."""
+        return F.normalize((x if x.ndim == 2 else self.pooled(x)).float(), dim=-1)
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Embedding (B, E) before its length is taken out, from activations at the cut."""
         if len(self.blocks):
-            for block in self.blocks[:-1]:
-                x = full_block(block, x)
-            last = class_token_block if self.pool == "token" else full_block
-            x = last(self.blocks[-1], x)
-            x = self.norm(x)
+            x = self.norm(self.tokens(x, len(self.blocks)))
             x = x[:, 0] if self.pool == "token" else x[:, self.prefix_tokens :].mean(dim=1)
             x = self.projection(self.fc_norm(x))
-        return F.normalize(x.float(), dim=-1)
+        return x
+
+    def tokens(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """(B, T, D) after the first `count` blocks; (B, 1, D) after the last one, where the class token is pooled."""
+        for i, block in enumerate(self.blocks[:count]):
+            alone = self.pool == "token" and i == len(self.blocks) - 1
+            x = class_token_block(block, x) if alone else full_block(block, x)
+        return x
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters an optimiser may change."""
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def embedding_width(visual: Any) -> int:
+    """E, the width of a tower's embedding."""
+    return int(visual.head.proj.out_features if "proj" in visual.head._modules else visual.trunk.embed_dim)
 
 
 def full_block(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -202,11 +217,9 @@ def count_trainable(tail: Tail) -> dict[str, int]:
     blocks = sum(p.numel() for p in tail.blocks.parameters() if p.requires_grad)
     head = sum(p.numel() for p in tail.head.parameters() if p.requires_grad)
     assert blocks == sum(p.numel() for block in tail.blocks for p in block.parameters()), "a block is frozen"
-    last = tail.head[-1]
-    first = tail.head[0]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    assert head == head_parameters(first.in_features, last.out_features), "the head is not what it should be"
+    if isinstance(tail.head, Head):
+        expected = head_parameters(tail.head[0].in_features, tail.head[-1].out_features)
+        assert head == expected, "the head is not what it should be"
     total = sum(p.numel() for p in tail.trainable())
     counts = {"blocks": blocks, "head": head, "total": total}
     return counts if total == blocks + head else {**counts, "norm": total - blocks - head}

@@ -17,7 +17,7 @@ from ..metrics.intervals import Interval, Resampling, bootstrap, support
 from ..system.files import AnyPath
 from ..system.text import Table
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
-from ..training.run_folder import clean, read_info
+from ..training.run_folder import clean, read_run_info
 from .summary import Record, as_figure
 
 SCHEMA = 1
@@ -63,18 +63,21 @@ class _Job:
         return {"of": scored.of, **counted, "groups": groups, "figures": values}
 
 
-def evaluate(folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean") -> dict[str, Any]:
+def evaluate(
+    folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean", logit_adjustment: float = 0.0
+) -> dict[str, Any]:
     """Every figure of a finished run as one JSON-ready dict, null where undefined; what cannot be had is in `missing`.
 
-    `resamples` 0 leaves the intervals out. Figures of training images have none. Raises InputError or SchemaError where
-    the folder is no run of this version or its predictions cannot be read.
+    `resamples` 0 leaves the intervals out; `logit_adjustment` adjusts the logits after training. Figures of training
+    images have no intervals. Raises InputError or SchemaError where the folder is no run of this version or its
+    predictions cannot be read.
 
         >>> found = evaluate("exports/indiana", resamples=0)
         >>> sorted(found["parts"])
         ['holdout', 'out_of_fold', 'train']
     """
     folder = Path(folder)
-    run = read_info(folder)
+    run = read_run_info(folder, logit_adjustment=logit_adjustment)
     saved = read(folder, run)
     job = _Job(classes=run["classes"], limits=np.array(run["thresholds"], float), resamples=resamples, seed=seed)
     scored = _parts(saved, job)

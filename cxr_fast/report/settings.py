@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, reference_value
+from ..config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, to_dict
+from ..recipes import RECIPES, reference_value
 from ..system.text import Label, Table, duration
 from .summary import Record
 
@@ -18,13 +19,14 @@ def choice_table(run: Record) -> Table:
         columns=["choice", "here", "published", "why"],
         rows=[
             *([str(row[key]) for key in ("field", "here", "published", "why")] for row in differ),
-            *([name, setting(here), setting(published), "by flag"] for name, here, published in _by_flag(run)),
+            *([name, setting(here), setting(published), why] for name, here, published, why in _by_flag(run)),
         ],
     )
 
 
-def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any]]:
-    """What a flag changed against the published recipe: field, value here, published value."""
+def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any, str]]:
+    """What a flag or a recipe changed against the published recipe: field, value here, published value, and why."""
+    reasons = _reasons(run)
     explained = {row["field"] for row in run["recipe"]["differences"]}
     given = ((CacheSpec, run["cache"]["spec"]), (PreprocessSpec, run["preprocess"]), (SweepSpec, run["spec"]))
     for spec, values in (*given, (TrainSpec, run["train"])):
@@ -35,7 +37,17 @@ def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any]]:
             published = reference_value(spec, name)
             published = list(published) if isinstance(published, tuple) else published  # as run.json holds it
             if here != published:
-                yield name, here, published
+                yield name, here, published, reasons.get(name, "by flag")
+
+
+def _reasons(run: Record) -> dict[str, str]:
+    """Why each field of the recipe that this run follows to the letter has its value; empty where it follows none."""
+    given = run["spec"] | run["train"]
+    for name in ("longtail", "tuned"):
+        wanted = {field: list(v) if isinstance(v, tuple) else v for _, field, v, _ in RECIPES[name]}
+        if all(given.get(field) == value for field, value in wanted.items()):
+            return {field: f"recipe {name}: {why}" for _, field, _, why in RECIPES[name]}
+    return {}
 
 
 def setting(value: Any) -> str:
@@ -49,11 +61,14 @@ def fact_table(run: Record) -> Table:
     weights = f"{cache['weights']} (RANDOM, not BiomedCLIP)" if run["random_weights"] else cache["weights"]
     norm = f", norm {count['norm']:,}" if count.get("norm") else ""
     versions = {**run["toolchain"], "Python": machine.get("python")}
+    own = run.get("custom") or {}
     facts = {
         "weights": Label(text=weights, alarm=run["random_weights"]),
         "cache fingerprint": cache["fingerprint"],
         "model": run["model_sha256"],
         "trained parameters": f"{count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{norm}",
+        "own head": own.get("head"),
+        "own loss": own.get("loss"),
         "final model": f"{run['final']['kind']}: {run['final']['rule']}",
         "arithmetic": f"{run['precision']}, activations {run['residency']}",
         "split": f"{spec['folds']} folds by {spec['split_by']}, hold-out {100 * spec['holdout']:g} %, "
@@ -95,9 +110,12 @@ def settings_table(runs: Mapping[str, Record]) -> Table:
 
 
 def _settings(run: Record) -> dict[str, str]:
-    spec = {key: value for key, value in run["spec"].items() if key != "train"}
+    # Fields that came after a run was made had their default then.
+    spec = {key: value for key, value in (to_dict(SweepSpec()) | run["spec"]).items() if key != "train"}
+    own = run.get("custom") or {}
     cache = run["cache"]
     out = {"weights": cache["weights"], "cache": cache["fingerprint"][:16], "labels from": cache["labels_from"]}
-    out |= {**spec, **run["train"], "device": run["device"], "precision used": run["precision"]}
+    out |= {**spec, **to_dict(TrainSpec()), **run["train"], "device": run["device"], "precision used": run["precision"]}
     out |= {"unfreeze_blocks": run["unfreeze_blocks"], **run["preprocess"], "written by": run["written_by"]}
+    out |= {f"own {name}": own.get(name) for name in ("head", "loss")}
     return {key: str(value) for key, value in out.items()}

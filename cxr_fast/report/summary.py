@@ -128,11 +128,14 @@ class ReportData:
     def _trained(self) -> str:
         run = self.run
         images, chosen = run["images"], run["chosen"]
+        views = (
+            "; each score is the mean of both views, plain and mirrored" if run["train"].get("tta") == "flip" else ""
+        )
         return (
             f"{images['used']:,} images of {images['groups']:,} groups, {len(run['classes'])} classes, "
             f"{run['trainable']['total']:,} trained parameters: the search chose {chosen['epochs']} epochs and fold "
             f"{chosen['fold'] + 1}, on validation alone, and the final model is "
-            f"{FINALS.get(run['final']['kind'], run['final']['kind'])}."
+            f"{FINALS.get(run['final']['kind'], run['final']['kind'])}{views}."
         )
 
     def _found(self) -> str:
@@ -205,6 +208,7 @@ FINALS = {
     "best-fold": "the best fold's",
     "refit": "one trained on all folds' images",
     "ensemble": "the mean of the folds' models",
+    "retrained": "the mean of the folds' models, their heads trained again",
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..metrics.rarity import HEAD, TAIL
 from ..system.text import NONE, Cell, Figure, Label, Table, duration
 from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, of_classes
 
@@ -20,7 +21,19 @@ AT_THRESHOLD = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv
 EVERY = 10
 # Rows of the findings that occur together.
 PAIRS = 10
-GRID_RESULTS = ("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen")
+GRID_MAPS = ("head_map", "medium_map", "tail_map")
+RARITY = (
+    f"mAP out of fold, in brackets of how many classes it is the mean: head are those with more than {100 * HEAD:g} % "
+    f"positives, tail those with less than {100 * TAIL:g} %, medium those between."
+)
+PROBE = (
+    "The probe is one logistic regression a class on the embeddings as the backbone gave them, fitted on the same "
+    "folds. A trained model below it was trained badly: the features hold more than it uses."
+)
+GRID_RESULTS = (
+    *("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen"),
+    *(*GRID_MAPS, "head_classes", "medium_classes", "tail_classes"),
+)
 
 # ------------------------------------------------------------------------------------------ how the model was made
 
@@ -67,10 +80,13 @@ def budget_table(run: Record, digits: int = 3) -> Table:
 
 def grid_table(run: Record, digits: int = 3) -> Table:
     """Every configuration of the grid, best first; one row where there was no grid."""
-    fields = [name for name in run["grid"][0] if name not in GRID_RESULTS]
+    first = run["grid"][0]
+    fields = [name for name in first if name not in GRID_RESULTS]
+    maps = [name for name in GRID_MAPS if name in first]  # runs of earlier versions have none
+    of = {name: f"{name.removesuffix('_map')} mAP ({first[name.replace('map', 'classes')]})" for name in maps}
     return Table(
         title="Configurations, by validation AUC",
-        columns=["configuration", *fields, "epochs", "mean AUC", "std", "time"],
+        columns=["configuration", *fields, "epochs", "mean AUC", "std", *of.values(), "time"],
         rows=[
             [
                 str(row["config"] + 1),
@@ -78,10 +94,12 @@ def grid_table(run: Record, digits: int = 3) -> Table:
                 row["epochs"],
                 Figure(value=row["mean_auc"], digits=digits),
                 Figure(value=row["std_auc"], digits=digits),
+                *(Figure(value=row[name], digits=digits) for name in maps),
                 Label(text=duration(row["seconds"], tenths=True), value=row["seconds"]),
             ]
             for row in run["grid"]
         ],
+        notes=[RARITY] if maps else [],
         chosen=[place for place, row in enumerate(run["grid"]) if row["chosen"]],
         sortable=True,
     )
@@ -196,16 +214,36 @@ def run_figure_table(run: Record, digits: int = 3) -> Table:
 
 
 def final_table(run: Record, digits: int = 3) -> Table:
-    """Figures of the three final models on the hold-out; the chosen one was chosen by flag, before."""
+    """Figures of each kind of final model on the hold-out; the chosen one was chosen by flag, before."""
     finals = run["finals"]
     return Table(
-        title="The three final models on the hold-out",
+        title="The final models on the hold-out",
         columns=["final model", *(FIGURES[key] for key in FINAL_FIGURES)],
         rows=[
             [kind, *(Figure(value=found[key], digits=digits) for key in FINAL_FIGURES)]
             for kind, found in finals.items()
         ],
         chosen=[row for row, kind in enumerate(finals) if kind == run["final"]["kind"]],
+    )
+
+
+def probe_table(run: Record, digits: int = 3) -> Table:
+    """The linear probe beside the final model and the folds behind it; no row where a run has none."""
+    probe, kind, trained = run.get("probe"), run["final"]["kind"], run["metrics"]
+    rows: list[list[Cell]] = []
+    if probe:
+        decision = run["decisions"]["retrained" if kind == "retrained" else "folds"]
+        for name, mean, pooled, held in (
+            ("linear probe", probe["mean_auc"], probe["out_of_fold"], probe["holdout"]),
+            (f"trained ({kind})", decision["mean_auc"], trained["out_of_fold"], trained["holdout"]),
+        ):
+            parts = ((pooled or {}).get("map"), *((held or {}).get(key) for key in ("macro_auc", "map")))
+            rows.append([name, *(Figure(value=value, digits=digits) for value in (mean, *parts))])
+    return Table(
+        title="Against a linear probe on the embeddings before training",
+        columns=["", "validation AUC, mean of folds", "validation mAP", "hold-out AUC", "hold-out mAP"],
+        rows=rows,
+        notes=[PROBE] if rows else [],
     )
 
 

@@ -16,7 +16,7 @@ from ..system.files import AnyPath, write_bytes
 from ..system.text import Table, to_csv
 from ..training import predictions
 from ..training.predictions import Pool
-from ..training.run_folder import read_info
+from ..training.run_folder import read_info, read_run_info
 from . import charts, comparison, evaluation, settings, tables
 from .html import render_page
 from .model_card import render_card
@@ -57,6 +57,7 @@ def write_all(
     resamples: int = RESAMPLES,
     seed: int = 0,
     pool: Pool = "mean",
+    logit_adjustment: float = 0.0,
 ) -> list[Written]:
     """Call `write_report` for each run, and with two or more compare each with the first, into `out` or its folder.
 
@@ -64,7 +65,8 @@ def write_all(
     """
     titles = name_runs(folders)
     runs = {title: read_whole(folder) for title, folder in zip(titles, folders, strict=True)}
-    pages = [write_report(folder, resamples=resamples, seed=seed, pool=pool) for folder in folders]
+    asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
+    pages = [write_report(folder, **asked) for folder in folders]  # type: ignore[arg-type]
     if len(folders) < 2:
         return pages
     found = {title: page.evaluation for title, page in zip(titles, pages, strict=True)}
@@ -89,7 +91,14 @@ def compare_any_part(a: Path, b: Path, **named: Any) -> dict[str, Any]:
         raise InputError(str(error).replace(", or pass --part out_of_fold", "")) from error
 
 
-def write_report(folder: AnyPath, *, resamples: int = RESAMPLES, seed: int = 0, pool: Pool = "mean") -> Written:
+def write_report(
+    folder: AnyPath,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    pool: Pool = "mean",
+    logit_adjustment: float = 0.0,
+) -> Written:
     """Write the page of one run and all that goes with it into its folder.
 
     InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
@@ -98,7 +107,8 @@ def write_report(folder: AnyPath, *, resamples: int = RESAMPLES, seed: int = 0, 
         'report.html'
     """
     folder = Path(folder)
-    material, whole = gather(folder, resamples=resamples, seed=seed, pool=pool)
+    asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
+    material, whole = gather(folder, **asked)  # type: ignore[arg-type]
     files = {**material.plots, CARD: render_card(material), PAGE: render_run(material)}
     if material.evaluation is not None:
         # Line ends as of Python's csv module and of every report before.
@@ -162,9 +172,13 @@ def read_whole(folder: Path) -> dict[str, Any]:
     return run
 
 
-def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[ReportData, bool]:
+def gather(
+    folder: Path, *, resamples: int, seed: int, pool: Pool, logit_adjustment: float = 0.0
+) -> tuple[ReportData, bool]:
     """Everything a page says of a run, and whether no file of it is missing or damaged."""
     run, broken = read_whole(folder), []
+    if logit_adjustment:
+        run = read_run_info(folder, logit_adjustment=logit_adjustment)
     try:
         history = read_history(folder / "history.csv")
     except InputError as error:
@@ -172,7 +186,8 @@ def gather(folder: Path, *, resamples: int, seed: int, pool: Pool) -> tuple[Repo
         broken.append(f"training progression: {error}")
     found, unknown = None, None
     try:
-        found = evaluation.evaluate(folder, resamples=resamples, seed=seed, pool=pool)
+        asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
+        found = evaluation.evaluate(folder, **asked)  # type: ignore[arg-type]
         labels = predictions.read(folder, run).arrays["labels"]
         unknown = int((labels == -1).sum())
     except InputError as error:

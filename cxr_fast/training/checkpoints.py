@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..errors import InputError
+from ..config import SweepSpec, from_dict, to_dict
+from ..errors import CxrFastError, InputError
 from ..system.files import atomic
-from .fold import Epoch, Fold, OnEpoch, Recorder, Snapshot
+from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
+from .folds.loop import Recorder
 
 SUFFIX = ".partial"
 REFIT = "refit"
@@ -32,7 +34,7 @@ State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def fold_key(number: int, fold: Fold) -> str:
     """What the files of a fold, or of a refit, of configuration `number` begin with."""
-    return f"config{number}." + (f"fold{fold.number}" if fold.rates is None else REFIT)
+    return f"config{number}.{fold.name}"
 
 
 class Journal:
@@ -237,14 +239,19 @@ def difference(folder: Path, plan: Mapping[str, Any]) -> str:
     if not path.is_file():
         return ""
     try:
-        old = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+        old = _flat(_whole(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, CxrFastError):
         return "a plan that cannot be read"
-    new = _flat(json.loads(json.dumps(plan)))
+    new = _flat(_whole(json.loads(json.dumps(plan))))
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             return f"{name.rpartition('.')[2]} {_short(old.get(name))} where this has {_short(new.get(name))}"
     return ""
+
+
+def _whole(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with every field of its spec: one that came later had its default before."""
+    return plan | {"spec": to_dict(from_dict(SweepSpec, plan["spec"]))} if "spec" in plan else plan
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -81,10 +81,13 @@ class Saved:
                 f"images of the folds, each scored by the one model that did not train on it: {folds} models are mixed "
                 f"here, so figures over all folds also compare the scores of different models{self._shared()}"
             )
-            return self._scored(self.arrays["out_of_fold"][budget], fold >= 0, of)
+            found = self.arrays["out_of_fold"][budget]
+            if self._kind == "retrained":
+                found = self.arrays["out_of_fold_retrained"]
+            return self._scored(found, fold >= 0, of)
         seen = (fold >= 0) & (fold != self.run["chosen"]["fold"]) if self._kind == "best-fold" else fold >= 0
         of = f"images that {self._final()} was trained on: how well it remembers, not how well it does"
-        if self._kind == "ensemble":
+        if self._kind in ("ensemble", "retrained"):
             of += " (each image is new to one of its members)"
         return self._scored(self.arrays["final"], seen, of)
 
@@ -93,9 +96,11 @@ class Saved:
         return str(self.run["final"]["kind"])
 
     def _final(self) -> str:
-        return {"best-fold": "the best fold's model", "ensemble": "the mean of the folds' models"}.get(
-            self._kind, "the model trained on all folds' images"
-        )
+        return {
+            "best-fold": "the best fold's model",
+            "ensemble": "the mean of the folds' models",
+            "retrained": "the mean of the folds' models with retrained heads",
+        }.get(self._kind, "the model trained on all folds' images")
 
     def _shared(self) -> str:
         by_image = self.run["spec"]["split_by"] == "image"
@@ -124,11 +129,12 @@ def read(folder: Path, run: Mapping[str, Any]) -> Saved:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({str(error)[:80]}); run the sweep again.") from error
-    needed = ("labels", "fold", "out_of_fold", "final", *COLUMNS)
+    own = ("out_of_fold_retrained",) if run["final"]["kind"] == "retrained" else ()
+    needed = ("labels", "fold", "out_of_fold", "final", *own, *COLUMNS)
     if lacking := [name for name in needed if name not in arrays]:
         raise InputError(f"{path}: holds no {', '.join(lacking)}; run the sweep again.")
     images, classes = len(arrays["fold"]), len(run["classes"])
-    expected: dict[str, tuple[int, ...]] = {"labels": (images, classes), "final": (images, classes)}
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("labels", "final", *own), (images, classes))
     expected["out_of_fold"] = (len(run["budgets"]), images, classes)
     expected |= {name: (images,) for name in arrays if _is_column(name)}
     for name, shape in expected.items():

@@ -13,13 +13,13 @@ import numpy as np
 from .. import __version__
 from ..config import digest
 from ..errors import InputError, SchemaError
+from ..metrics import calibration
 from ..system.files import AnyPath
 
 if TYPE_CHECKING:
     import torch
 
     from ..models.backbone import Backbone
-    from ..models.tail import Head
 
 SCHEMA = 2
 KIND = "cxr-fast run"
@@ -33,7 +33,7 @@ class Member:
     """One model: open_clip's whole tower with a trained tail in place, and the head."""
 
     visual: Any
-    head: Head
+    head: Any
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Slow trusted path: normalised (B, 3, S, S) through open_clip's whole tower and the head, (B, C) float32."""
@@ -55,6 +55,7 @@ class Run:
     info: dict[str, Any]
     members: tuple[Member, ...]
     chosen: str  # the kind of final model the sweep chose, by flag
+    tta: str | None  # the views it was scored on there
 
     @property
     def visual(self) -> Any:
@@ -62,13 +63,15 @@ class Run:
         return self.members[0].visual
 
     @property
-    def head(self) -> Head:
+    def head(self) -> Any:
         """The head of the (first) member."""
         return self.members[0].head
 
     def raw_probabilities(self, pixels: torch.Tensor) -> np.ndarray:
-        """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated."""
-        each = [member.logits(pixels).sigmoid().numpy() for member in self.members]
+        """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated; of
+        the mirrored images too where the run was scored on both views."""
+        views = [pixels, pixels.flip(-1)] if self.info["train"].get("tta") == "flip" else [pixels]
+        each = [member.logits(view).sigmoid().numpy() for member in self.members for view in views]
         return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
 
 
@@ -91,8 +94,11 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def read_run(folder: AnyPath, final: str | None = None) -> Run:
-    """Read a run's description and its final model, or the one of another kind, the hash of each part checked.
+def read_run(
+    folder: AnyPath, final: str | None = None, *, tta: str | None = None, logit_adjustment: float = 0.0
+) -> Run:
+    """Read a run's description and its final model, or the one that `read_run_info` describes; the hash of each part is
+    checked.
 
     >>> run = read_run("exports/indiana")
     >>> run.info["final"]["kind"]
@@ -103,7 +109,7 @@ def read_run(folder: AnyPath, final: str | None = None) -> Run:
 
     from ..models.backbone import weights_sha256
 
-    chosen, info = read_info(folder)["final"]["kind"], read_run_info(folder, final)
+    own, info = read_info(folder), read_run_info(folder, final, tta=tta, logit_adjustment=logit_adjustment)
     path = folder / "model.safetensors"
     parts: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -120,28 +126,80 @@ def read_run(folder: AnyPath, final: str | None = None) -> Run:
                 f"{path}: not the weights run.json was written with (hash of {part} differs); run the sweep again."
             )
     tower = parts.pop("tower")
-    return Run(
-        folder=folder, info=info, members=tuple(_member(info, tower, tail) for tail in parts.values()), chosen=chosen
-    )
+    members = tuple(_member(info, tower, tail) for tail in parts.values())
+    chosen, views = own["final"]["kind"], own["train"].get("tta")
+    return Run(folder=folder, info=info, members=members, chosen=chosen, tta=views)
 
 
-def read_run_info(folder: Path, final: str | None = None) -> dict[str, Any]:
-    """`run.json` as if the sweep had been asked for a final model of this kind; torch is not needed."""
+def read_run_info(
+    folder: Path, final: str | None = None, *, tta: str | None = None, logit_adjustment: float = 0.0
+) -> dict[str, Any]:
+    """`run.json` as if the sweep had been asked for a final model of this kind, for these views ("none" or "flip"), and
+    for logits adjusted by the training labels after training; torch is not needed."""
     info = read_info(folder)
-    return info if final in (None, info["final"]["kind"]) else _other_final(info, str(final))
+    if final not in (None, info["final"]["kind"]):
+        info = _other_final(info, str(final))
+    if tta is not None and tta != info["train"].get("tta", "none"):
+        info = _other_views(info, str(tta))
+    return _adjusted(info, folder, logit_adjustment) if logit_adjustment else info
+
+
+def _adjusted(info: dict[str, Any], folder: Path, strength: float) -> dict[str, Any]:
+    """run.json with logits adjusted after training; thresholds move along, so that no decision changes.
+
+    Figures that do not follow from ranking or decisions change, so none is kept.
+    """
+    if info["calibration"] is not None:
+        raise InputError("--logit-adjustment: this run is calibrated, which the adjustment would undo; leave it out.")
+    try:
+        with np.load(folder / "predictions.npz") as file:
+            labels = file["labels"][file["fold"] >= 0]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'predictions.npz'}: cannot be read; run the sweep again.") from error
+    fitted = calibration.adjust(labels, strength)
+    limits = calibration.move_thresholds(fitted, np.asarray(info["thresholds"]))
+    return info | {
+        "calibration": fitted,
+        "thresholds": [float(limit) for limit in limits],
+        "threshold_source": f"{info['threshold_source']}; moved with the logit adjustment",
+        "metrics": dict.fromkeys(info["metrics"]),
+    }
+
+
+def _other_views(info: dict[str, Any], tta: str) -> dict[str, Any]:
+    """run.json with a final model that answers for other views than those the run scored.
+
+    Thresholds and calibration stay and say so; the figures were not measured and are left out.
+    """
+    own, other = ("the plain view", "both views") if tta == "flip" else ("both views", "the plain view")
+    return info | {
+        "train": info["train"] | {"tta": tta},
+        "threshold_source": f"{info['threshold_source']}; found on {own}, used on {other}",
+        "metrics": dict.fromkeys(info["metrics"]),
+    }
 
 
 def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:
     """run.json as if the sweep had been asked for another final model.
 
-    Thresholds and calibration stay, they are of the folds' own predictions; the hold-out figures are the kind's own.
+    Thresholds and calibration are of the folds' own predictions, or of those of the retrained heads; the hold-out
+    figures are the kind's own.
     """
     folds = [f"fold{k}" for k in range(info["spec"]["folds"])]
-    members = {"best-fold": [f"fold{info['chosen']['fold']}"], "refit": ["refit"], "ensemble": folds}.get(kind)
+    retrained = [f"retrained{k}" for k in range(info["spec"]["folds"])]
+    members = {
+        "best-fold": [f"fold{info['chosen']['fold']}"],
+        "refit": ["refit"],
+        "ensemble": folds,
+        "retrained": retrained,
+    }.get(kind)
     if members is None:
-        raise InputError(f"--final: {kind!r} is not best-fold, refit or ensemble.")
+        raise InputError(f"--final: {kind!r} is not best-fold, refit, ensemble or retrained.")
     if lacking := [name for name in members if name not in info["weights_sha256"]]:
-        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; run the sweep again.")
+        again = "run the sweep again" + (" with --retrain-head balanced" if kind == "retrained" else "")
+        raise InputError(f"--final {kind}: the run kept no {lacking[0]}; {again}.")
+    decision = dict(info.get("decisions", {}).get("retrained" if kind == "retrained" else "folds", {}))
+    validated = decision.pop("out_of_fold", info["metrics"]["out_of_fold"])
     return info | {
         "final": {
             "kind": kind,
@@ -149,19 +207,35 @@ def _other_final(info: dict[str, Any], kind: str) -> dict[str, Any]:
             "rule": f"chosen when exporting; the sweep's was {info['final']['kind']}",
         },
         "model_sha256": model_sha256(info["weights_sha256"], members),
-        "metrics": info["metrics"] | {"holdout": (info["finals"] or {}).get(kind)},
+        **decision,
+        "metrics": {"out_of_fold": validated, "holdout": (info["finals"] or {}).get(kind)},
     }
 
 
 def _member(info: Mapping[str, Any], tower: Mapping[str, Any], tail: Mapping[str, Any]) -> Member:
     from ..models.backbone import assemble
-    from ..models.tail import Head
 
     visual = assemble(info["backbone"], {**tower, **in_tower(tail, info["unfreeze_blocks"], tower)})
     state = {name.removeprefix("head."): tensor for name, tensor in tail.items() if name.startswith("head.")}
-    head = Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
+    head = _empty_head(info, state)
     head.load_state_dict(state)
     return Member(visual=visual, head=head.eval().requires_grad_(False))
+
+
+def _empty_head(info: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+    """The head of a run before its weights are in it: ours, or one of the user's own."""
+    from ..models import heads
+    from ..models.tail import Head
+
+    own = info.get("custom") or {}
+    if own.get("head") is None:
+        return Head(state["0.weight"].shape[1], len(info["classes"]), dropout=0.0)
+    if own["layers"] is None:
+        raise InputError(
+            f"this run's head, made by {own['head']}, holds a {own['unknown']}, which no file of ours can describe; a "
+            f"head of torch.nn.Sequential with {', '.join(heads.KNOWN)} can be exported."
+        )
+    return heads.build(own["layers"])
 
 
 def in_tower(tail: Mapping[str, Any], unfreeze_blocks: int, tower: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..config import NOT_RESTORED, CacheSpec, SweepSpec, from_dict, recipe_differences, to_dict
+from ..config import CacheSpec, SweepSpec, from_dict, to_dict
 from ..data import splits
 from ..errors import InputError
 from ..metrics import figures
+from ..metrics.rarity import group_maps
 from ..metrics.thresholds import best_f1_thresholds, thresholds_for
+from ..recipes import NOT_RESTORED, recipe_differences
 from ..system import hardware
 from ..system.files import AnyPath, write_csv, write_json
 from .run_folder import KIND, SCHEMA, clean, read_info
@@ -33,6 +35,7 @@ FINAL_RULES = {
     "best-fold": "the fold with the best validation macro AUC at the chosen budget",
     "refit": "all folds' data for the chosen budget, learning rates the folds' medians",
     "ensemble": "mean of the folds' probabilities at the chosen budget",
+    "retrained": "mean of the folds' probabilities, each fold's head trained again on its frozen blocks",
 }
 
 
@@ -67,7 +70,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
     `folds`, `budgets`, `grid`, `split_table` and `per_class` are tables, a row an object; `finals` and `metrics` hold
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
-    trained on one.
+    trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model;
+    runs of earlier versions have neither. `custom` names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -114,6 +118,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     weights_sha256: dict[str, str]
     model_sha256: str
     cluster: Values | msgspec.UnsetType = msgspec.UNSET
+    decisions: dict[str, Values] | msgspec.UnsetType = msgspec.UNSET
+    probe: Values | msgspec.UnsetType = msgspec.UNSET
+    custom: Values | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:
@@ -169,7 +176,6 @@ def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
         "mean": meta["mean"],
         "std": meta["std"],
         "preprocess": meta["spec"]["preprocess"],
-        "unfreeze_blocks": int(meta["spec"]["unfreeze_blocks"]),
         "images": ImageCounts(
             in_cache=len(header.images),
             failed=int((~data.file.ok).sum()),
@@ -205,11 +211,12 @@ def search_tables(trained: Trained, data: Data, spec: SweepSpec, budget: int, be
     return {"folds": folds, "budgets": budgets, "chosen": Choice(epochs=epochs[budget], fold=best, rule=rule)}
 
 
-def grid_table(configurations: Sequence[Trained], chosen: Trained, spec: SweepSpec) -> list[Values]:
-    """One row per configuration, best first: what differs, its best budget, mean and spread over folds, seconds."""
+def grid_table(configurations: Sequence[Trained], chosen: Trained, data: Data, spec: SweepSpec) -> list[Values]:
+    """One row per configuration, best first: what differs, its best budget, mean and spread over folds, mAP of head,
+    medium and tail classes out of fold, seconds."""
     rows = []
     for trained in configurations:
-        budget = int(np.nanargmax(np.nanmean(trained.scores, axis=1)))
+        budget, dev = trained.best_budget, data.assignment >= 0
         rows.append(
             {
                 "config": trained.number,
@@ -217,6 +224,7 @@ def grid_table(configurations: Sequence[Trained], chosen: Trained, spec: SweepSp
                 "epochs": spec.epochs[budget],
                 "mean_auc": np.nanmean(trained.scores[budget]),
                 "std_auc": np.nanstd(trained.scores[budget]),
+                **group_maps(data.labels[dev], trained.probabilities[budget][dev]),
                 "seconds": trained.seconds,
                 "chosen": trained is chosen,
             }
@@ -266,6 +274,29 @@ def write_run(folder: Path, run: Values, configurations: Sequence[Trained]) -> N
     _write_table(folder / "per_class.csv", run["per_class"])
     if len(configurations) > 1:
         _write_table(folder / "grid.csv", run["grid"])
+        _write_grid(folder, configurations, run)
+
+
+def _write_grid(folder: Path, configurations: Sequence[Trained], run: Values) -> None:
+    """History and folds of every configuration as one table each, and their out-of-fold predictions at the best budget
+    as `out_of_fold` (configurations, N, C) in `grid.npz`; images and labels are those of `predictions.npz`."""
+    lines = [
+        {"config": trained.number, "fold": k, **asdict(epoch)}
+        for trained in configurations
+        for k, history in enumerate(trained.histories)
+        for epoch in history
+    ]
+    _write_table(folder / "grid_history.csv", lines)
+    epochs = run["spec"]["epochs"]
+    folds = [
+        {"config": trained.number, "fold": k, **{f"auc_{b}": trained.scores[i, k] for i, b in enumerate(epochs)}}
+        for trained in configurations
+        for k in range(len(trained.histories))
+    ]
+    _write_table(folder / "grid_folds.csv", folds)
+    best = np.stack([trained.probabilities[trained.best_budget] for trained in configurations])
+    budgets = np.array([epochs[trained.best_budget] for trained in configurations])
+    np.savez_compressed(folder / "grid.npz", out_of_fold=best, epochs=budgets)
 
 
 def _write_table(path: Path, rows: list[Values]) -> None:

@@ -1,4 +1,4 @@
-"""The epoch search: each configuration over all folds, a snapshot at each budget; and the final model's three kinds.
+"""The epoch search: each configuration over all folds, a snapshot at each budget.
 
 A search can be resumed after any epoch.
 """
@@ -14,19 +14,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..activations.forward import precision, run_blocks
 from ..activations.loader import Activations
 from ..config import SweepSpec, TrainSpec
+from ..errors import InputError
 from ..metrics import figures
 from ..models.backbone import Backbone
-from ..models.tail import Tail
+from ..models.heads import NOTHING_OWN, Custom
+from ..models.tail import Tail, embedding_width
 from .checkpoints import REFIT, Journal, fold_key
 from .dataset import Data
-from .fold import Epoch, Fold, FoldData, OnEpoch, Recorder, fit, precision, predict, sigmoid
-from .head_fold import HeadFold, fit_side_by_side
-from .stacked_folds import fit_together
-
-# The kinds of final model.
-KINDS = ("best-fold", "refit", "ensemble")
+from .folds.fold import Epoch, Fold, FoldData, OnEpoch
+from .folds.head_fold import HeadFold, fit_side_by_side
+from .folds.loop import Recorder, fit
+from .folds.stacked_folds import fit_together
 
 
 class FoldTrainer(Protocol):
@@ -115,6 +116,11 @@ class Trained:
         """Its highest mean over folds."""
         return float(np.nanmax(np.nanmean(self.scores, axis=1)))
 
+    @property
+    def best_budget(self) -> int:
+        """The place of the budget that has it."""
+        return int(np.nanargmax(np.nanmean(self.scores, axis=1)))
+
     def rates(self, epochs: int) -> list[float]:
         """The learning rate of each of `epochs` epochs: the median over the folds that trained it."""
         return [float(np.median([h[e].lr for h in self.histories if e < len(h)])) for e in range(epochs)]
@@ -135,11 +141,35 @@ class Search:
         spec: SweepSpec,
         *,
         unfreeze_blocks: int,
+        custom: Custom = NOTHING_OWN,
     ) -> None:
+        self.custom = custom
         self.backbone, self.activations, self.data, self.spec = backbone, activations, data, spec
         self.unfreeze_blocks = unfreeze_blocks
+        self.scratch: Path | None = None  # the folder for tokens that do not fit into memory
+        self._deeper: dict[tuple[int, int], Activations] = {}
         # (number, train, journal, on_epoch, stop) to what `configN.json` holds: here, or on a cluster.
         self.train_folds: Callable[..., dict[str, Any]] = self._train
+
+    def depth(self, train: TrainSpec) -> int:
+        """How many blocks a configuration trains."""
+        return self.unfreeze_blocks if train.train_blocks is None else train.train_blocks
+
+    def inputs(self, train: TrainSpec) -> Activations:
+        """What a configuration's tail takes: the cache's activations, or those behind its frozen blocks."""
+        return self.behind(self.depth(train), self.activations.views)
+
+    def behind(self, blocks: int, views: int) -> Activations:
+        """Activations before the last `blocks` blocks, of the first `views` views; made once and kept."""
+        if blocks == self.unfreeze_blocks:
+            return self.activations
+        kept = self._deeper.get((blocks, views))
+        if kept is None:
+            tail = Tail(self.backbone.visual, unfreeze_blocks=self.unfreeze_blocks, classes=1)
+            tail.to(self.activations.device)
+            kept = run_blocks(tail, self.activations, blocks, self.data.rows, views=views, folder=self.scratch)
+            self._deeper[blocks, views] = kept
+        return kept
 
     def fold(self, train: TrainSpec, number: int) -> Fold:
         """Fold `number` of one configuration, ready to train."""
@@ -156,24 +186,30 @@ class Search:
         return self.kind(train)(
             self.backbone.visual,
             FoldData(
-                activations=self.activations,
+                activations=self.inputs(train),
                 labels=self.data.header.labels,
                 train_rows=rows,
                 valid_rows=valid,
                 number=number,
+                name="" if rates is None else REFIT,
+                embeddings=self.behind(0, self.activations.views) if train.head_first else None,
+                custom=self.custom,
             ),
             train,
-            unfreeze_blocks=self.unfreeze_blocks,
+            unfreeze_blocks=self.depth(train),
             seed=self.spec.seed,
             rates=rates,
         )
 
     def tail(self, train: TrainSpec) -> Tail:
         """Build a tail of the shape that this configuration trains; its head is not initialised."""
+        visual, classes = self.backbone.visual, self.data.labels.shape[1]
+        own = None if self.custom.head is None else self.custom.make_head(embedding_width(visual), classes, 0)
         return Tail(
-            self.backbone.visual,
-            unfreeze_blocks=self.unfreeze_blocks,
-            classes=self.data.labels.shape[1],
+            visual,
+            unfreeze_blocks=self.depth(train),
+            classes=classes,
+            head=own,
             dropout=train.dropout,
             train_norm=train.train_norm,
         )
@@ -181,7 +217,7 @@ class Search:
     def kind(self, train: TrainSpec) -> type[Fold]:
         """The kind of fold that this configuration trains."""
         device = self.activations.device
-        head_alone = self.unfreeze_blocks == 0 and device.type == "cpu"
+        head_alone = self.depth(train) == 0 and device.type == "cpu" and not self.custom
         return HeadFold if head_alone and precision(train, device, 0) == "float32" else Fold
 
     def side_by_side(self, train: TrainSpec) -> int:
@@ -226,7 +262,7 @@ class Search:
             journal.restore(fold_key(number, fold), fold)
             return fold
 
-        if self.kind(train) is Fold and self.activations.device.type == "cpu":
+        if self.kind(train) is Fold and (self.activations.device.type == "cpu" or self.custom):
             return [fit(ready(k), epochs, recorder) for k in numbers]  # one at a time in memory
         folds = [ready(k) for k in numbers]
         if self.kind(train) is HeadFold:
@@ -276,61 +312,26 @@ class Search:
 
 def fit_one(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> None:
     """`fold.fit`; on a GPU as a stack of one, for the graph: the launches of a step take longer than its work."""
-    if fold.device.type == "cpu":
+    if fold.device.type == "cpu" or fold.custom:
         fit(fold, budgets, recorder)
     else:
         fit_together([fold], budgets, recorder)
 
 
-def choose(scores: np.ndarray) -> tuple[int, int]:
-    """Budget of the highest mean validation AUC over folds, then the best fold there; (budgets, folds) -> indices.
-
-    Ties go to the smaller budget and the lower fold.
-    """
-    budget = int(np.nanargmax(np.nanmean(scores, axis=1)))
-    return budget, int(np.nanargmax(scores[budget]))
-
-
-class FinalModels:
-    """The models a search can end with: the best fold, a refit on all folds' data, the mean of the folds.
-
-    They are made of the tails of one configuration at its chosen budget: `fold0`, `fold1`, ..., and `refit` once
-    trained.
-    """
-
-    def __init__(self, search: Search, trained: Trained, journal: Journal) -> None:
-        self.search, self.trained, self.journal = search, trained, journal
-        self.budget, self.best = choose(trained.scores)
-        self.epochs = search.spec.epochs[self.budget]
-
-    def members(self, kind: str) -> list[str]:
-        """Names of the tails that a kind of final model consists of."""
-        folds = [f"fold{k}" for k in range(self.search.spec.folds)]
-        return {"best-fold": [folds[self.best]], "refit": [REFIT], "ensemble": folds}[kind]
-
-    def refit_epochs(self) -> int:
-        """The chosen budget; with early stopping the median epoch at which the folds had stopped by then."""
-        return int(np.median(self.trained.stopped_at[:, self.budget]))
-
-    def refit(self, on_epoch: OnEpoch | None, stop: Callable[[], bool]) -> None:
-        """Train the refit, or go on with it; its learning rates are the folds' medians, epoch by epoch."""
-        epochs, number = self.refit_epochs(), self.trained.number
-        fold = self.search.refit(self.trained.train, self.trained.rates(epochs))
-        self.journal.restore(fold_key(number, fold), fold)
-        fit_one(fold, (epochs,), self.journal.recorder(number, on_epoch, stop))
-        self.journal.flush()
-
-    def state(self, member: str) -> dict[str, torch.Tensor]:
-        """Load the weights of one tail."""
-        epochs = self.refit_epochs() if member == REFIT else self.epochs
-        return self.journal.load_snapshot(f"config{self.trained.number}.{member}", epochs)[0]
-
-    def probabilities(self, kind: str, rows: np.ndarray) -> np.ndarray:
-        """Float32 probabilities (n, C) of file rows: the mean over the members."""
-        each = [self._predict(name, rows) for name in self.members(kind)]
-        return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
-
-    def _predict(self, name: str, rows: np.ndarray) -> np.ndarray:
-        tail = self.search.tail(self.trained.train)
-        tail.load_state_dict(self.state(name))
-        return sigmoid(predict(tail.to(self.search.activations.device), self.search.activations, rows))
+def require_cached(train: TrainSpec, cut: int, views: Sequence[str]) -> None:
+    """InputError where a training field asks for what the cache does not hold."""
+    if train.train_blocks is not None and train.train_blocks > cut:
+        raise InputError(
+            f"--train-blocks: {train.train_blocks} is more than the {cut} block(s) this cache leaves to train; "
+            f"`cxrfast cache SOURCE --unfreeze-blocks {train.train_blocks}` makes one that leaves more."
+        )
+    alone = [
+        f"--{name}" for name, on in (("head-first", train.head_first), ("layer-decay", train.layer_decay < 1)) if on
+    ]
+    if alone and cut == 0:
+        raise InputError(f"{alone[0]}: this cache leaves no block to train, so it changes nothing; leave it out.")
+    if train.tta == "flip" and "flip" not in views:
+        raise InputError(
+            "--tta flip: this cache has no flipped view; make one with `cxrfast cache --views plain,flip`, or pass "
+            "--tta none."
+        )

@@ -17,22 +17,25 @@ import torch
 
 from .. import __version__
 from ..activations.cache import Cache
+from ..activations.forward import precision, predict
 from ..activations.loader import Activations
-from ..config import SweepOptions, SweepSpec, TrainSpec, grid, to_dict
+from ..config import SweepOptions, SweepSpec, TrainSpec, to_dict
 from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
-from ..metrics import calibration, figures
 from ..models.backbone import Backbone, load, tower_sha256
 from ..models.device import pick_device
+from ..models.heads import Custom, LossFunction, MakeHead
 from ..models.tail import count_trainable
+from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
 from .dataset import read
-from .fold import OnEpoch, precision, predict, require_scorable
-from .run_folder import model_sha256, save_model
-from .search import KINDS, FinalModels, FoldTrainer, Search, Trained, Trainers
+from .final_models import FinalModels
+from .finish import Setup, finish
+from .folds.fold import OnEpoch, require_scorable
+from .search import FoldTrainer, Search, Trained, Trainers, require_cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,28 +101,44 @@ class Sweep:
         *,
         manifest: Manifest | None = None,
         trainers: Trainers | None = None,
+        head: MakeHead | None = None,
+        loss: LossFunction | None = None,
     ) -> None:
         cache, out = Path(cache), None if out is None else Path(out)
         if out is not None:
             _require_free(out, options.overwrite)
         self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)
         self.data = read(cache, spec, manifest)
-        self.labels_from = "the cache" if manifest is None else manifest.name
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
+        for _, train in self.points:
+            require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
+        self.labels_from = "the cache" if manifest is None else manifest.name
         self._choose_device(trainers)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, options.weights)
         self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
-        self.search = Search(self.backbone, self.activations, self.data, spec, unfreeze_blocks=self.unfreeze_blocks)
+        self.search = Search(
+            self.backbone,
+            self.activations,
+            self.data,
+            spec,
+            unfreeze_blocks=self.unfreeze_blocks,
+            custom=Custom(head=head, loss=loss),
+        )
+        self.search.custom.require_loss(len(self.data.header.classes), self.device)
         self.trainable = [count_trainable(self.search.tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
+        self.search.scratch = self.out.parent if self.out.parent.is_dir() else None
         self.trainer: FoldTrainer | None = None
         if trainers is not None:
             self.trainer = trainers.start(
                 self.search, self._decided(), self.out, device=self.trained_on, residency=options.residency
             )
             self.search.train_folds = self.trainer.train_folds
+
+    def _depth(self, train: TrainSpec) -> int:
+        return self.unfreeze_blocks if train.train_blocks is None else train.train_blocks
 
     def _decided(self) -> list[TrainSpec]:
         """The configurations with `auto` precision replaced by what it means on the trainers' device."""
@@ -132,7 +151,7 @@ class Sweep:
         if trainers is None:
             self.device, self.residency = pick_device(device), residency
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
-            self.kinds = [precision(train, self.device, self.unfreeze_blocks) for _, train in self.points]
+            self.kinds = [precision(train, self.device, self._depth(train)) for _, train in self.points]
             return
         self.trained_on, self.gpu, bfloat16 = trainers.target(device), "cpu", False
         if self.trained_on == "cuda":
@@ -142,7 +161,7 @@ class Sweep:
         self.residency = "host" if self.device.type == "cuda" else residency
         kind = "bfloat16" if bfloat16 else "float32"
         self.kinds = [
-            precision(train, self.device, self.unfreeze_blocks)
+            precision(train, self.device, self._depth(train))
             if self.trained_on == "cpu" or train.precision != "auto"
             else kind
             for _, train in self.points
@@ -164,6 +183,7 @@ class Sweep:
             "precision": self.kinds,
             "cxr-fast": __version__,
             "torch": torch.__version__,
+            **self.search.custom.mark(),
         }
 
     @property
@@ -173,6 +193,7 @@ class Sweep:
     def plan(self) -> SweepPlan:
         """Counts, memory and expected time."""
         data, header, spec = self.data, self.data.header, self.spec
+        retrained = spec.retrain_head != "none"
         return SweepPlan(
             cache=data.file.path,
             out=self.out,
@@ -184,7 +205,7 @@ class Sweep:
             configurations=len(self.points),
             holdout_images=int((data.assignment == -1).sum()),
             epochs=spec.epochs,
-            epochs_in_all=spec.epochs[-1] * (spec.folds * len(self.points) + self._with_refit),
+            epochs_in_all=spec.epochs[-1] * (spec.folds * (len(self.points) + retrained) + self._with_refit),
             trainable=self.trainable[0],
             activation_bytes=data.file.activations.nbytes,
             where=self.activations.where,
@@ -218,9 +239,10 @@ class Sweep:
         some = draws.steps[2 : 4 if warm_up > 1 else 12] or draws.steps[:2]
         step = seconds(some) / sum(b - a for a, b in some)
         few = fold.valid_rows[:64]
-        predict(fold.tail, self.activations, few, kind=fold.kind)  # the first call warms up
+        inputs = self.search.inputs(train)
+        predict(fold.tail, inputs, few, kind=fold.kind)  # the first call warms up
         began = time.perf_counter()
-        predict(fold.tail, self.activations, few, kind=fold.kind)
+        predict(fold.tail, inputs, few, kind=fold.kind)
         score = time.perf_counter() - began
         epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
         trained = sum(len(data.train(k)) for k in folds)
@@ -279,66 +301,25 @@ class Sweep:
             self.trainer.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
         elif self._with_refit:
             finals.refit(on_epoch, stop)
+        if self.spec.retrain_head != "none":
+            finals.retrain(on_epoch, stop)
         folder = journal.folder / "run"
         with journal.guard():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            record = self._finish(folder, configurations, finals)
+            setup = Setup(
+                labels_from=self.labels_from,
+                precision=self.kinds[chosen.number],
+                device=self.gpu,
+                trainable=self.trainable[chosen.number],
+                with_refit=self._with_refit,
+            )
+            record = finish(folder, configurations, finals, setup)
+            record.cluster = msgspec.UNSET if self.trainer is None else self.trainer.describe()
             record.seconds = time.perf_counter() - began
             run = record.to_dict()
             run_record.write_run(folder, run, configurations)
         return run
-
-    def _finish(self, folder: Path, configurations: list[Trained], finals: FinalModels) -> run_record.RunRecord:
-        """Write the model and the predictions; the record, its seconds aside."""
-        data, spec, chosen = self.data, self.spec, finals.trained
-        dev, held = data.assignment >= 0, data.assignment == -1
-        out_of_fold, labels = chosen.probabilities[finals.budget][dev], data.labels[dev]
-        fitted = calibration.fit(labels, out_of_fold, spec.calibration)
-        out_of_fold = calibration.apply(fitted, out_of_fold)
-        limits, source = run_record.choose_thresholds(labels, out_of_fold, spec)
-        # The hold-out by itself for each, so that its figures do not hang on which model was asked for.
-        raw = {kind: finals.probabilities(kind, data.rows[held]) for kind in KINDS if held.any()}
-        everywhere = np.empty(data.labels.shape, np.float32)
-        everywhere[dev] = finals.probabilities(spec.final, data.rows[dev])
-        everywhere[held] = raw.get(spec.final, everywhere[held])
-        scored = {kind: calibration.apply(fitted, p) for kind, p in raw.items()}
-        names = [f"fold{k}" for k in range(spec.folds)] + (["refit"] if self._with_refit else [])
-        weights = save_model(folder / "model.safetensors", self.backbone, {name: finals.state(name) for name in names})
-        run_record.write_predictions(
-            folder,
-            data,
-            out_of_fold=chosen.probabilities,
-            final=everywhere,
-            **{f"holdout_{kind.replace('-', '_')}": p for kind, p in raw.items()},
-        )
-        on_holdout = (data.labels[held], scored[spec.final], limits) if held.any() else None
-        members = finals.members(spec.final)
-        return run_record.RunRecord(
-            **run_record.describe_origin(data, spec, self.labels_from),
-            precision=self.kinds[chosen.number],
-            device=self.gpu,
-            threads=torch.get_num_threads(),
-            residency=self.activations.residency,
-            trainable=self.trainable[chosen.number],
-            config=chosen.number,
-            grid=run_record.grid_table(configurations, chosen, spec),
-            train=to_dict(chosen.train),
-            thresholds=limits.tolist(),
-            threshold_source=source,
-            calibration=fitted,
-            **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
-            final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
-            finals={kind: run_record.compute_figures(data.labels[held], p, limits) for kind, p in scored.items()},
-            metrics={
-                "out_of_fold": run_record.compute_figures(labels, out_of_fold, limits),
-                "holdout": run_record.compute_figures(*on_holdout) if on_holdout else None,
-            },
-            per_class=figures.per_class(*on_holdout, data.header.classes) if on_holdout else [],
-            weights_sha256=weights,
-            model_sha256=model_sha256(weights, members),
-            cluster=msgspec.UNSET if self.trainer is None else self.trainer.describe(),
-        )
 
 
 def _require_free(out: Path, overwrite: bool) -> None:

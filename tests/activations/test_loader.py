@@ -28,8 +28,8 @@ from cxr_fast.activations.loader import (
 from cxr_fast.config import digest
 from cxr_fast.errors import InputError
 from cxr_fast.system import hardware
-from cxr_fast.training.fold import Fold
-from cxr_fast.training.head_fold import HeadFold
+from cxr_fast.training.folds.fold import Fold
+from cxr_fast.training.folds.head_fold import HeadFold
 from tests.helpers import toys
 from tests.helpers.toys import CPU, make, same
 

@@ -554,7 +554,7 @@ def test_a_cache_of_nothing_but_broken_images_is_refused(pantry: Path) -> None:
 
 @pytest.mark.kill
 def test_an_interrupted_sweep_says_how_to_go_on(pantry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cxr_fast.training.fold import Fold
+    from cxr_fast.training.folds.fold import Fold
 
     run_epoch = Fold.run_epoch
 

@@ -23,7 +23,7 @@ from cxr_fast.inference import checkpoint
 from cxr_fast.inference.checkpoint import Checkpoint
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.models import backbone
-from cxr_fast.training.fold import Epoch
+from cxr_fast.training.folds.fold import Epoch
 from cxr_fast.training.sweep import Sweep
 from tests.helpers import states
 

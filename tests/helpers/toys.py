@@ -12,7 +12,8 @@ from torch import nn
 
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import TrainSpec
-from cxr_fast.training.fold import Fold, FoldData, Recorder, Snapshot
+from cxr_fast.training.folds.fold import Fold, FoldData, Snapshot
+from cxr_fast.training.folds.loop import Recorder
 
 CPU = torch.device("cpu")
 IMAGES, WIDTH, CLASSES = 37, 24, 5

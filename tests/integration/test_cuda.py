@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cxr_fast.models.device import pick_device
 from cxr_fast.training import checkpoints, search
 from cxr_fast.training.checkpoints import Journal
-from cxr_fast.training.fold import Fold, Recorder, Snapshot, fit
-from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
+from cxr_fast.training.folds.fold import Fold, Snapshot
+from cxr_fast.training.folds.loop import Recorder, fit
+from cxr_fast.training.folds.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers import toys
 from tests.helpers.states import wait_until
-from tests.training.test_stacked_folds import EQUAL, alike, change, everything, lines, make
+from tests.training.folds.test_stacked_folds import EQUAL, alike, change, everything, lines, make
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -42,18 +43,20 @@ def moved(stack: Stack, mode: FakeTensorMode) -> None:
         with mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
 
-    stack.weights = {name: fake(w) for name, w in stack.weights.items()}
+    weights = stack.weights
+    stack.weights = {name: fake(w) for name, w in weights.items()}
     stack.moments = {key: [fake(m) for m in moments] for key, moments in stack.moments.items()}
     stack.statistics = {i: [fake(t) for t in three] for i, three in stack.statistics.items()}
     stack.plan = {name: fake(t) for name, t in stack.plan.items()}
     for name in ("counts", "rates", "total", "at", "buffer"):
         setattr(stack, name, fake(getattr(stack, name)))
-    if stack.class_weights is not None:
-        stack.class_weights = fake(stack.class_weights)
+    stack.terms = stack.terms.map(fake)
+    now = {id(weight): stack.weights[name] for name, weight in weights.items()}
+    stack.averages = [(fake(average), now.get(id(new), fake(new))) for average, new in stack.averages]
     first = stack.first
-    first.device_labels, first.activations = fake(first.device_labels), copy.copy(first.activations)
-    assert first.activations.resident is not None
-    first.activations.resident = fake(first.activations.resident)
+    first.device_labels, stack.source = fake(first.device_labels), copy.copy(stack.source)
+    assert stack.source.resident is not None
+    stack.source.resident = fake(stack.source.resident)
     for module in first.tail.modules():
         for name, p in module._parameters.items():
             module._parameters[name] = None if p is None else torch.nn.Parameter(fake(p.detach()), p.requires_grad)

@@ -17,7 +17,7 @@ from cxr_fast.activations.loader import Activations
 from cxr_fast.config import CacheSpec, TrainSpec
 from cxr_fast.models import onednn
 from cxr_fast.models.backbone import Backbone, load
-from cxr_fast.training.fold import Fold
+from cxr_fast.training.folds.fold import Fold
 from tests.helpers.toys import build
 
 CPU = torch.device("cpu")

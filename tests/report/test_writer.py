@@ -26,6 +26,7 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.report import charts, comparison, evaluation, writer
 from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
 from cxr_fast.system.text import Figure, duration
+from cxr_fast.training.run_folder import read_info
 from tests.helpers.pages import Page, browse
 
 SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "search", "data", "recipe", "made"]
@@ -345,9 +346,19 @@ def test_the_grid_is_shown_where_there_was_one(folder: Path, parsed: Page) -> No
     edit(folder, change)
     shown = page(folder)
     head, first, second = shown.tables["Configurations, by validation AUC"]
-    assert head == ["configuration", "lr", "epochs", "mean AUC", "std", "time"]
+    counts = [read_info(folder)["grid"][0][f"{name}_classes"] for name in ("head", "medium", "tail")]
+    maps = [f"{name} mAP ({n})" for name, n in zip(("head", "medium", "tail"), counts, strict=True)]
+    assert sum(counts) > 0
+    assert head == ["configuration", "lr", "epochs", "mean AUC", "std", *maps, "time"]
     assert (first[0], first[1], second[1], second[3]) == ("1 (chosen)", "0.1", "0.2", "–")
     assert first in shown.marked
+
+    def earlier(run: dict[str, Any]) -> None:
+        run["grid"] = [{k: v for k, v in row.items() if "_map" not in k and "_classes" not in k} for row in run["grid"]]
+
+    edit(folder, earlier)
+    head, *_ = page(folder).tables["Configurations, by validation AUC"]
+    assert head == ["configuration", "lr", "epochs", "mean AUC", "std", "time"]
 
 
 # Provenance, names, other inputs.

@@ -21,15 +21,17 @@ import torch
 from safetensors import safe_open
 
 from cxr_fast.activations.loader import Activations
+from cxr_fast.config import SweepSpec, TrainSpec, to_dict
 from cxr_fast.errors import InputError
 from cxr_fast.training import checkpoints
 from cxr_fast.training.checkpoints import Journal, difference
-from cxr_fast.training.fold import Fold, FoldData, Recorder, fit
-from cxr_fast.training.head_fold import HeadFold
+from cxr_fast.training.folds.fold import Fold, FoldData
+from cxr_fast.training.folds.head_fold import HeadFold
+from cxr_fast.training.folds.loop import Recorder, fit
 from tests.helpers import toys
 from tests.helpers.toys import SPEC, make, same
 
-PLAN = {"spec": {"seed": 0, "train": {"lr": 1e-5}}, "cache": "abc", "grid": [{"lr": 1.0}]}
+PLAN: dict[str, Any] = {"spec": {"seed": 0, "train": {"lr": 1e-5}}, "cache": "abc", "grid": [{"lr": 1.0}]}
 KEY = "config0.fold0"
 # Everything moves: the scheduler halves, early stopping counts.
 BUSY = dataclasses.replace(SPEC, plateau_patience=0, patience=30)
@@ -248,6 +250,17 @@ def test_the_same_plan_is_gone_on_with(tmp_path: Path) -> None:
         assert journal.resumed
 
 
+def test_a_field_that_came_later_had_its_default_before(tmp_path: Path) -> None:
+    """The plan of an earlier version names fewer fields than that of the same command now."""
+    with Journal(tmp_path / "run", PLAN):
+        pass
+    now = to_dict(SweepSpec(train=TrainSpec(lr=1e-5)))
+    assert set(now["train"]) > set(PLAN["spec"]["train"])
+    assert difference(tmp_path / "run.partial", PLAN | {"spec": now}) == ""
+    now["train"]["ema"] = 0.9
+    assert difference(tmp_path / "run.partial", PLAN | {"spec": now}) == "ema 0.0 where this has 0.9"
+
+
 def test_tuples_and_lists_are_the_same_plan_once_written(tmp_path: Path) -> None:
     with Journal(tmp_path / "run", {"epochs": (1, 2), "lr": 0.1 + 0.2}):
         pass
@@ -417,7 +430,7 @@ from tests.helpers import states
 from tests.helpers import toys
 from cxr_fast.training import checkpoints as module
 from cxr_fast.training.checkpoints import Journal
-from cxr_fast.training.fold import Recorder, fit
+from cxr_fast.training.folds.loop import Recorder, fit
 
 class Last:
     def __init__(self, whole, part, step):

@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast import config
-from cxr_fast.config import (
-    REFERENCE,
-    CacheSpec,
-    SweepSpec,
-    TrainSpec,
-    grid,
-    grid_values,
-    recipe_differences,
-    reference_value,
-)
+from cxr_fast.config import CacheSpec, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.recipes import REFERENCE, grid, grid_values, recipe_differences, reference_value
 
 # Values.
 
@@ -37,6 +29,20 @@ GOOD: list[tuple[str, str, list[Any]]] = [
     ("scheduler", "none,plateau", ["none", "plateau"]),
     ("flip", "true,false", [True, False]),
     ("train_norm", "false", [False]),
+    ("head_lr", "none,1e-3", [None, 1e-3]),
+    ("layer_decay", "1,0.75", [1.0, 0.75]),
+    ("train_blocks", "none,0,2", [None, 0, 2]),
+    ("head_first", "0,5", [0, 5]),
+    ("loss", "asl,ldam", ["asl", "ldam"]),
+    ("asl_gamma_neg", "2,4", [2.0, 4.0]),
+    ("asl_gamma_pos", "0,1", [0.0, 1.0]),
+    ("asl_clip", "0,0.05", [0.0, 0.05]),
+    ("ldam_margin", "0.5", [0.5]),
+    ("logit_adjustment", "0,1", [0.0, 1.0]),
+    ("label_smoothing", "0.1", [0.1]),
+    ("sampling", "none,balanced,sqrt", ["none", "balanced", "sqrt"]),
+    ("ema", "0,0.99", [0.0, 0.99]),
+    ("tta", "none,flip", ["none", "flip"]),
     ("patience", "none,5,10", [None, 5, 10]),
     ("precision", "bfloat16", ["bfloat16"]),
     ("shuffle", "full,block", ["full", "block"]),
@@ -52,7 +58,7 @@ def test_values_come_in_order_and_of_the_fields_type(name: str, text: str, want:
 
 
 BAD: list[tuple[str, str, str]] = [
-    ("momentum", "0.9", "'momentum' is no training field; it takes batch_size, class_weights, "),
+    ("momentum", "0.9", "'momentum' is no training field; it takes asl_clip, asl_gamma_neg, "),
     ("epochs", "3", "'epochs' is no training field"),
     ("", "1", "'' is no training field"),
     ("lr", "", "lr='' is not a number"),
@@ -91,7 +97,7 @@ def test_every_training_field_can_be_searched() -> None:
     default = TrainSpec()
     for f in dataclasses.fields(TrainSpec):
         value = getattr(default, f.name)
-        text = {True: "true", False: "false", None: "none"}.get(value, str(value)) if f.type != "float" else str(value)
+        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         assert grid(default, [f"{f.name}={text}"]) == [({f.name: value}, default)]
 
 

@@ -30,12 +30,12 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import calibration
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import Tail, head_parameters
-from cxr_fast.training import dataset, run_record, sweep
+from cxr_fast.training import dataset, finish, run_record, sweep
 from cxr_fast.training.checkpoints import Journal
-from cxr_fast.training.fold import Epoch, Fold, Snapshot
+from cxr_fast.training.final_models import choose
+from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
 from cxr_fast.training.run_folder import clean, read_run
 from cxr_fast.training.run_record import provenance
-from cxr_fast.training.search import choose
 from cxr_fast.training.sweep import Sweep
 from tests.helpers import children
 
@@ -642,7 +642,7 @@ def test_a_full_disk_is_one_line_and_costs_no_epoch(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "save_model", fails)
+        patch.setattr(finish, "save_model", fails)
         with pytest.raises(InputError, match=r"No space left on device.*same command"):
             Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU).run()
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]

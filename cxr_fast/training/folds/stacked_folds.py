@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import Interrupted
-from ..models.stacked_tail import Weights, embedding, head, part
+from ...errors import Interrupted
+from ...models.stacked_tail import Weights, embedding, head, part
 from .draws import Draws
-from .fold import Epoch, Fold, Recorder, finished, require_moved, take_snapshots, weights_before
-from .losses import losses
+from .fold import Epoch, Fold
+from .loop import Recorder, finished, require_moved, take_snapshots, weights_before
+from .losses import ClassTerms, losses
 
 # Steps before capture: cuBLAS, autograd and torch.compile make what they keep in the first; PyTorch's notes ask for 3.
 WARM_UP = 3
@@ -41,16 +42,18 @@ class Stack:
     def __init__(self, folds: Sequence[Fold], *, graph: bool | None = None, compile: bool = False) -> None:
         first = folds[0]
         for fold in folds:
-            assert fold.activations is first.activations, "folds trained together read the same activations"
+            assert fold.source is first.source, "folds trained together read the same activations"
             assert (fold.spec, fold.kind) == (first.spec, first.kind), "folds trained together share a spec"
             assert torch.equal(fold.labels, first.labels)
         self.folds, self.first, self.spec, self.device = list(folds), first, first.spec, first.device
+        self.source, self.kind = first.source, first.arithmetic
         self.graph = self.device.type == "cuda" if graph is None else graph
         self.captured: torch.cuda.CUDAGraph | None = None
+        self.groups = self._groups()
         self._share_parameters()
         self._share_statistics()
-        weights = [fold.class_weights for fold in folds if fold.class_weights is not None]
-        self.class_weights = torch.stack(weights)[:, None] if weights else None  # (K, 1, C)
+        self._share_average()
+        self.terms = ClassTerms.stack([fold.terms for fold in folds])
         self.rates, self.total = (torch.zeros(len(folds), device=self.device) for _ in range(2))
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)
         self.plan: dict[str, torch.Tensor] = {}
@@ -60,7 +63,7 @@ class Stack:
 
     def _share_parameters(self) -> None:
         """Weights and AdamW's moments to (K, ...), its step counts to (K, number of weights)."""
-        named = [fold.named() for fold in self.folds]
+        named = [fold.moving() for fold in self.folds]
         states = [fold.optimizer.state for fold in self.folds]
         self.weights: dict[str, torch.Tensor] = {}
         self.moments: dict[str, list[torch.Tensor]] = {key: [] for key in MOMENTS}
@@ -75,6 +78,24 @@ class Stack:
             for k, (p, state) in enumerate(zip(own, states, strict=True)):
                 p.data = self.weights[name][k]
                 state[p] |= {"step": self.counts[k, i]} | {key: self.moments[key][i][k] for key in MOMENTS}
+
+    def _share_average(self) -> None:
+        """The running averages to (K, ...), in the order of `weights` and then of `statistics`."""
+        self.averages: list[tuple[torch.Tensor, torch.Tensor]] = []  # each beside what it is the average of
+        if self.first.average is None:
+            return
+        tails = [fold.average for fold in self.folds if fold.average is not None]
+        for name, weight in self.weights.items():
+            own = [tail.get_parameter(name) for tail in tails]
+            self.averages.append((torch.stack([p.detach() for p in own]), weight))
+            for k, p in enumerate(own):
+                p.data = self.averages[-1][0][k]
+        for i, (mean, variance, _) in self.statistics.items():
+            norms = [tail.head[i] for tail in tails]
+            for name, now in (("running_mean", mean), ("running_var", variance)):
+                self.averages.append((torch.stack([getattr(norm, name) for norm in norms]), now))
+                for k, norm in enumerate(norms):
+                    setattr(norm, name, self.averages[-1][0][k])
 
     def _share_statistics(self) -> None:
         """Batch norm's running mean and variance (K, F) and count (K,), by the layer's place in the head."""
@@ -92,7 +113,8 @@ class Stack:
         """All that a step changes."""
         statistics = [tensor for three in self.statistics.values() for tensor in three]
         moments = [tensor for stacked in self.moments.values() for tensor in stacked]
-        return [*self.weights.values(), *moments, self.counts, *statistics, self.total, self.at]
+        averages = [average for average, _ in self.averages]
+        return [*self.weights.values(), *moments, self.counts, *statistics, *averages, self.total, self.at]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -126,9 +148,9 @@ class Stack:
 
     def _feed(self, plan: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor | None]:
         """What each step must be handed: nothing where activations are resident, else its own (K*B, ...)."""
-        if self.first.activations.resident is not None:
+        if self.source.resident is not None:
             return repeat(None, len(plan["index"]))
-        return self.first.activations.ahead((plan["rows"][i], plan["views"][i]) for i in plan["index"].flatten(1))
+        return self.source.ahead((plan["rows"][i], plan["views"][i]) for i in plan["index"].flatten(1))
 
     def _prepare(self, plan: Mapping[str, torch.Tensor]) -> None:
         """Bring an epoch's plan to the device, and set rates and counters.
@@ -137,8 +159,8 @@ class Stack:
         """
         if not self.plan:
             self.plan = {name: torch.empty_like(tensor, device=self.device) for name, tensor in plan.items()}
-            if self.first.activations.resident is None:
-                shape = (*plan["index"].shape[1:], *self.first.activations.array.shape[2:])
+            if self.source.resident is None:
+                shape = (*plan["index"].shape[1:], *self.source.array.shape[2:])
                 self.buffer = torch.zeros(shape, device=self.device)
         for name, tensor in plan.items():
             assert self.plan[name].shape == tensor.shape, "a fold's rows do not change between epochs"
@@ -170,7 +192,7 @@ class Stack:
         index, count = (plan[name].index_select(0, self.at).squeeze(0) for name in ("index", "count"))  # (K, B), (K,)
         valid = torch.arange(index.shape[1], device=self.device) < count[:, None]
         rows, views = plan["rows"][index], plan["views"][index]
-        resident = self.first.activations.resident
+        resident = self.source.resident
         x = self.buffer if resident is None else resident[rows, views].float()
         # Not torch.where with a number: that copies the number from host memory, which a capture cannot.
         labels = self.first.device_labels[rows].masked_fill(~valid[..., None], -1)
@@ -181,6 +203,7 @@ class Stack:
             active = count > 0
             self._track(means, variances, count)
             self._update(gradients, active)
+            self._take_average(active)
             self.total.add_((loss * count).masked_fill(~active, 0))
             self.at.add_(1)
 
@@ -189,7 +212,7 @@ class Stack:
 
         Left to autocast, a bfloat16 gradient would be widened twice: into the graph and for the optimiser.
         """
-        low = self.first.kind == "bfloat16"
+        low = self.kind == "bfloat16"
         return {
             name: (w.bfloat16() if low and w.ndim == 3 else w.detach()).requires_grad_()
             for name, w in self.weights.items()
@@ -199,12 +222,13 @@ class Stack:
         self, leaves: Weights, x: torch.Tensor, valid: torch.Tensor, masks: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Losses (K,), and mean and variance (K, F) of each batch norm, from activations (K, B, T, D) or (K, B, E)."""
-        low = self.first.kind == "bfloat16"
+        low = self.kind == "bfloat16"
         # Without its cache, which would outlive the graph's memory; no weight is cast twice in a step.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            z = F.normalize(embedding(self.first.tail, leaves, x).float(), dim=-1)
+            z = x if x.ndim == 3 else embedding(self.first.tail, leaves, x)
+            z = F.normalize(z.float(), dim=-1)
             logits, means, variances = head(self.first.tail.head, part(leaves, "head."), z, valid, masks)
-        return losses(logits.float(), labels, self.spec, self.class_weights), means, variances
+        return losses(logits.float(), labels, self.spec, self.terms), means, variances
 
     def _track(self, means: list[torch.Tensor], variances: list[torch.Tensor], count: torch.Tensor) -> None:
         """Running statistics as torch keeps them: momentum 0.1, the variance unbiased."""
@@ -230,23 +254,46 @@ class Stack:
         scale = ((torch.linalg.vector_norm(norms, dim=1) + 1e-6) / self.spec.clip_norm).clamp(min=1)
         skip = (~active).float()
         self.counts.add_(active[:, None])
-        group = self.first.optimizer.param_groups[0]
+        options = self.first.optimizer.param_groups[0]
         for k, own in enumerate(split):
-            torch._fused_adamw_(
-                *([w[k] for w in self.weights.values()], own),
-                *([moment[k] for moment in self.moments[key]] for key in MOMENTS),
-                [],
-                list(self.counts[k].unbind()),
-                lr=self.rates[k],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale[k],
-                found_inf=skip[k],
-            )
+            for share, places in self.groups:
+
+                def of(values: Sequence[torch.Tensor], places: list[int] = places) -> list[torch.Tensor]:
+                    return [values[i] for i in places]
+
+                torch._fused_adamw_(
+                    of([w[k] for w in self.weights.values()]),
+                    of(own),
+                    *(of([moment[k] for moment in self.moments[key]]) for key in MOMENTS),
+                    [],
+                    of(self.counts[k].unbind()),
+                    lr=self.rates[k] if share == 1 else self.rates[k] * share,
+                    beta1=options["betas"][0],
+                    beta2=options["betas"][1],
+                    weight_decay=options["weight_decay"],
+                    eps=options["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=scale[k],
+                    found_inf=skip[k],
+                )
+
+    def _groups(self) -> list[tuple[float, list[int]]]:
+        """The places of the weights in each group of one rate, with the group's share of the fold's rate."""
+        place = {id(p): i for i, p in enumerate(self.first.moving().values())}
+        found = zip(self.first.shares, self.first.optimizer.param_groups, strict=True)
+        groups = [(share, [place[id(p)] for p in group["params"] if id(p) in place]) for share, group in found]
+        return [(share, places) for share, places in groups if places]
+
+    def _take_average(self, active: torch.Tensor) -> None:
+        """Move the running averages one step on; those of folds not `active` (K,) stand still."""
+        if not self.averages:
+            return
+        step = self.counts[:, -1]
+        new = 1 - ((1 + step) / (10 + step)).clamp(max=self.spec.ema)
+        new = new.masked_fill(~active, 0)
+        for average, now in self.averages:
+            average.lerp_(now, new.view(-1, *(1,) * (now.ndim - 1)))
 
 
 def lay_out(draws: Sequence[Draws]) -> dict[str, torch.Tensor]:
@@ -282,7 +329,9 @@ def fit_together(
     """
     stack: Stack | None = None
     while running := [fold for fold in folds if not finished(fold, budgets)]:
-        if stack is None or stack.folds != running:
+        # After a resume some folds may still train the head alone; they catch up first.
+        running = [fold for fold in running if fold.head_only] or running
+        if stack is None or stack.folds != running or stack.source is not running[0].source:
             stack = None  # its memory first
             stack = Stack(running, graph=graph, compile=compile)
         for fold, epoch in zip(running, run_epoch(stack, recorder.stop), strict=True):

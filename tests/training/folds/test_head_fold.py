@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from cxr_fast.activations.forward import predict
 from cxr_fast.activations.loader import Activations
 from cxr_fast.errors import InputError, Interrupted
-from cxr_fast.training import head_fold
-from cxr_fast.training.fold import Epoch, Fold, Recorder, Snapshot, fit, predict
-from cxr_fast.training.head_fold import HeadFold, fit_side_by_side
+from cxr_fast.training.folds import head_fold
+from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
+from cxr_fast.training.folds.head_fold import HeadFold, fit_side_by_side
+from cxr_fast.training.folds.loop import Recorder, fit
 from tests.helpers import toys
 from tests.helpers.toys import CPU, SPEC, TRAIN, VALID, make, same
 
@@ -218,7 +220,7 @@ def test_a_step_is_adamw_on_the_gradient_it_leaves(scripted: bool, monkeypatch: 
 
 def test_a_step_that_leaves_adamw_out_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*arguments: Any) -> torch.Tensor:
-        flat = arguments[3][0]
+        flat = arguments[4][0]
         kept = flat.clone()
         total = head_fold._steps(*arguments)
         flat.copy_(kept)

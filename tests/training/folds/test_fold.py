@@ -17,23 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cxr_fast.activations.forward import precision, predict, sigmoid
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import OPENAI_MEAN, OPENAI_STD, TrainSpec
 from cxr_fast.errors import InputError
 from cxr_fast.metrics.figures import auc, macro
 from cxr_fast.models import backbone
-from cxr_fast.training.fold import (
-    Draws,
-    Epoch,
-    Fold,
-    Snapshot,
-    draw,
-    fit,
-    precision,
-    predict,
-    sigmoid,
-)
-from cxr_fast.training.losses import losses
+from cxr_fast.training.folds.fold import Draws, Epoch, Fold, Snapshot, draw
+from cxr_fast.training.folds.loop import fit
+from cxr_fast.training.folds.losses import losses
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers.toys import build, keep
 

@@ -11,17 +11,18 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..config import TrainSpec
-from ..errors import Interrupted
-from ..models.tail import HEAD_WIDTHS
+from ...config import TrainSpec
+from ...errors import Interrupted
+from ...models.tail import HEAD_WIDTHS, Tail
 from .draws import Draws
-from .fold import Fold, Recorder, finished, require_moved, take_snapshots, weights_before
-from .losses import JACCARD_SHARE, SMOOTH
+from .fold import Fold
+from .loop import Recorder, finished, require_moved, take_snapshots, weights_before
+from .losses import JACCARD_SHARE, SMOOTH, ClassTerms
 
 # Steps between two looks at whether to stop, and gathered at once.
 CHUNK = 256
@@ -42,6 +43,11 @@ class HeadFold(Fold):
         for p, part, (mean, square) in zip(parameters, self.parts, moments, strict=True):
             p.data = part.copy_(p.data)
             self.optimizer.state[p] |= {"exp_avg": mean, "exp_avg_sq": square}
+        self.flat_average = torch.zeros(count if self.average is not None else 0)
+        if self.average is not None:
+            own = list(self.average.head.parameters())
+            for p, part in zip(own, _views(self.flat_average, own), strict=True):
+                p.data = part.copy_(p.data)
 
     def train_epoch(self, draws: Draws, stop: Callable[[], bool] = bool) -> float:
         """Train on one epoch's draws; the mean loss. Raises Interrupted between two chunks of steps."""
@@ -70,19 +76,22 @@ class HeadFold(Fold):
         # Embeddings are cached as the projection leaves them; the tail takes their length out, and so must this.
         x = F.normalize(x, dim=-1)
         masks = draws.masks[part].float().div_(1 - self.spec.dropout).split(HEAD_WIDTHS, dim=1)
-        sign, weight, jaccard = _targets(self.labels[draws.rows[part]], sizes, self.spec, self.class_weights)
-        norms = [layer for layer in self.tail.head if isinstance(layer, torch.nn.BatchNorm1d)]
+        targets = _targets(self.labels[draws.rows[part]], sizes, self.spec, self.terms)
+        loss, spec = _Loss.of(self.spec), self.spec
         total: torch.Tensor = _compiled()(
             self.parts,
             self.gradient_parts,
-            [stat for norm in norms for stat in (norm.running_mean, norm.running_var)],
-            *([t] for t in (self.flat, self.gradient, self.mean, self.square, count)),
-            *(list(t.split(sizes)) for t in (x, *(m.contiguous() for m in masks), sign, weight, jaccard)),
+            *(_statistics(tail) for tail in (self.tail, self.average)),
+            *([t] for t in (self.flat, self.gradient, self.mean, self.square, count, self.flat_average)),
+            *(list(t.split(sizes, -2)) for t in (x, *(m.contiguous() for m in masks), *targets)),
             self.lr,
-            self.spec.weight_decay,
-            self.spec.clip_norm,
-            0.0 if self.spec.loss == "bce" else self.spec.focal_gamma,
-            SMOOTH if self.spec.loss == "focal+jaccard" else 0.0,
+            spec.weight_decay,
+            spec.clip_norm,
+            spec.ema,
+            loss.gamma_pos,
+            loss.gamma_neg,
+            loss.clip,
+            SMOOTH if spec.loss == "focal+jaccard" else 0.0,
         )
         return float(total)
 
@@ -93,20 +102,37 @@ def _views(flat: torch.Tensor, shapes: Sequence[torch.Tensor]) -> list[torch.Ten
     return [part.view(t.shape) for part, t in zip(parts, shapes, strict=True)]
 
 
-def _targets(
-    labels: torch.Tensor, sizes: list[int], spec: TrainSpec, classes: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the loss needs of the labels (n, C), made once for many steps.
+def _statistics(tail: Tail | None) -> list[torch.Tensor]:
+    """Running mean and variance of each batch norm of a head."""
+    norms = [] if tail is None else [layer for layer in tail.head if isinstance(layer, torch.nn.BatchNorm1d)]
+    return [stat for norm in norms for stat in (norm.running_mean, norm.running_var) if stat is not None]
 
-    sign (n, C): +1 for a positive, else -1. weight (n, C): an entry's factor in its step's mean loss, 0 where unknown.
-    jaccard (n, C): an image's factor in the mean soft Jaccard at its known classes, else 0.
+
+class _Loss(NamedTuple):
+    """The loss of an entry whose label has probability p: -(1 - q)^gamma log q with q = min(p + clip, 1), gamma by the
+    label, the clip for negatives alone; below 0 nothing is clipped."""
+
+    gamma_pos: float
+    gamma_neg: float
+    clip: float
+
+    @staticmethod
+    def of(spec: TrainSpec) -> _Loss:
+        """Read exponents and clip of the spec's loss; cross entropy has exponents of 0."""
+        if spec.loss == "asl":
+            return _Loss(spec.asl_gamma_pos, spec.asl_gamma_neg, spec.asl_clip)
+        gamma = spec.focal_gamma if spec.loss in ("focal", "focal+jaccard") else 0.0
+        return _Loss(gamma, gamma, -1.0)
+
+
+def _targets(labels: torch.Tensor, sizes: list[int], spec: TrainSpec, terms: ClassTerms) -> tuple[torch.Tensor, ...]:
+    """What the loss needs of the labels (n, C), made once for many steps; with label smoothing of the labels and of
+    their opposites, (2, n, C).
+
+    sign: +1 for a positive, else -1. weight: an entry's factor in its step's mean loss, 0 where unknown. shift: what is
+    added to its logit. jaccard (n, C): an image's factor in the mean soft Jaccard at its known classes, else 0.
     """
     known, positive = labels >= 0, labels > 0
-    weight = known.float()
-    if spec.loss != "bce":
-        weight *= torch.where(positive, spec.focal_alpha, 1 - spec.focal_alpha)
-    if classes is not None:
-        weight *= classes
     has_label, parts = known.any(1), torch.tensor(sizes)
     step = torch.repeat_interleave(torch.arange(len(sizes)), parts)
     entries, images = (
@@ -114,32 +140,57 @@ def _targets(
         for t in (known.sum(1), has_label.long())
     )
     share = JACCARD_SHARE if spec.loss == "focal+jaccard" else 0.0
-    weight *= ((1 - share) / entries[step])[:, None]
-    return positive.float().mul_(2).sub_(1), weight, known * (share / images[step])[:, None]
+    factor = ((1 - share) / entries[step])[:, None]
+
+    def of(positive: torch.Tensor, portion: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight = known.float()
+        if spec.loss in ("focal", "focal+jaccard"):
+            weight *= torch.where(positive, spec.focal_alpha, 1 - spec.focal_alpha)
+        if terms.weights is not None:
+            weight *= terms.weights
+        weight *= factor
+        shift = torch.zeros(weight.shape if terms.prior is not None or terms.margin is not None else (len(weight), 0))
+        if terms.prior is not None:
+            shift += terms.prior
+        if terms.margin is not None:
+            shift -= positive * terms.margin
+        return positive.float().mul_(2).sub_(1), weight if portion == 1 else weight * portion, shift
+
+    sign, weight, shift = of(positive, 1 - spec.label_smoothing / 2)
+    if spec.label_smoothing:
+        both = zip((sign, weight, shift), of(~positive, spec.label_smoothing / 2), strict=True)
+        sign, weight, shift = (torch.stack(pair) for pair in both)
+    return sign, weight, shift, known * (share / images[step])[:, None]
 
 
 def _steps(
     parts: list[torch.Tensor],
     gradients: list[torch.Tensor],
     statistics: list[torch.Tensor],
+    averaged: list[torch.Tensor],
     flat: list[torch.Tensor],
     gradient: list[torch.Tensor],
     mean: list[torch.Tensor],
     square: list[torch.Tensor],
     count: list[torch.Tensor],
+    average: list[torch.Tensor],
     xs: list[torch.Tensor],
     masks1: list[torch.Tensor],
     masks2: list[torch.Tensor],
     signs: list[torch.Tensor],
     weights: list[torch.Tensor],
+    shifts: list[torch.Tensor],
     jaccards: list[torch.Tensor],
     lr: float,
     decay: float,
     clip: float,
+    ema: float,
     gamma: float,
+    gamma_neg: float,
+    clipped: float,
     smooth: float,
 ) -> torch.Tensor:
-    """Forward, gradient, clipping and AdamW for each step; the sum of the samples' losses.
+    """Forward, gradient, clipping, AdamW and running average for each step; the sum of the samples' losses.
 
     Parameters in the order weight, bias, scale, shift of each hidden layer, then weight and bias. The biases before
     the batch norms have no gradient: it subtracts them.
@@ -160,15 +211,35 @@ def _steps(
         h2 = y2 * masks2[i]
         logits = torch.mm(h2, t3).add_(b3)
         # With u = +-logit, p = sigmoid(u): loss = -w (1-p)^gamma log p, gradient w (1-p)^gamma (gamma p log p - (1-p)).
-        u = logits * sign
+        u = (logits + shifts[i] if shifts[i].size(-1) > 0 else logits) * sign
         log_p = torch.nn.functional.logsigmoid(u)
         miss = (log_p - u).exp_()
-        factor = weight * (miss * miss if gamma == 2.0 else miss.pow(gamma))
-        loss = (factor * log_p).sum().neg_()
-        d = torch.addcmul(miss.neg_(), log_p.exp(), log_p, value=gamma).mul_(factor).mul_(sign)
+        if clipped < 0.0:
+            factor = weight * (miss * miss if gamma == 2.0 else miss.pow(gamma))
+            loss = (factor * log_p).sum().neg_()
+            d = torch.addcmul(miss.neg_(), log_p.exp(), log_p, value=gamma).mul_(factor).mul_(sign)
+        else:
+            # q = p, for a negative min(p + clip, 1), and m = 1 - q: loss = -w m^gamma log q,
+            # gradient w m^(gamma-1) (gamma log q - m / q) p (1-p), 0 where q is clipped.
+            yes = sign > 0
+            m = torch.where(yes, miss, (miss - clipped).clamp_(min=0))
+            log_q = torch.where(yes, log_p, torch.log1p(-m) if clipped > 0.0 else log_p)
+            power = torch.where(yes, m.pow(gamma), m.pow(gamma_neg))
+            loss = (weight * power * log_q).sum().neg_()
+            # p / q as a difference of logarithms: both vanish for a positive far below 0.
+            inner = power * (log_p - log_q).exp_() * miss
+            before = torch.where(
+                yes, gamma * m.pow(max(gamma - 1.0, 0.0)), gamma_neg * m.pow(max(gamma_neg - 1.0, 0.0))
+            )
+            d = before * log_q * log_p.exp() * miss - inner
+            d = d.mul_(weight).mul_(sign).mul_(m > 0)
+        if d.dim() == 3:
+            d = d.sum(0)
         if smooth > 0.0:
             share = jaccards[i]
             known = (share > 0).float()
+            if shifts[i].size(-1) > 0:
+                logits = logits + shifts[i]
             p, y = torch.sigmoid(logits) * known, (sign > 0).float()
             both = (p * y).sum(1, keepdim=True) + smooth
             union = p.sum(1, keepdim=True) + y.sum(1, keepdim=True) - both + 2 * smooth
@@ -211,6 +282,12 @@ def _steps(
             amsgrad=False,
             maximize=False,
         )
+        if ema > 0.0:
+            step = float(count[0])
+            share_of_new = 1.0 - min(ema, (1.0 + step) / (10.0 + step))
+            average[0].lerp_(flat[0], share_of_new)
+            for j in range(len(averaged)):
+                averaged[j].lerp_(statistics[j], share_of_new)
     return total
 
 

@@ -18,8 +18,9 @@ from cxr_fast.config import TrainSpec
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.models import backbone
 from cxr_fast.models.stacked_tail import batch_norm
-from cxr_fast.training.fold import Epoch, Fold, Recorder, Snapshot, fit
-from cxr_fast.training.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
+from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
+from cxr_fast.training.folds.loop import Recorder, fit
+from cxr_fast.training.folds.stacked_folds import WARM_UP, Stack, fit_together, lay_out, run_epoch
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers.toys import build, keep
 

@@ -24,14 +24,20 @@ from cxr_fast.cli.main import (
 )
 from cxr_fast.config import TrainSpec
 from cxr_fast.system import hardware
-from cxr_fast.training.draws import draw, order_by_block
-from cxr_fast.training.fold import Fold
-from cxr_fast.training.head_fold import HeadFold
-from cxr_fast.training.stacked_folds import Stack
+from cxr_fast.training.folds.draws import draw, order_by_block
+from cxr_fast.training.folds.fold import Fold
+from cxr_fast.training.folds.head_fold import HeadFold
+from cxr_fast.training.folds.stacked_folds import Stack
 from tests.helpers import toys
 from tests.helpers.toys import CPU, make, same
 
 BLOCKS = dataclasses.replace(toys.SPEC, shuffle="block", shuffle_block=3, shuffle_window=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two threads that wait for each other by spinning stand still on a busy machine; a command leaves two."""
+    torch.set_num_threads(1)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -139,7 +145,7 @@ def test_a_sweep_with_block_shuffle_says_so_in_its_run(toy_cache: Path, tmp_path
     base = ["sweep", str(toy_cache), "--epochs", "2", "--folds", "2", "--device", "cpu", "--lr", "1e-3"]
     flags = ["--shuffle", "block", "--shuffle-block", "2", "--shuffle-window", "3"]
     for name, more in (("a", ["--residency", "stream"]), ("b", ["--residency", "host"])):
-        found = CliRunner().invoke(main, [*base, *flags, *more, "--out", str(tmp_path / name)])
+        found = CliRunner().invoke(main, [*base, *flags, *more, "--threads", "1", "--out", str(tmp_path / name)])
         assert found.exit_code == 0, found.output
     runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"]
     for run in runs:
@@ -171,7 +177,7 @@ def test_the_plan_hints_at_block_shuffle_where_a_disk_would_suffer(
 def test_a_sweep_prints_the_hint_once(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "memory_available", lambda: 1000.0)
     flags = ["--epochs", "1", "--folds", "2", "--device", "cpu", "--lr", "1e-3", "--out", str(tmp_path / "run")]
-    found = CliRunner().invoke(main, ["sweep", str(toy_cache), *flags])
+    found = CliRunner().invoke(main, ["sweep", str(toy_cache), "--threads", "1", *flags])
     assert found.exit_code == 0, found.output
     assert found.stderr.count("--shuffle block") == 1
 

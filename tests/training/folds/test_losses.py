@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from typing import Any
@@ -13,9 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast.config import TrainSpec
-from cxr_fast.training.losses import JACCARD_SHARE, class_weights, losses, soft_jaccard
+from cxr_fast.training.folds.losses import (
+    JACCARD_SHARE,
+    ClassTerms,
+    class_margins,
+    class_priors,
+    class_weights,
+    losses,
+    soft_jaccard,
+)
 
-KINDS = ("focal", "bce", "focal+jaccard")
+KINDS = ("focal", "bce", "focal+jaccard", "asl", "ldam")
 Table = list[list[int]]
 
 
@@ -30,25 +39,40 @@ def plain_jaccard(logits: list[list[float]], labels: Table) -> float:
     return sum(images) / max(len(images), 1)
 
 
-def plain(logits: list[list[float]], labels: Table, spec: TrainSpec, weights: list[float] | None) -> float:
-    """The loss, an entry at a time in Python's double precision."""
-    total, known = 0.0, 0
-    for zs, ys in zip(logits, labels, strict=True):
+def plain_entry(z: float, positive: bool, spec: TrainSpec, margin: float = 0.0) -> float:
+    """The loss of one entry in Python's double precision."""
+    if spec.loss == "ldam" and positive:
+        z -= margin
+    u = z if positive else -z
+    log_p = -math.log1p(math.exp(-u))
+    if spec.loss == "asl":
+        if positive:
+            return -((1 / (1 + math.exp(z))) ** spec.asl_gamma_pos) * log_p
+        missed = max(1 / (1 + math.exp(-z)) - spec.asl_clip, 0.0)
+        return -(missed**spec.asl_gamma_neg) * math.log1p(-missed)
+    factor = 1.0
+    if spec.loss in ("focal", "focal+jaccard"):
+        miss = 1 / (1 + math.exp(u))
+        factor = (spec.focal_alpha if positive else 1 - spec.focal_alpha) * miss**spec.focal_gamma
+    return -factor * log_p
+
+
+def plain(logits: list[list[float]], labels: Table, spec: TrainSpec, terms: dict[str, list[float]]) -> float:
+    """The loss, an entry at a time."""
+    total, known, smooth = 0.0, 0, spec.label_smoothing / 2
+    shifted = [[z + terms.get("prior", [0.0] * len(zs))[c] for c, z in enumerate(zs)] for zs in logits]
+    for zs, ys in zip(shifted, labels, strict=True):
         for c, (z, y) in enumerate(zip(zs, ys, strict=True)):
             if y < 0:
                 continue
-            u = z if y else -z
-            log_p = -math.log1p(math.exp(-u))
-            factor = 1.0
-            if spec.loss != "bce":
-                miss = 1 / (1 + math.exp(u))
-                factor = (spec.focal_alpha if y else 1 - spec.focal_alpha) * miss**spec.focal_gamma
-            total -= factor * log_p * (1.0 if weights is None else weights[c])
+            margin = terms.get("margin", [0.0] * len(zs))[c]
+            cost = (1 - smooth) * plain_entry(z, y == 1, spec, margin) + smooth * plain_entry(z, y == 0, spec, margin)
+            total += cost * terms.get("weights", [1.0] * len(zs))[c]
             known += 1
     mean = total / max(known, 1)
     if spec.loss != "focal+jaccard":
         return mean
-    return 0.7 * mean + 0.3 * plain_jaccard(logits, labels)
+    return 0.7 * mean + 0.3 * plain_jaccard(shifted, labels)
 
 
 @st.composite
@@ -60,25 +84,54 @@ def stacks(draw: Any) -> tuple[np.ndarray, np.ndarray]:
     return random.uniform(-12, 12, shape).astype(np.float32), labels.astype(np.int8)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("with_terms", [False, True])
 @pytest.mark.parametrize("loss", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(data=stacks(), alpha=st.floats(0, 1), gamma=st.floats(0, 5))
+@given(data=stacks(), alpha=st.floats(0, 1), gamma=st.floats(0, 5), smoothing=st.sampled_from([0.0, 0.1]))
 def test_a_loss_is_the_plain_loop_over_its_known_entries_one_by_one_and_stacked(
-    loss: Any, weighted: bool, data: tuple[np.ndarray, np.ndarray], alpha: float, gamma: float
+    loss: Any, with_terms: bool, data: tuple[np.ndarray, np.ndarray], alpha: float, gamma: float, smoothing: float
 ) -> None:
     logits, labels = data
-    spec = TrainSpec(loss=loss, focal_alpha=alpha, focal_gamma=gamma)
-    weights = np.linspace(0.5, 1.5, logits.shape[2], dtype=np.float32) if weighted else None
-    given_weights = None if weights is None else torch.from_numpy(weights)
-    stacked = losses(torch.from_numpy(logits), torch.from_numpy(labels), spec, given_weights)
+    smoothing = 0.0 if loss == "focal+jaccard" else smoothing
+    spec = TrainSpec(loss=loss, focal_alpha=alpha, focal_gamma=gamma, label_smoothing=smoothing)
+    classes, own = logits.shape[2], dict[str, list[float]]()
+    if with_terms or loss == "ldam":
+        own["margin"] = np.linspace(1.0, 0.2, classes).tolist()
+    if with_terms:
+        own |= {"weights": np.linspace(0.5, 1.5, classes).tolist(), "prior": np.linspace(-2, 1, classes).tolist()}
+    terms = ClassTerms(**{name: torch.tensor(values) for name, values in own.items()})
+    if loss != "ldam":
+        own.pop("margin", None)
+        terms = ClassTerms(weights=terms.weights, prior=terms.prior)
+    stacked = losses(torch.from_numpy(logits), torch.from_numpy(labels), spec, terms)
     assert stacked.shape == (len(logits),)
     for k in range(len(logits)):
-        alone = losses(torch.from_numpy(logits[k]), torch.from_numpy(labels[k]), spec, given_weights)
+        alone = losses(torch.from_numpy(logits[k]), torch.from_numpy(labels[k]), spec, terms)
         assert alone.shape == ()
-        want = plain(logits[k].tolist(), labels[k].tolist(), spec, None if weights is None else weights.tolist())
+        want = plain(logits[k].tolist(), labels[k].tolist(), spec, own)
         assert alone.item() == pytest.approx(want, rel=1e-4, abs=1e-6)
         assert stacked[k].item() == pytest.approx(alone.item(), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("gammas", [(4.0, 1.0), (2.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("clip", [0.0, 0.05, 0.3])
+def test_the_asymmetric_loss_is_timms_per_known_entry(gammas: tuple[float, float], clip: float) -> None:
+    from timm.loss import AsymmetricLossMultiLabel
+
+    negative, positive = gammas
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(64, 13, generator=draw) * 2  # timm rounds 1 - p, and stops at 1e-8
+    labels = (torch.rand(64, 13, generator=draw) < 0.2).to(torch.int8)
+    spec = TrainSpec(loss="asl", asl_gamma_neg=negative, asl_gamma_pos=positive, asl_clip=clip)
+    how = {"reduction": "sum"} if "reduction" in inspect.signature(AsymmetricLossMultiLabel).parameters else {}
+    theirs = AsymmetricLossMultiLabel(gamma_neg=negative, gamma_pos=positive, clip=clip, **how)(logits, labels.float())
+    assert losses(logits, labels, spec).item() == pytest.approx(theirs.item() / labels.numel(), abs=1e-6)
+
+
+def test_smoothing_cross_entropy_is_cross_entropy_with_a_smooth_target() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]], dtype=torch.int8)
+    want = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels * 0.8 + 0.1)
+    torch.testing.assert_close(losses(logits, labels, TrainSpec(loss="bce", label_smoothing=0.2)), want)
 
 
 @settings(max_examples=100, deadline=None)
@@ -110,7 +163,7 @@ def test_an_image_without_a_known_label_is_not_in_the_mean_of_the_jaccard() -> N
 
 def test_class_weights_multiply_the_entries_of_their_class_but_not_the_jaccard() -> None:
     logits, labels = torch.tensor([[1.0, -2.0]]), torch.tensor([[1, 0]], dtype=torch.int8)
-    weights = torch.tensor([2.0, 0.0])
+    weights = ClassTerms(weights=torch.tensor([2.0, 0.0]))
     first = losses(logits[:, :1], labels[:, :1], TrainSpec())
     torch.testing.assert_close(losses(logits, labels, TrainSpec(), weights), first)
     both = losses(logits, labels, TrainSpec(loss="focal+jaccard"), weights)
@@ -121,7 +174,9 @@ def test_class_weights_multiply_the_entries_of_their_class_but_not_the_jaccard()
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
 def test_a_batch_of_unknown_labels_costs_nothing_and_pushes_nowhere(loss: Any, shape: tuple[int, ...]) -> None:
     logits = torch.full(shape, 30.0, requires_grad=True)
-    nothing = losses(logits, torch.full(shape, -1, dtype=torch.int8), TrainSpec(loss=loss), torch.ones(4))
+    nothing = losses(
+        logits, torch.full(shape, -1, dtype=torch.int8), TrainSpec(loss=loss), ClassTerms(weights=torch.ones(4))
+    )
     assert torch.equal(nothing, torch.zeros(shape[:-2]))
     (gradient,) = torch.autograd.grad(nothing.sum(), logits)
     assert torch.equal(gradient, torch.zeros(shape))
@@ -133,7 +188,8 @@ def test_an_unknown_entry_has_no_gradient_and_a_known_one_has(loss: Any) -> None
     labels = torch.tensor([[1, 0, -1, -1]] * 6, dtype=torch.int8).expand(2, 6, 4)
     (gradient,) = torch.autograd.grad(losses(logits, labels, TrainSpec(loss=loss)).sum(), logits)
     assert torch.equal(gradient[..., 2:], torch.zeros(2, 6, 2))
-    assert (gradient[..., :2] != 0).all()
+    # The asymmetric loss clips negatives below 0.05 on purpose.
+    assert (gradient[..., : 1 if loss == "asl" else 2] != 0).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -144,8 +200,9 @@ def test_gradients_are_those_of_finite_differences(loss: Any, gamma: float, weig
     # Up to logit 6: with gamma below 1 the curvature there is still small beside gradcheck's step of 1e-6.
     logits = (torch.rand(2, 3, 4, generator=draw, dtype=torch.float64) * 12 - 6).requires_grad_()
     labels = torch.randint(-1, 2, (2, 3, 4), generator=draw, dtype=torch.int8)
-    weights = torch.tensor([0.5, 1.0, 2.0, 0.5], dtype=torch.float64) if weighted else None
-    assert torch.autograd.gradcheck(lambda z: losses(z, labels, spec, weights), logits)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.5], dtype=torch.float64)
+    terms = ClassTerms(weights=weights if weighted else None, margin=weights if loss == "ldam" else None)
+    assert torch.autograd.gradcheck(lambda z: losses(z, labels, spec, terms), logits)
 
 
 @pytest.mark.parametrize("loss", KINDS)
@@ -160,7 +217,9 @@ def test_a_saturated_logit_has_a_finite_gradient_that_pushes_back_what_is_wrong(
     (gradient,) = torch.autograd.grad(value, logits)
     assert value.isfinite()
     assert gradient.isfinite().all()
-    assert gradient[0, 2] > 0 > gradient[0, 3]
+    assert gradient[0, 3] < 0
+    # With its clip the asymmetric loss of a negative is bounded, so that a hopeless one is given up.
+    assert gradient[0, 2] > 0 or (loss == "asl" and gradient[0, 2] == 0)
 
 
 # Class weights.
@@ -196,3 +255,26 @@ def test_a_class_without_a_positive_weighs_as_if_it_had_one() -> None:
     root = class_weights(labels, TrainSpec(class_weights="sqrt"))
     assert root is not None
     assert root.tolist() == pytest.approx([1.2, 1.2, 0.6])
+
+
+# What the labels give the loss.
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.floats(0.1, 3))
+def test_margins_fall_with_the_fourth_root_of_the_positives(positives: list[int], margin: float) -> None:
+    labels = np.zeros((60, len(positives)), np.int8)
+    for c, n in enumerate(positives):
+        labels[:n, c] = 1
+    got = class_margins(labels, TrainSpec(loss="ldam", ldam_margin=margin))
+    assert got is not None
+    rarest = max(min(positives), 1)
+    for n, value in zip(positives, got, strict=True):
+        assert value == pytest.approx(margin * (rarest / max(n, 1)) ** 0.25, rel=1e-5)
+    assert class_margins(labels, TrainSpec()) is None
+
+
+def test_the_prior_is_the_log_odds_of_the_known_share_and_finite_for_one_sided_classes() -> None:
+    labels = np.array([[1, 0, 1, -1], [0, 0, 1, -1], [0, 0, 1, -1], [-1, 0, 1, -1]], np.int8)
+    want = [math.log(1 / 2), math.log(1 / 3), math.log(3 / 1), math.log(1 / 1)]
+    assert class_priors(labels, TrainSpec(logit_adjustment=2.0)) == pytest.approx(np.multiply(2, want), rel=1e-6)
+    assert class_priors(labels, TrainSpec()) is None

@@ -6,28 +6,29 @@ its snapshots are those runs.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..activations.loader import Activations
-from ..config import TrainSpec
-from ..errors import InputError, Interrupted
-from ..metrics.figures import auc, macro
-from ..models import onednn
-from ..models.tail import Tail
-from .draws import Draws, draw
-from .losses import class_weights, losses
+from ...activations.forward import autocast, precision, predict, probabilities
+from ...activations.loader import Activations
+from ...config import TrainSpec
+from ...errors import InputError, Interrupted
+from ...metrics.figures import auc, macro
+from ...models.heads import NOTHING_OWN, Custom
+from ...models.tail import Tail, embedding_width
+from .draws import Draws, draw, sampling_weights
+from .losses import ClassTerms, class_terms, losses
+from .rates import average_decay, rate_groups
 
-# Images scored at once. On a CPU 64 do not fit the cache: 12 ms an image against 10 with 16 (bfloat16, ViT-B/16).
-EVAL_BATCH, EVAL_BATCH_HEAD = {"cpu": 16, "cuda": 256}, 1024
 # Of the scheduler's own state; the rest are settings.
 SCHEDULER_KEYS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
@@ -45,7 +46,7 @@ class Epoch:
     seconds: float
 
 
-# Configuration, fold (the number of folds: the refit), and the epoch just trained.
+# Configuration, fold (the number of folds: the refit; beyond it, the retrained head of each fold), the epoch trained.
 OnEpoch = Callable[[int, int, Epoch], None]
 
 
@@ -67,6 +68,8 @@ class FoldData:
     """What one fold learns from: all activations and labels (N, C), and the rows it trains on and is scored on.
 
     `number` and the seed decide every draw: head initialisation, order, views and dropout. A refit has no `valid_rows`.
+    `name` is what its files are called, by default `fold0`, `fold1`, ... `embeddings` (N, V, E) are those of the blocks
+    before training, for the epochs that train the head alone. `custom` are a head and a loss of the user's own.
     """
 
     activations: Activations
@@ -74,56 +77,9 @@ class FoldData:
     train_rows: np.ndarray
     valid_rows: np.ndarray
     number: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorder:
-    """What a training loop reports to, one call at a time; with no arguments nothing is kept.
-
-    `epoch` follows the snapshot of its epoch, so that whoever saves the fold there has saved the snapshot before.
-    `stop` is asked between steps; once it says so the loop raises Interrupted.
-    """
-
-    epoch: Callable[[Fold, Epoch], object] = lambda fold, epoch: None
-    snapshot: Callable[[Fold, Snapshot], object] = lambda fold, snapshot: None
-    stop: Callable[[], bool] = bool
-
-
-def precision(spec: TrainSpec, device: torch.device, unfreeze_blocks: int) -> str:
-    """`float32` or `bfloat16`: what `auto` means on this device (bfloat16 where the hardware computes in it).
-
-    A head alone on a CPU is float32: its matrices are so small that converting them costs more than it saves.
-    """
-    if spec.precision != "auto":
-        return spec.precision
-    if unfreeze_blocks == 0 and device.type == "cpu":
-        return "float32"
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bfloat16" if any(probe() for probe in probes if probe is not None) else "float32"
-
-
-def autocast(device: torch.device, kind: str) -> AbstractContextManager[Any]:
-    """bfloat16 autocast on the device, or the way float32 is fastest there."""
-    return torch.autocast(device.type, torch.bfloat16) if kind == "bfloat16" else onednn.float32(device)
-
-
-def predict(tail: Tail, activations: Activations, rows: np.ndarray, *, kind: str = "float32") -> np.ndarray:
-    """Logits (n, C) float32 of the plain view of `rows`, in evaluation mode."""
-    tail.eval()
-    size = EVAL_BATCH[activations.device.type] if len(tail.blocks) else EVAL_BATCH_HEAD
-    parts = [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
-    out = []
-    with torch.inference_mode(), autocast(activations.device, kind):
-        for x in activations.ahead((part, torch.zeros_like(part)) for part in parts):
-            out.append(tail(x).float())
-    return torch.cat(out).cpu().numpy()
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits, float32."""
-    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+    name: str = ""
+    embeddings: Activations | None = None
+    custom: Custom = NOTHING_OWN
 
 
 def require_scorable(labels: np.ndarray, train_rows: np.ndarray, valid_rows: np.ndarray, *, fold: int) -> None:
@@ -166,13 +122,16 @@ class Fold:
         if rates is None:
             require_scorable(labels, train_rows, data.valid_rows, fold=data.number)
         self.activations, self.device = data.activations, data.activations.device
+        self.embeddings = data.embeddings
         self.number, self.spec, self.rates = data.number, spec, rates
+        self.name, self.custom = data.name or f"fold{data.number}", data.custom
+        custom = data.custom
         draws, head = (int(s) for s in np.random.SeedSequence([seed, data.number]).generate_state(2))
         self.labels = torch.from_numpy(labels.astype(np.int8))
         self.device_labels = self.labels.to(self.device)
         self.train_rows, self.valid_rows = torch.from_numpy(train_rows), data.valid_rows
-        weights = class_weights(labels[train_rows], spec)
-        self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
+        self.terms = class_terms(labels[train_rows], spec).map(lambda t: t.to(self.device))
+        self.sampling = sampling_weights(labels[train_rows], spec)
         self.generator = torch.Generator().manual_seed(draws)
         self.tail = Tail(
             visual,
@@ -180,11 +139,31 @@ class Fold:
             classes=labels.shape[1],
             dropout=spec.dropout,
             train_norm=spec.train_norm,
+            head=None if custom.head is None else custom.make_head(embedding_width(visual), labels.shape[1], head),
         )
-        self.tail.head.reset(torch.Generator().manual_seed(head))
+        if custom.head is None:
+            self.tail.head.reset(torch.Generator().manual_seed(head))
         self.tail.to(self.device)
+        self.average = copy.deepcopy(self.tail).requires_grad_(False) if spec.ema else None
+        moved = {name for name in self.tail.state_dict() if name.startswith("head.")} | set(self.named())
+        floats = {name for name, tensor in self.tail.state_dict().items() if tensor.is_floating_point()}
+        self._averaged = sorted(moved & floats)
+        self._make_optimizer()
+        self.kind = precision(spec, self.device, unfreeze_blocks)
+        self.epoch, self.best, self.stale = 0, -math.inf, 0
+        self.history: list[Epoch] = []
+        self.taken: set[int] = set()
+
+    def _make_optimizer(self) -> None:
+        """AdamW with a group for each rate, and the scheduler."""
+        spec = self.spec
+        base, groups = rate_groups(self.tail, spec)
+        self.shares = [share for share, _ in groups]
         self.optimizer = torch.optim.AdamW(
-            self.tail.trainable(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True
+            [{"params": parameters, "lr": base * share} for share, parameters in groups],
+            lr=base,
+            weight_decay=spec.weight_decay,
+            fused=True,
         )
         for p in self.tail.trainable():  # what AdamW makes at its first step; here already, so that it can be restored
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -192,10 +171,29 @@ class Fold:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, mode="max", factor=spec.plateau_factor, patience=spec.plateau_patience
         )
-        self.kind = precision(spec, self.device, unfreeze_blocks)
-        self.epoch, self.best, self.stale = 0, -math.inf, 0
-        self.history: list[Epoch] = []
-        self.taken: set[int] = set()
+
+    @property
+    def head_only(self) -> bool:
+        """Whether the next epoch trains the head alone, on the embeddings of the blocks before training."""
+        return self.epoch < self.spec.head_first and len(self.tail.blocks) > 0
+
+    @property
+    def source(self) -> Activations:
+        """What the next epoch trains on."""
+        if not self.head_only:
+            return self.activations
+        assert self.embeddings is not None, "the epochs of --head-first need embeddings"
+        return self.embeddings
+
+    @property
+    def arithmetic(self) -> str:
+        """`float32` or `bfloat16`: what the next epoch computes in."""
+        return precision(self.spec, self.device, 0) if self.head_only else self.kind
+
+    @property
+    def scored(self) -> Tail:
+        """The model that is validated and kept: the trained weights, or their running average."""
+        return self.tail if self.average is None else self.average
 
     @property
     def stopped(self) -> bool:
@@ -204,23 +202,43 @@ class Fold:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next epoch."""
+        """The learning rate of the next epoch: of the last block, or of a head alone."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def _set_lr(self, lr: float) -> None:
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = lr * share
 
     def draw(self) -> Draws:
         """The draws of the next epoch; each call moves the generator on."""
-        return draw(self.generator, self.train_rows, self.spec, views=self.activations.views)
+        drawn = draw(self.generator, self.train_rows, self.spec, views=self.activations.views, weights=self.sampling)
+        if not self.custom:
+            return drawn
+        # From a copy: our own draws are the same with and without a head or loss of the user's.
+        copied = self.generator.clone_state()
+        return replace(drawn, seed=int(torch.randint(2**62, (), generator=copied)))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, terms: ClassTerms) -> torch.Tensor:
+        """The loss of logits (B, C) float32 and labels (B, C) on one device, a scalar."""
+        if self.custom.loss is not None:
+            return self.custom.loss(logits, labels)
+        return losses(logits, labels, self.spec, terms)
 
     def step(self, x: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """One optimiser step on activations (B, ...), rows (B,) and masks (B, M); the loss, a scalar on the device."""
-        self.tail.head.set_masks(masks.to(self.device))
-        with autocast(self.device, self.kind):
+        """One optimiser step on activations (B, ...), rows (B,) and masks (B, M); the loss, a scalar on the device.
+
+        From embeddings (B, E) the blocks get no gradient, and AdamW passes them over.
+        """
+        if self.custom.head is None:
+            self.tail.head.set_masks(masks.to(self.device))
+        with autocast(self.device, self.arithmetic):
             logits = self.tail(x)
-        loss = losses(logits.float(), self.device_labels[rows.to(self.device)], self.spec, self.class_weights)
+        loss = self.loss(logits.float(), self.device_labels[rows.to(self.device)], self.terms)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._clip()
         self.optimizer.step()
+        self._take_average()
         return loss.detach()
 
     def _clip(self) -> None:
@@ -230,16 +248,36 @@ class Fold:
         if norm.device.type != "cpu" or not float(norm) + 1e-6 <= self.spec.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
 
+    @torch.no_grad()
+    def _take_average(self) -> None:
+        """Move the running average one step on; batch norm's statistics are averaged too."""
+        if self.average is None:
+            return
+        decay = average_decay(self.spec.ema, float(self.optimizer.state[self.tail.trainable()[-1]]["step"]))
+        new, old = (part.state_dict() for part in (self.tail, self.average))
+        torch._foreach_lerp_([old[name] for name in self._averaged], [new[name] for name in self._averaged], 1 - decay)
+
     def train_epoch(self, draws: Draws, stop: Callable[[], bool] = bool) -> float:
         """Train on one epoch's draws; the mean loss. Raises Interrupted between two steps once `stop` says so."""
         self.tail.train()
         total = torch.zeros((), device=self.device)
         batches = ((draws.rows[a:b], draws.views[a:b]) for a, b in draws.steps)
-        for x, (a, b) in zip(self.activations.ahead(batches), draws.steps, strict=True):
-            if stop():
-                raise Interrupted("stopped.")
-            total += self.step(x, draws.rows[a:b], draws.masks[a:b]) * (b - a)
+        with self._seeded(draws):
+            for x, (a, b) in zip(self.source.ahead(batches), draws.steps, strict=True):
+                if stop():
+                    raise Interrupted("stopped.")
+                total += self.step(x, draws.rows[a:b], draws.masks[a:b]) * (b - a)
         return float(total) / len(draws.rows)
+
+    @contextmanager
+    def _seeded(self, draws: Draws) -> Iterator[None]:
+        """Torch's own random numbers, which a user's head or loss may draw, follow the epoch's draws inside."""
+        if draws.seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(draws.seed)
+            yield
 
     def run_epoch(self, stop: Callable[[], bool] = bool) -> Epoch:
         """Train one epoch, validate, step the scheduler."""
@@ -250,7 +288,7 @@ class Fold:
     def set_rate(self) -> None:
         """Take the next epoch's learning rate from `rates`, where those are given."""
         if self.rates is not None:
-            self.optimizer.param_groups[0]["lr"] = self.rates[self.epoch]
+            self._set_lr(self.rates[self.epoch])
 
     def finish_epoch(self, train_loss: float, began: float) -> Epoch:
         """Validate after a trained epoch, step the scheduler and early stopping, add a line to the history."""
@@ -259,6 +297,7 @@ class Fold:
         lr, (valid_loss, score, classes) = self.lr, self.validate()
         if self.spec.scheduler == "plateau" and self.rates is None:
             self.scheduler.step(score)
+            self._set_lr(self.lr)  # one rate for all, however small the others got
         self.epoch += 1
         self.best, self.stale = (score, 0) if score > self.best else (self.best, self.stale + 1)
         self.history.append(
@@ -278,28 +317,39 @@ class Fold:
         """Loss, macro AUC and the number of classes it is a mean of, on the validation rows."""
         if not len(self.valid_rows):
             return math.nan, math.nan, 0
-        logits = predict(self.tail, self.activations, self.valid_rows, kind=self.kind)
+        source, kind = self.source, self.arithmetic
+        logits = predict(self.scored, source, self.valid_rows, kind=kind)
         if not np.isfinite(logits).all():  # the last step of the epoch, which its own loss does not show
             raise InputError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
         labels = self.labels[torch.from_numpy(self.valid_rows)]
-        weights = None if self.class_weights is None else self.class_weights.cpu()
-        loss = float(losses(torch.from_numpy(logits), labels, self.spec, weights))
-        return loss, *macro(auc(labels.numpy(), logits))
+        place = torch.device("cpu") if self.custom.loss is None else self.device  # a user's own may hold tensors there
+        terms = self.terms.map(lambda t: t.to(place))
+        with torch.no_grad():
+            loss = float(self.loss(torch.from_numpy(logits).to(place), labels.to(place), terms))
+        ranked = logits
+        if self.spec.tta != "none":
+            ranked = probabilities(self.scored, source, self.valid_rows, tta=self.spec.tta, kind=kind)
+        return loss, *macro(auc(labels.numpy(), ranked))
 
     def snapshot(self, budget: int) -> Snapshot:
         """Weights as they are, and float32 validation probabilities: what the exported model would answer."""
-        state = {name: tensor.detach().cpu().clone() for name, tensor in self.tail.state_dict().items()}
-        classes = self.labels.shape[1]
-        probabilities = np.zeros((0, classes), np.float32)
+        trained, scored = self.tail.state_dict(), self.scored.state_dict()
+        # What is not averaged is the trained model's: frozen weights, batch norm's count of steps.
+        kept = {name: scored[name] if name in self._averaged else tensor for name, tensor in trained.items()}
+        state = {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+        found = np.zeros((0, self.labels.shape[1]), np.float32)
         if len(self.valid_rows):
-            probabilities = sigmoid(predict(self.tail, self.activations, self.valid_rows))
-        return Snapshot(budget=budget, epoch=self.epoch, state=state, probabilities=probabilities)
+            found = probabilities(self.scored, self.activations, self.valid_rows, tta=self.spec.tta)
+        return Snapshot(budget=budget, epoch=self.epoch, state=state, probabilities=found)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Copies of all that decides the rest of the training: tensors by name, and JSON-ready values."""
         tensors = {f"tail.{name}": t for name, t in self.tail.state_dict().items() if name.startswith("head.")}
         for name, p in self.named().items():
             tensors |= {f"tail.{name}": p} | {f"{key}.{name}": t for key, t in self.optimizer.state[p].items()}
+        if self.average is not None:
+            averaged = self.average.state_dict()
+            tensors |= {f"average.{name}": averaged[name] for name in self._averaged}
         out = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         out["generator"] = self.generator.get_state()
         scheduler = {key: value for key, value in self.scheduler.state_dict().items() if key in SCHEDULER_KEYS}
@@ -308,17 +358,18 @@ class Fold:
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Go on from a `state`, in place; raises KeyError or RuntimeError on one of another model."""
-        own = self.tail.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith("tail."):
-                own[name.removeprefix("tail.")].copy_(tensor)
+        for part, module in (("tail.", self.tail), ("average.", self.average)):
+            own = {} if module is None else module.state_dict()
+            for name, tensor in tensors.items():
+                if module is not None and name.startswith(part):
+                    own[name.removeprefix(part)].copy_(tensor)
         with torch.no_grad():
             for name, p in self.named().items():
                 for key, tensor in self.optimizer.state[p].items():
                     tensor.copy_(tensors[f"{key}.{name}"])
         self.generator.set_state(tensors["generator"])
         self.scheduler.load_state_dict(dict(values["scheduler"]))
-        self.optimizer.param_groups[0]["lr"] = values["lr"]
+        self._set_lr(values["lr"])
         self.epoch, self.best, self.stale = values["epoch"], values["best"], values["stale"]
         self.history = [Epoch(**line) for line in values["history"]]
 
@@ -326,51 +377,6 @@ class Fold:
         """The trained parameters by their names in the tail."""
         return {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
 
-
-def fit(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> list[Epoch]:
-    """Train to the largest budget, with a snapshot at each budget not yet taken; the whole history.
-
-    Where early stopping ends the fold, the budgets not reached get the state it stopped in: a separate run with that
-    budget would have stopped there too.
-    """
-    while not finished(fold, budgets):
-        start = weights_before(fold)
-        epoch = fold.run_epoch(recorder.stop)
-        require_moved(fold, start)
-        take_snapshots(fold, budgets, recorder)
-        recorder.epoch(fold, epoch)
-    take_snapshots(fold, budgets, recorder)
-    return fold.history
-
-
-def finished(fold: Fold, budgets: Sequence[int]) -> bool:
-    """Whether the fold has reached its largest budget, or stopped early."""
-    return fold.epoch >= budgets[-1] or fold.stopped
-
-
-def take_snapshots(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> None:
-    """Record the snapshots due after this epoch, and note them in `fold.taken`: the budget reached, and all that
-    early stopping leaves out."""
-    for budget in budgets:
-        due = budget == fold.epoch or (fold.stopped and budget > fold.epoch)
-        if due and budget not in fold.taken:
-            recorder.snapshot(fold, fold.snapshot(budget))
-            fold.taken.add(budget)
-
-
-def weights_before(fold: Fold) -> dict[str, torch.Tensor]:
-    """Copies of the trained matrices before the first epoch; nothing later."""
-    if fold.epoch:
-        return {}
-    return {name: p.detach().clone() for name, p in fold.tail.named_parameters() if p.requires_grad and p.ndim >= 2}
-
-
-def require_moved(fold: Fold, start: Mapping[str, torch.Tensor]) -> None:
-    """Every matrix said to be trained must have changed; the published code trained two blocks that never moved."""
-    matrices = dict(fold.tail.named_parameters())
-    still = [name for name, before in start.items() if torch.equal(matrices[name], before)]
-    if still:
-        raise InputError(
-            f"{len(still)} of {len(start)} weight matrices did not change in the first epoch ({still[0]}); "
-            "--lr is too small to train them."
-        )
+    def moving(self) -> dict[str, nn.Parameter]:
+        """Those of them that the next epoch changes."""
+        return {name: p for name, p in self.named().items() if not self.head_only or name.startswith("head.")}
