@@ -19,7 +19,7 @@ from cxr_fast.data.manifest import read_dataset
 from cxr_fast.data.phantom.dataset import write_dataset
 from cxr_fast.export.variants import Exported, ExportSpec, export_run
 from cxr_fast.models import backbone
-from cxr_fast.training.fold import Fold, FoldData
+from cxr_fast.training.folds.fold import Fold, FoldData
 from cxr_fast.training.sweep import Sweep
 
 

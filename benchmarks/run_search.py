@@ -29,8 +29,8 @@ from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.models import backbone
 from cxr_fast.models.device import pick_device
 from cxr_fast.models.tail import HEAD_WIDTHS, Tail
-from cxr_fast.training.fold import Fold, FoldData
-from cxr_fast.training.stacked_folds import Stack, lay_out
+from cxr_fast.training.folds.fold import Fold, FoldData
+from cxr_fast.training.folds.stacked_folds import Stack, lay_out
 
 CLASSES, UNFREEZE, HOLDOUT = 35, 2, 0.2
 BUDGETS = SweepSpec().epochs

@@ -32,7 +32,7 @@ from cxr_fast.activations.loader import (
     Batch,
 )
 from cxr_fast.config import TrainSpec
-from cxr_fast.training.draws import draw
+from cxr_fast.training.folds.draws import draw
 
 CPU = torch.device("cpu")
 SHAPE, OFFSET = (197, 768), 6144

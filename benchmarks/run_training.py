@@ -1,6 +1,6 @@
 """What an epoch costs a sample, from cached tokens and the plain way; the head-only search; a fold's memory.
 
-    python benchmarks/run_training.py [--part steps|heads|memory|all] [--images DIR] [--rounds 5]
+    python benchmarks/run_training.py [--part steps|heads|memory|recipes|all] [--images DIR] [--rounds 5]
 
 steps: full ViT-B/16, batch 16, as `cxrfast bench train` measures it on a cache of yours. A sample's share of an epoch
 is its training step plus a quarter of a validation pass (four folds train, one validates). Interleaved: the plain
@@ -9,6 +9,8 @@ trained),
 the same with decoding left out, ours in bfloat16 and in float32, four mini-epochs a round.
 heads: 7,466 embeddings, 5 folds to 100 epochs, batch 16, through the real search with its states on disk.
 memory: peak resident memory of a process that trains one fold, before and after.
+recipes: a step with other losses, two rates and averaged weights over a step with focal loss, in turns: of the trained
+blocks and head, and of a head alone.
 Fast and slow are compared before anything is timed. `run_commits.py` sets the steps of two commits side by side.
 """
 
@@ -18,6 +20,8 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +39,8 @@ from cxr_fast.config import SweepSpec, TrainSpec
 from cxr_fast.models import backbone, device
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.dataset import Data
+from cxr_fast.training.folds.fold import Fold, FoldData
+from cxr_fast.training.folds.head_fold import HeadFold
 from cxr_fast.training.search import Search
 
 TARGETS = {"whole": 14.0, "float32": 4.5, "heads": 60.0, "memory": 2e9}
@@ -112,14 +118,60 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"peaks": peaks, "fold_bytes": fold, "target": TARGETS["memory"]}
 
 
+FIELDS: dict[str, dict[str, Any]] = {
+    "focal": {},
+    "asl": {"loss": "asl"},
+    "ldam": {"loss": "ldam"},
+    "smoothing": {"label_smoothing": 0.1},
+    "two rates": {"head_lr": 1e-3},
+    "EMA": {"ema": 0.99},
+}
+
+
+def recipes(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Ratios of a step with each field to one with focal loss, round by round."""
+    tower = backbone.load(args.weights)
+    embeddings = np.random.default_rng(0).standard_normal((800, 2, 512)).astype(np.float32)
+    data = FoldData(
+        activations=Activations(embeddings, CPU),
+        labels=random_labels(800),
+        train_rows=np.arange(640),
+        valid_rows=np.arange(640, 800),
+    )
+    tails = {name: models.fold(tower, TrainSpec(**fields)) for name, fields in FIELDS.items()}
+    heads = {
+        name: HeadFold(tower.visual, data, TrainSpec(**fields), unfreeze_blocks=0, seed=0)
+        for name, fields in FIELDS.items()
+    }
+
+    def step(fold: Fold, count: int) -> float:
+        draws = fold.draw()
+        draws = replace(draws, steps=draws.steps[:count], rows=draws.rows[: draws.steps[count - 1][1]])
+        return common.seconds(fold.train_epoch, draws) / count
+
+    out: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for what, folds, count, rounds in (("tail", tails, 2, args.rounds), ("head alone", heads, 40, 20 * args.rounds)):
+        if what == "head alone":
+            torch.set_num_threads(1)  # as folds side by side are trained
+        for fold in folds.values():
+            step(fold, count)
+        arms = {name: partial(step, fold, count) for name, fold in folds.items()}
+        samples, noise = common.turns(arms, rounds)
+        each = {name: common.ratios(values, samples["focal"]) for name, values in samples.items()}
+        seconds = common.spreads(samples, f"s a step, {what}")
+        out[what] = {"seconds": seconds, "ratios": common.spreads(each, f"over focal, {what}"), "noise": noise}
+    return out
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device.prepare()
+    parts = {"steps": steps, "heads": heads, "memory": memory, "recipes": recipes}
     if args.part == "all":
-        return {part.__name__: part(args, folder) for part in (steps, heads, memory)}
-    part = {"steps": steps, "heads": heads, "memory": memory}[args.part]
+        return {name: part(args, folder) for name, part in parts.items()}
+    part = parts[args.part]
     return {"name": f"training-{args.part}", args.part: part(args, folder)}
 
 
 if __name__ == "__main__":
     options = {"images": Path, "count": 96, "rounds": 5, "search_rounds": 3, "embeddings": 7466, "weights": "random:0"}
-    common.run(measure, "training", __doc__, part=("all", "steps", "heads", "memory"), **options)
+    common.run(measure, "training", __doc__, part=("all", "steps", "heads", "memory", "recipes"), **options)
