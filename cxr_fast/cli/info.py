@@ -11,6 +11,7 @@ import numpy as np
 from ..activations import cache
 from ..activations import file as store
 from ..errors import InputError
+from ..system.text import counted
 
 
 def describe(path: Path) -> str:
@@ -101,7 +102,7 @@ def _run(path: Path) -> str:
             "cache": f"{run['cache']['path']} ({run['cache']['fingerprint'][:16]})",
             "trained": f"{run['trainable']['total']:,} parameters: blocks {run['trainable']['blocks']:,}, "
             f"head {run['trainable']['head']:,}",
-            "chosen": f"{run['chosen']['epochs']} epochs, fold {run['chosen']['fold'] + 1}",
+            "chosen": f"{counted(run['chosen']['epochs'], 'epoch')}, fold {run['chosen']['fold'] + 1}",
             "final model": f"{run['final']['kind']}: {run['final']['rule']}",
             "hold-out": figures,
             "models": ", ".join(models) or "none yet; `cxrfast export` makes one",

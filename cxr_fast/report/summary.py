@@ -8,7 +8,7 @@ from typing import Any
 
 from ..metrics import calibration
 from ..metrics.figures import HEADLINE
-from ..system.text import Figure
+from ..system.text import Figure, counted
 
 # run.json, an evaluation, a comparison, or a part of one.
 Record = Mapping[str, Any]
@@ -133,8 +133,9 @@ class ReportData:
         )
         return (
             f"{images['used']:,} images of {images['groups']:,} groups, {len(run['classes'])} classes, "
-            f"{run['trainable']['total']:,} trained parameters: the search chose {chosen['epochs']} epochs and fold "
-            f"{chosen['fold'] + 1}, on validation alone, and the final model is "
+            f"{run['trainable']['total']:,} trained parameters: the search chose "
+            f"{counted(chosen['epochs'], 'epoch')} and fold {chosen['fold'] + 1}, on validation alone, and the final "
+            "model is "
             f"{FINALS.get(run['final']['kind'], run['final']['kind'])}{views}."
         )
 

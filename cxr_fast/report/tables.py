@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..metrics.rarity import HEAD, TAIL
-from ..system.text import NONE, Cell, Figure, Label, Table, duration
+from ..system.text import NONE, Cell, Figure, Label, Table, counted, duration
 from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, of_classes
 
 FINAL_FIGURES = ("macro_auc", "map", "label_accuracy", "sample_jaccard", "class_jaccard", "macro_f1")
@@ -45,7 +45,7 @@ def fold_table(run: Record, digits: int = 3) -> Table:
         title="Validation macro AUC of each fold",
         columns=[
             *("fold", "images", "classes with an AUC"),
-            *(f"{b['epochs']} epochs{' (chosen)' if b['chosen'] else ''}" for b in budgets),
+            *(f"{counted(b['epochs'], 'epoch')}{' (chosen)' if b['chosen'] else ''}" for b in budgets),
         ],
         rows=[
             [

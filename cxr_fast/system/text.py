@@ -166,6 +166,15 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 epoch`, `5 epochs`.
+
+    >>> counted(1, "epoch"), counted(1200, "image")
+    ('1 epoch', '1,200 images')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def number(value: Any) -> str:
     """Four decimals, or `-` where a figure is undefined."""
     return "-" if value is None else f"{value:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -407,6 +408,25 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     assert (job.trainer.cpus, job.trainer.at_once) == (1, 3)
     job.run()
     same(tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.ray
+def test_the_fields_of_a_recipe_are_trained_there_to_the_same_bits(
+    cluster: Cluster, toy_cache: Path, tmp_path: Path
+) -> None:
+    """Two rates, blocks frozen first or for good, another loss, sampling and averages; a head trained again."""
+    train = dataclasses.replace(FAST, lr=1e-4, head_lr=1e-3, loss="asl", sampling="sqrt", ema=0.9, tta="flip")
+    spec = dataclasses.replace(SPEC, epochs=(2,), retrain_head="balanced", final="retrained", train=train)
+    options = SweepOptions(device="cpu", grid=("train_blocks=0,1", "label_smoothing=0.1"))
+    Sweep(toy_cache, tmp_path / "local", spec, options).run()
+    Sweep(toy_cache, tmp_path / "run", spec, options, trainers=ClusterTrainers(cluster)).run()
+    same(tmp_path / "run", tmp_path / "local")
+    first = dataclasses.replace(
+        spec, retrain_head="none", final="refit", train=dataclasses.replace(train, head_first=1)
+    )
+    Sweep(toy_cache, tmp_path / "local-first", first, SweepOptions(device="cpu")).run()
+    Sweep(toy_cache, tmp_path / "first", first, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster)).run()
+    same(tmp_path / "first", tmp_path / "local-first")
 
 
 @pytest.mark.ray
