@@ -108,6 +108,8 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
             manifest=labels,
             trainers=None if joined is None else ClusterTrainers(joined),
         )
+        if job.runs_blocks_first:
+            click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
         plan = job.plan()
         show_plan(describe_plan(plan, spec))
         shuffles = {str(train.shuffle) for _, train in job.points}

@@ -140,6 +140,11 @@ class Sweep:
     def _depth(self, train: TrainSpec) -> int:
         return self.unfreeze_blocks if train.train_blocks is None else train.train_blocks
 
+    @property
+    def runs_blocks_first(self) -> bool:
+        """Whether cached blocks run once, frozen, before anything is trained: `plan` does it, to time what follows."""
+        return any(self._depth(train) < self.unfreeze_blocks or train.head_first for _, train in self.points)
+
     def _decided(self) -> list[TrainSpec]:
         """The configurations with `auto` precision replaced by what it means on the trainers' device."""
         trains = (train for _, train in self.points)

@@ -150,3 +150,6 @@ def test_the_flag_reaches_the_run(cuts: dict[int, Path], tmp_path: Path) -> None
     assert found.exit_code == 0, found.output
     run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert (run["train"]["train_blocks"], run["trainable"]["blocks"]) == (0, 0)
+    assert found.output.index("running the blocks that stay frozen once over all images") < found.output.index(
+        "epochs 1 "
+    )
