@@ -1,7 +1,7 @@
 """Which recipe makes the better model: the published one, today's default, a linear probe, and what may beat them.
 
     cxrfast cache FILMS --weights WEIGHTS --out CACHE.h5
-    python benchmarks/run_quality.py --cache CACHE.h5 [--seeds 0,1,2] [--folds 5] [--arms tuned,probe] [--work FOLDER]
+    python benchmarks/run_quality.py --cache CACHE.h5 [--seeds 0,1,2] [--folds 5] [--arms "tuned;default"] [--work DIR]
     python benchmarks/run_quality.py --cache indiana.h5 --work indiana-quality   # BiomedCLIP on Indiana
 
 Every arm is a sweep over the same folds by patient, stratified, with a fifth of the patients held out. Figures are of

@@ -68,9 +68,16 @@ def probabilities(
     tail: Tail, activations: Activations, rows: np.ndarray, *, tta: str = "none", kind: str = "float32"
 ) -> np.ndarray:
     """Probabilities (n, C) float32 of `rows`: of the plain view, or with `tta` "flip" the mean of both views'."""
-    views = (0, 1) if tta == "flip" else (0,)
-    each = [sigmoid(predict(tail, activations, rows, kind=kind, view=view)) for view in views]
-    return each[0] if len(each) == 1 else np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
+    plain = predict(tail, activations, rows, kind=kind)
+    return sigmoid(plain) if tta == "none" else with_flipped(plain, tail, activations, rows, kind=kind)
+
+
+def with_flipped(
+    plain: np.ndarray, tail: Tail, activations: Activations, rows: np.ndarray, *, kind: str = "float32"
+) -> np.ndarray:
+    """Mean probabilities (n, C) float32 of both views of `rows`, from the logits (n, C) of the plain one."""
+    each = [sigmoid(logits) for logits in (plain, predict(tail, activations, rows, kind=kind, view=1))]
+    return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from .options import PATH, adjustment_option, cluster_option, device_option, ima
 @click.option(
     "--tta",
     type=click.Choice(["none", "flip"]),
-    help="Answer for the plain view, or for the mean of plain and mirrored (about twice the time an image).  "
+    help="Answer for the plain view, or for the mean of plain and mirrored, which runs the network on both.  "
     "[default: as the run was scored]",
 )
 @adjustment_option

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 # Of sklearn's LogisticRegression: the penalty is |w|^2 / 2 against STRENGTH times the sum of the losses.
-# Of 0.0003 to 100 the best in macro AUC on folds of real films, by a little (benchmarks/LOG.md, 2026-11-28).
+# Of 0.01 to 10 the best in macro AUC and mAP on folds of real films, by a little (benchmarks/LOG.md, 2026-11-28).
 STRENGTH = 0.3
 STEPS = 2000  # a bound; far fewer reach the tolerance
 

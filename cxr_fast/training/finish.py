@@ -34,15 +34,15 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """Calibration and thresholds (C,) of a kind of final model, the probabilities (n, C) they were found on, and the
-    mean over folds of their macro AUC."""
+    """Calibration and thresholds (C,) of a kind of final model; the raw out-of-fold probabilities (N, C) that they were
+    found on, NaN for the hold-out; the figures; the mean over folds of the macro AUC."""
 
     mean_auc: float
     calibration: dict[str, Any] | None
     thresholds: np.ndarray
     source: str
-    labels: np.ndarray
-    probabilities: np.ndarray
+    out_of_fold: np.ndarray
+    figures: dict[str, Any]
 
     def to_record(self) -> dict[str, Any]:
         """As `run.json` holds it for another final model than its own."""
@@ -51,7 +51,7 @@ class Decisions:
             "threshold_source": self.source,
             "calibration": self.calibration,
             "mean_auc": self.mean_auc,
-            "out_of_fold": run_record.compute_figures(self.labels, self.probabilities, self.thresholds),
+            "out_of_fold": self.figures,
         }
 
 
@@ -68,8 +68,8 @@ def decide(finals: FinalModels, kind: str) -> Decisions:
         calibration=fitted,
         thresholds=limits,
         source=source,
-        labels=labels,
-        probabilities=found,
+        out_of_fold=everywhere,
+        figures=run_record.compute_figures(labels, found, limits),
     )
 
 
@@ -105,7 +105,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         out_of_fold=chosen.probabilities,
         final=everywhere,
         probe=probed,
-        **{f"out_of_fold_{kind}": finals.out_of_fold(kind) for kind in finals.extra},
+        **{f"out_of_fold_{kind}": decisions[kind].out_of_fold for kind in finals.extra},
         **{f"holdout_{kind.replace('-', '_')}": p for kind, p in raw.items()},
     )
     shown = calibration.apply(decisions[own].calibration, everywhere[held])
@@ -131,7 +131,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
         finals=scored,
         metrics={
-            "out_of_fold": decisions[own].to_record()["out_of_fold"],
+            "out_of_fold": decisions[own].figures,
             "holdout": scored[spec.final] if held.any() else None,
         },
         per_class=figures.per_class(data.labels[held], shown, limits, data.header.classes) if held.any() else [],

@@ -153,7 +153,7 @@ class Search:
 
     def depth(self, train: TrainSpec) -> int:
         """How many blocks a configuration trains."""
-        return self.unfreeze_blocks if train.train_blocks is None else train.train_blocks
+        return trained_blocks(train, self.unfreeze_blocks)
 
     def inputs(self, train: TrainSpec) -> Activations:
         """What a configuration's tail takes: the cache's activations, or those behind its frozen blocks."""
@@ -316,6 +316,11 @@ def fit_one(fold: Fold, budgets: Sequence[int], recorder: Recorder) -> None:
         fit(fold, budgets, recorder)
     else:
         fit_together([fold], budgets, recorder)
+
+
+def trained_blocks(train: TrainSpec, cut: int) -> int:
+    """How many blocks a configuration trains from a cache that leaves `cut`."""
+    return cut if train.train_blocks is None else train.train_blocks
 
 
 def require_cached(train: TrainSpec, cut: int, views: Sequence[str]) -> None:

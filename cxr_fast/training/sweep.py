@@ -35,7 +35,7 @@ from .dataset import read
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
-from .search import FoldTrainer, Search, Trained, Trainers, require_cached
+from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trained_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +137,11 @@ class Sweep:
             )
             self.search.train_folds = self.trainer.train_folds
 
-    def _depth(self, train: TrainSpec) -> int:
-        return self.unfreeze_blocks if train.train_blocks is None else train.train_blocks
-
     @property
     def runs_blocks_first(self) -> bool:
         """Whether cached blocks run once, frozen, before anything is trained: `plan` does it, to time what follows."""
-        return any(self._depth(train) < self.unfreeze_blocks or train.head_first for _, train in self.points)
+        cut = self.unfreeze_blocks
+        return any(trained_blocks(train, cut) < cut or train.head_first for _, train in self.points)
 
     def _decided(self) -> list[TrainSpec]:
         """The configurations with `auto` precision replaced by what it means on the trainers' device."""
@@ -152,11 +150,11 @@ class Sweep:
 
     def _choose_device(self, trainers: Trainers | None) -> None:
         """Choose where folds are trained, the precision of each configuration, and what this machine computes on."""
-        device, residency = self.options.device, self.options.residency
+        device, residency, cut = self.options.device, self.options.residency, self.unfreeze_blocks
         if trainers is None:
             self.device, self.residency = pick_device(device), residency
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
-            self.kinds = [precision(train, self.device, self._depth(train)) for _, train in self.points]
+            self.kinds = [precision(train, self.device, trained_blocks(train, cut)) for _, train in self.points]
             return
         self.trained_on, self.gpu, bfloat16 = trainers.target(device), "cpu", False
         if self.trained_on == "cuda":
@@ -166,7 +164,7 @@ class Sweep:
         self.residency = "host" if self.device.type == "cuda" else residency
         kind = "bfloat16" if bfloat16 else "float32"
         self.kinds = [
-            precision(train, self.device, self._depth(train))
+            precision(train, self.device, trained_blocks(train, cut))
             if self.trained_on == "cpu" or train.precision != "auto"
             else kind
             for _, train in self.points

@@ -28,6 +28,7 @@ from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.folds.fold import Snapshot
 from cxr_fast.training.run_folder import read_info, read_run
 from cxr_fast.training.sweep import Sweep
+from tests.helpers.runs import arrays
 
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3, batch_size=4, tta="flip"))
 ON_CPU = SweepOptions(device="cpu")
@@ -50,11 +51,6 @@ def both(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Swe
         job = Sweep(toy_cache, out, SPEC, ON_CPU)
         job.run()
     return job, out, kept
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    with np.load(run / "predictions.npz") as file:
-        return {name: file[name] for name in file.files}
 
 
 def pixels_of(run: Path) -> np.ndarray:

@@ -27,6 +27,7 @@ from cxr_fast.report.writer import write_report
 from cxr_fast.training.folds.fold import Epoch
 from cxr_fast.training.run_folder import read_info, read_run
 from cxr_fast.training.sweep import Sweep
+from tests.helpers.runs import arrays, same_numbers
 
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3, batch_size=4))
 ON_CPU = SweepOptions(device="cpu")
@@ -83,19 +84,6 @@ def own_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     known = labels >= 0
     each = F.binary_cross_entropy_with_logits(logits, (labels > 0).float(), reduction="none")
     return (each * known).sum() / known.sum().clamp(min=1)
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    with np.load(run / "predictions.npz") as file:
-        return {name: file[name] for name in file.files}
-
-
-def same_numbers(a: Path, b: Path) -> None:
-    one, two = arrays(a), arrays(b)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].tobytes() == two[name].tobytes(), name
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from cxr_fast.export.variants import ExportSpec, export_run
 from cxr_fast.models import backbone
 from cxr_fast.training.run_folder import read_run
 from cxr_fast.training.sweep import Sweep
+from tests.helpers.runs import arrays
 
 FAST = TrainSpec(lr=1e-3, batch_size=4)
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=FAST)
@@ -46,11 +47,6 @@ def cuts(phantoms: Path, lively_weights: Path, tmp_path_factory: pytest.TempPath
 
 def change(**fields: Any) -> SweepSpec:
     return dataclasses.replace(SPEC, train=dataclasses.replace(FAST, **fields))
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    with np.load(run / "predictions.npz") as file:
-        return {name: file[name] for name in file.files}
 
 
 @pytest.mark.parametrize("blocks", [0, 1])

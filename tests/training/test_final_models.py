@@ -28,6 +28,7 @@ from cxr_fast.training.folds.head_fold import HeadFold
 from cxr_fast.training.folds.loop import Recorder, fit
 from cxr_fast.training.run_folder import read_info, read_run, read_run_info
 from cxr_fast.training.sweep import Sweep
+from tests.helpers.runs import arrays, same_numbers
 from tests.helpers.toys import keep
 
 FAST = TrainSpec(lr=1e-4, head_lr=1e-3, batch_size=4)
@@ -35,19 +36,6 @@ SPEC = SweepSpec(epochs=(2, 3), folds=2, train=FAST, retrain_head="balanced", fi
 ON_CPU = SweepOptions(device="cpu")
 # AdamW makes whole steps of a gradient that rounds to either side of 0: about one step of 1e-3 in a few weights.
 ROUNDING = 2e-3
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    with np.load(run / "predictions.npz") as file:
-        return {name: file[name] for name in file.files}
-
-
-def same_numbers(a: Path, b: Path) -> None:
-    one, two = arrays(a), arrays(b)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].tobytes() == two[name].tobytes(), name
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
 class Kept:

@@ -38,6 +38,7 @@ from cxr_fast.training.run_folder import clean, read_run
 from cxr_fast.training.run_record import provenance
 from cxr_fast.training.sweep import Sweep
 from tests.helpers import children
+from tests.helpers.runs import arrays
 
 FAST = TrainSpec(lr=1e-3, batch_size=4)
 ON_CPU = SweepOptions(device="cpu")
@@ -45,11 +46,6 @@ SPEC = SweepSpec(epochs=(4, 5, 6), folds=3, train=FAST)  # what `toy_run` was ma
 SMALL = SweepSpec(epochs=(1,), folds=2, train=FAST)
 # Activations are stored as float16 (2**-11 of a value) and pass two blocks and a head of batch norm.
 FLOAT16 = 2e-3
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    with np.load(run / "predictions.npz") as file:
-        return {name: file[name] for name in file.files}
 
 
 def info(run: Path) -> dict[str, Any]:

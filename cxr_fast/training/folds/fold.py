@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...activations.forward import autocast, precision, predict, probabilities
+from ...activations.forward import autocast, precision, predict, probabilities, with_flipped
 from ...activations.loader import Activations
 from ...config import TrainSpec
 from ...errors import InputError, Interrupted
@@ -125,7 +125,6 @@ class Fold:
         self.embeddings = data.embeddings
         self.number, self.spec, self.rates = data.number, spec, rates
         self.name, self.custom = data.name or f"fold{data.number}", data.custom
-        custom = data.custom
         draws, head = (int(s) for s in np.random.SeedSequence([seed, data.number]).generate_state(2))
         self.labels = torch.from_numpy(labels.astype(np.int8))
         self.device_labels = self.labels.to(self.device)
@@ -139,9 +138,9 @@ class Fold:
             classes=labels.shape[1],
             dropout=spec.dropout,
             train_norm=spec.train_norm,
-            head=None if custom.head is None else custom.make_head(embedding_width(visual), labels.shape[1], head),
+            head=self.custom.make_head(embedding_width(visual), labels.shape[1], head) if self.custom.head else None,
         )
-        if custom.head is None:
+        if self.custom.head is None:
             self.tail.head.reset(torch.Generator().manual_seed(head))
         self.tail.to(self.device)
         self.average = copy.deepcopy(self.tail).requires_grad_(False) if spec.ema else None
@@ -327,8 +326,8 @@ class Fold:
         with torch.no_grad():
             loss = float(self.loss(torch.from_numpy(logits).to(place), labels.to(place), terms))
         ranked = logits
-        if self.spec.tta != "none":
-            ranked = probabilities(self.scored, source, self.valid_rows, tta=self.spec.tta, kind=kind)
+        if self.spec.tta == "flip":
+            ranked = with_flipped(logits, self.scored, source, self.valid_rows, kind=kind)
         return loss, *macro(auc(labels.numpy(), ranked))
 
     def snapshot(self, budget: int) -> Snapshot:

@@ -163,6 +163,39 @@ def _targets(labels: torch.Tensor, sizes: list[int], spec: TrainSpec, terms: Cla
     return sign, weight, shift, known * (share / images[step])[:, None]
 
 
+def _entry_losses(
+    logits: torch.Tensor,
+    sign: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: float,
+    gamma_neg: float,
+    clipped: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the entries' losses, and its gradient (n, C) by the logits; see `_Loss` and `_targets`."""
+    # With u = +-logit, p = sigmoid(u): loss = -w (1-p)^gamma log p, gradient w (1-p)^gamma (gamma p log p - (1-p)).
+    u = logits * sign
+    log_p = torch.nn.functional.logsigmoid(u)
+    miss = (log_p - u).exp_()
+    if clipped < 0.0:
+        factor = weight * (miss * miss if gamma == 2.0 else miss.pow(gamma))
+        loss = (factor * log_p).sum().neg_()
+        d = torch.addcmul(miss.neg_(), log_p.exp(), log_p, value=gamma).mul_(factor).mul_(sign)
+    else:
+        # q = p, for a negative min(p + clip, 1), and m = 1 - q: loss = -w m^gamma log q,
+        # gradient w m^(gamma-1) (gamma log q - m / q) p (1-p), 0 where q is clipped.
+        yes = sign > 0
+        m = torch.where(yes, miss, (miss - clipped).clamp_(min=0))
+        log_q = torch.where(yes, log_p, torch.log1p(-m) if clipped > 0.0 else log_p)
+        power = torch.where(yes, m.pow(gamma), m.pow(gamma_neg))
+        loss = (weight * power * log_q).sum().neg_()
+        # p / q as a difference of logarithms: both vanish for a positive far below 0.
+        inner = power * (log_p - log_q).exp_() * miss
+        before = torch.where(yes, gamma * m.pow(max(gamma - 1.0, 0.0)), gamma_neg * m.pow(max(gamma_neg - 1.0, 0.0)))
+        d = before * log_q * log_p.exp() * miss - inner
+        d = d.mul_(weight).mul_(sign).mul_(m > 0)
+    return loss, d.sum(0) if d.dim() == 3 else d
+
+
 def _steps(
     parts: list[torch.Tensor],
     gradients: list[torch.Tensor],
@@ -210,36 +243,12 @@ def _steps(
         y2.relu_()
         h2 = y2 * masks2[i]
         logits = torch.mm(h2, t3).add_(b3)
-        # With u = +-logit, p = sigmoid(u): loss = -w (1-p)^gamma log p, gradient w (1-p)^gamma (gamma p log p - (1-p)).
-        u = (logits + shifts[i] if shifts[i].size(-1) > 0 else logits) * sign
-        log_p = torch.nn.functional.logsigmoid(u)
-        miss = (log_p - u).exp_()
-        if clipped < 0.0:
-            factor = weight * (miss * miss if gamma == 2.0 else miss.pow(gamma))
-            loss = (factor * log_p).sum().neg_()
-            d = torch.addcmul(miss.neg_(), log_p.exp(), log_p, value=gamma).mul_(factor).mul_(sign)
-        else:
-            # q = p, for a negative min(p + clip, 1), and m = 1 - q: loss = -w m^gamma log q,
-            # gradient w m^(gamma-1) (gamma log q - m / q) p (1-p), 0 where q is clipped.
-            yes = sign > 0
-            m = torch.where(yes, miss, (miss - clipped).clamp_(min=0))
-            log_q = torch.where(yes, log_p, torch.log1p(-m) if clipped > 0.0 else log_p)
-            power = torch.where(yes, m.pow(gamma), m.pow(gamma_neg))
-            loss = (weight * power * log_q).sum().neg_()
-            # p / q as a difference of logarithms: both vanish for a positive far below 0.
-            inner = power * (log_p - log_q).exp_() * miss
-            before = torch.where(
-                yes, gamma * m.pow(max(gamma - 1.0, 0.0)), gamma_neg * m.pow(max(gamma_neg - 1.0, 0.0))
-            )
-            d = before * log_q * log_p.exp() * miss - inner
-            d = d.mul_(weight).mul_(sign).mul_(m > 0)
-        if d.dim() == 3:
-            d = d.sum(0)
+        if shifts[i].size(-1) > 0:
+            logits = logits + shifts[i]
+        loss, d = _entry_losses(logits, sign, weight, gamma, gamma_neg, clipped)
         if smooth > 0.0:
             share = jaccards[i]
             known = (share > 0).float()
-            if shifts[i].size(-1) > 0:
-                logits = logits + shifts[i]
             p, y = torch.sigmoid(logits) * known, (sign > 0).float()
             both = (p * y).sum(1, keepdim=True) + smooth
             union = p.sum(1, keepdim=True) + y.sum(1, keepdim=True) - both + 2 * smooth

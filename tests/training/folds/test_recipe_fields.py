@@ -26,7 +26,7 @@ from cxr_fast.training.folds.rates import average_decay, rate_groups
 from cxr_fast.training.folds.stacked_folds import Stack, fit_together, run_epoch
 from tests.conftest import TOY
 from tests.helpers import toys
-from tests.helpers.toys import CPU, keep, same
+from tests.helpers.toys import keep, same
 from tests.training.folds import test_stacked_folds as stacked
 
 SPEC = stacked.SPEC
@@ -415,7 +415,7 @@ def test_a_fold_that_is_stopped_goes_on_to_the_same_bits(kind: str, fields: dict
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_fields_that_cannot_be_are_refused_by_name(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=r".") as caught:
+    with pytest.raises(InputError) as caught:
         TrainSpec(**fields)
     assert said in str(caught.value)
 
@@ -427,4 +427,3 @@ def test_classes_of_one_sign_and_batches_without_a_positive_train() -> None:
         fold = toys.make(HeadFold, dataclasses.replace(toys.SPEC, batch_size=2, **fields), labels=labels)
         assert math.isfinite(fold.run_epoch().train_loss), fields
         assert bool(torch.isfinite(fold.flat).all()), fields
-    assert CPU.type == "cpu"
