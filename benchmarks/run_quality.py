@@ -212,14 +212,17 @@ def page(arms: dict[str, Any], against: dict[str, Any], versus: dict[str, Any]) 
     return f"{text}\n\n{common.table(['', 'AUC', 'mAP'], more)}" if more else text
 
 
+OPTIONS = {
+    "cache": Path,
+    "work": Path,
+    "seeds": "0,1,2",
+    "folds": 5,
+    "arms": "",
+    "resamples": 1000,
+    "device": "cpu",
+    "docs": False,
+}
+
+
 if __name__ == "__main__":
-    options = {
-        "cache": Path,
-        "work": Path,
-        "seeds": "0,1,2",
-        "folds": 5,
-        "arms": "",
-        "resamples": 1000,
-        "device": "cpu",
-    }
-    common.run(measure, "quality", __doc__, **options)
+    common.run(measure, "quality", __doc__, **OPTIONS)

@@ -44,9 +44,8 @@ def test_arms_are_compared_on_the_same_patients_and_not_trained_twice(
         "again": quality.Arm({"train_blocks": 0, "batch_size": 4, "lr": 1e-3}, short),
     }
     monkeypatch.setattr(quality, "ARMS", arms)
-    args = argparse.Namespace(
-        cache=toy_cache, work=tmp_path, seeds="0,1", folds=2, arms="", resamples=20, device="cpu", docs=False
-    )
+    mine = {"cache": toy_cache, "work": tmp_path, "seeds": "0,1", "folds": 2, "resamples": 20}
+    args = argparse.Namespace(**(quality.OPTIONS | mine))  # what the command has, so that no flag is forgotten
     found = quality.measure(args, tmp_path)
     shown = capsys.readouterr().out
     assert shown.count(", seed 0") == shown.count(", seed 1") == 3, "the probe reads another arm's run"
