@@ -122,9 +122,9 @@ recipe_option = click.option(
     type=click.Choice(list(RECIPES)),
     default="default",
     show_default=True,
-    help="reference: the published choices where our defaults differ. tuned: two rates and few epochs "
-    "(measured: docs/recipes.md). longtail: the same, for rare findings, not shown to be better for them. A flag of your own goes before the "
-    "recipe's.",
+    help="reference: the published choices where our defaults differ. tuned: two rates and few epochs (measured: "
+    "docs/recipes.md). longtail: the same, for rare findings, not shown to be better for them. A flag of your own goes "
+    "before the recipe's.",
 )
 
 adjustment_option = click.option(
