@@ -15,6 +15,7 @@ from ..models import device as cpu
 from .console import ProgressBar
 from .options import (
     PATH,
+    Group,
     dataset_options,
     device_option,
     read_source,
@@ -38,7 +39,7 @@ timed_images_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
     """Measure, on this machine."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..config import CacheSpec, PreprocessSpec
+from ..config import SHARDS, CacheSpec, PreprocessSpec
 from ..errors import InputError
 from ..models import device as cpu
 from ..system.files import write_json
@@ -151,15 +151,14 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
     """Where the cache goes. Raises InputError for a name under which no other command would find it."""
-    from ..activations.cache import SUFFIX
 
     first = f"-first{flags['limit']}" if flags["limit"] else ""
-    ending = SUFFIX if flags["shards"] or flags["cluster"] else ".h5"
+    ending = SHARDS if flags["shards"] or flags["cluster"] else ".h5"
     path = out or Path("cache") / f"{file_name(name)}{first}{ending}"
     if not path.name.endswith(ending) or path.is_dir():
         raise InputError(
             f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
-            + ("." if ending != ".h5" else f"; one that ends in {SUFFIX} wants --shards K.")
+            + ("." if ending != ".h5" else f"; one that ends in {SHARDS} wants --shards K.")
         )
     return path
 
