@@ -63,10 +63,7 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
+    *((mark, "TIFF") for mark in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
 )
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # "BM" alone also begins ordinary text
 _END = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
