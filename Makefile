@@ -48,7 +48,7 @@ demo: install
 	$(CXR) sweep $(DEMO)/phantom.h5 --epochs $(EPOCHS_$(DEMO_SIZE)) --lr 1e-3 --weight-decay 1e-2 --batch-size 32 --dropout 0.3 --precision float32 --out $(DEMO)/run
 	$(CXR) export $(DEMO)/run --variants fp32
 	$(CXR) predict $(DEMO)/run/model.fp32.onnx $(DEMO)/data/images --out $(DEMO)/predictions.csv
-	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE)) || [ $$? -eq 3 ]
+	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE))
 	@echo
 	@echo "report: $(DEMO)/run/report.html"
 	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"

@@ -44,7 +44,7 @@ films="$demo/data/images"
 "$cxr" predict run "$films" --out predictions.csv --device cpu
 "$cxr" report run
 "$cxr" compare run run >compare.txt
-"$cxr" bench latency run/model.fp32.onnx --images "$films" --repeats 10 --device cpu || [ $? -eq 3 ]
+"$cxr" bench latency run/model.fp32.onnx --images "$films" --repeats 10 --device cpu
 cmp <(cut -d, -f2- predictions.csv) <(cut -d, -f2- "$demo/predictions.csv") # the same to the last digit
 for command in "cache $demo/data" "sweep" "export run" "explain run $films --out o.png" "info $demo/phantom.h5" \
   "bench cache $demo/data" "bench train x.h5" "bench compare run/model.fp32.onnx --against torch" "verify $demo/phantom.h5"; do
