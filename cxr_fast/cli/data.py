@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..models import device as cpu
 from ..system.files import write_json
 from ..system.text import Table, duration, file_name, gigabytes
-from .console import Part, ProgressBar, echo_notes, show, show_plan
+from .console import Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
     PATH,
     cluster_option,
@@ -219,9 +219,8 @@ def echo_outcome(outcome: Any, path: Path) -> None:
     from ..activations import build
 
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
-    click.echo(
-        f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
-    )
+    encoded = f"encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}"
+    click.echo(f"reused {outcome.reused:,}, {encoded}, {took()}: {path}")
     echo_notes(outcome.notes)
     listing = build.write_errors(path, outcome.failed)
     if outcome.failed:
