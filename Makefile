@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := gpu,dev
-TORCH :=
+EXTRAS := train,gpu,dev
+# CUDA 13, as the libraries of the extra gpu; a resolver may take an older torch that is built on CUDA 12.
+TORCH := "torch>=2.15"
 # make install CPU=1: torch without CUDA. With pip, see "Small install" in the README.
 ifdef CPU
-EXTRAS := dev
-TORCH := --torch-backend=cpu
+EXTRAS := train,cpu,dev
+TORCH :=
+UV_TORCH := --torch-backend=cpu
 endif
 UV := $(shell command -v uv 2>/dev/null)
 ifdef NO_UV
@@ -32,10 +34,10 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS)]'
+	uv pip install --quiet --python $(BIN)/python $(UV_TORCH) $(TORCH) -e '.[$(EXTRAS)]'
 else
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH) -e '.[$(EXTRAS)]'
 endif
 	@touch $@
 
@@ -46,7 +48,7 @@ demo: install
 	$(CXR) sweep $(DEMO)/phantom.h5 --epochs $(EPOCHS_$(DEMO_SIZE)) --lr 1e-3 --weight-decay 1e-2 --batch-size 32 --dropout 0.3 --precision float32 --out $(DEMO)/run
 	$(CXR) export $(DEMO)/run --variants fp32
 	$(CXR) predict $(DEMO)/run/model.fp32.onnx $(DEMO)/data/images --out $(DEMO)/predictions.csv
-	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE)) || [ $$? -eq 3 ]
+	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE))
 	@echo
 	@echo "report: $(DEMO)/run/report.html"
 	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"

@@ -52,7 +52,14 @@ def __getattr__(name: str) -> object:
     """Load a public name when it is first used."""
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        from .system.extras import missing, needs
+
+        if not (library := missing(error)):
+            raise
+        raise ModuleNotFoundError(f"cxr_fast.{name} {needs(library)}", name=error.name) from None
     globals()[name] = value
     return value
 

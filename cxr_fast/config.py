@@ -30,6 +30,9 @@ VIEWS = ("plain", "flip")
 # Stands on every page, card, overlay and table that shows a figure or a probability.
 NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 
+# How the names of an unfinished file, and of the index of a cache in shards, end.
+PARTIAL, SHARDS = ".partial", ".shards.json"
+
 
 def to_dict(spec: Any) -> dict[str, Any]:
     """The fields of a spec as JSON-ready values."""

@@ -9,7 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# On a busy machine an example takes any time: no deadline for one is a test of what the code does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # Nothing in the suite may reach a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 
 from .. import __version__
+from ..config import SHARDS
 from ..errors import InputError, SchemaError
 from ..system.files import AnyPath, write_json
 from .file import ActivationFile, Header, partial_path
 
-SUFFIX = ".shards.json"
 SHARD_NAME = re.compile(r"\.shard-\d{4,}-of-\d{4,}\.h5")
 KIND = "cxr-fast activation index"
 SCHEMA = 1
@@ -57,7 +57,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
 
 def stem(path: Path) -> str:
     """Return the name of a cache without `.h5`, `.shards.json` or `.json`."""
-    return path.name.removesuffix(".h5").removesuffix(SUFFIX).removesuffix(".json")
+    return path.name.removesuffix(".h5").removesuffix(SHARDS).removesuffix(".json")
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
@@ -67,7 +67,7 @@ def shard_path(path: Path, number: int, count: int) -> Path:
 
 def is_index(path: Path) -> bool:
     """Whether a file is meant as an index: by its name, or by its first byte."""
-    if path.name.endswith(SUFFIX):
+    if path.name.endswith(SHARDS):
         return True
     try:
         with open(path, "rb") as file:
@@ -316,7 +316,7 @@ def newest(folder: Path) -> Path:
 
     Raises InputError when there is none.
     """
-    found = [*folder.glob("*.h5"), *folder.glob(f"*{SUFFIX}")]
+    found = [*folder.glob("*.h5"), *folder.glob(f"*{SHARDS}")]
     for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
         with open(path, "rb") as file:
             head = file.read(8)

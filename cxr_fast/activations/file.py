@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from .. import __version__
-from ..config import digest
+from ..config import PARTIAL, digest
 from ..errors import InputError, SchemaError
 from ..system.files import reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
@@ -29,7 +29,6 @@ from ..system.text import gigabytes
 
 SCHEMA = 1
 KIND = "cxr-fast activations"
-PARTIAL = ".partial"
 STATE: dict[str, Any] = {"done": np.dtype("u1"), "crc32": np.dtype("<u4"), "absmax": np.dtype("<f4")}
 HASH_BYTES, ERROR_BYTES = 64, 240
 PENDING, DONE, FAILED = 0, 1, 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import PARTIAL
 from ..data.images import read_bytes
 from ..errors import ImageError, InputError
 from . import cache
@@ -71,7 +72,7 @@ def find_files(out: Path, *, sharded: bool = False) -> list[Path]:
         return [path for path in (out, store.partial_path(out)) if path.exists()] + find_asides(out)
     if not out.parent.is_dir():
         return []
-    pattern = re.compile(re.escape(cache.stem(out)) + cache.SHARD_NAME.pattern + f"({re.escape(store.PARTIAL)})?")
+    pattern = re.compile(re.escape(cache.stem(out)) + cache.SHARD_NAME.pattern + f"({re.escape(PARTIAL)})?")
     return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name)) + find_asides(out)
 
 
@@ -109,7 +110,7 @@ def set_aside_others(wanted: Mapping[Path, store.Header], out: Path) -> tuple[Pa
         refuse_other(old, next(iter(wanted.values())), path)
     keep, move, asides = set(), [], set(find_asides(out))
     for path, old in olds.items():
-        final = path.with_name(path.name.removesuffix(store.PARTIAL))
+        final = path.with_name(path.name.removesuffix(PARTIAL))
         if final in wanted and same_rows(old, wanted[final]):
             keep.add(path)
         elif path not in asides:
@@ -147,7 +148,7 @@ def count_dropped(header: store.Header, files: Iterable[Path]) -> int:
     """Count the images encoded in the complete ones of `files` that this run does not list: it drops their rows."""
     kept, count = set(header.images), 0
     for path in files:
-        if path.name.endswith(store.PARTIAL) or re.search(re.escape(ASIDE) + r"\d+$", path.name):
+        if path.name.endswith(PARTIAL) or re.search(re.escape(ASIDE) + r"\d+$", path.name):
             continue
         old = store.ActivationFile(path, partial=True)
         count += sum(ok and image not in kept for image, ok in zip(old.header.images, old.ok, strict=True))

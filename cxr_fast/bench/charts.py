@@ -10,6 +10,7 @@ from .records import (
     ARMS,
     MODEL_ONLY,
     WHOLE,
+    Budget,
     LatencyResult,
     OfflineResult,
     ServerResult,
@@ -33,21 +34,27 @@ def latencies(result: LatencyResult | SingleStreamResult) -> bytes:
     for name, colour in ((WHOLE, INK), (MODEL_ONLY, GREY)):
         if name in result["samples"]:
             axes.ecdf([1000 * x for x in result["samples"][name]], color=colour, lw=1.6, label=name)
-    budget, verdict = result["budget"], result["verdict"]
+    title = f"n {len(result['samples'][WHOLE]):,}"
+    if budget := result["budget"]:
+        title = f"{result['verdict']['result']}, {title}"
+        _mark(axes, budget, result["verdict"], 1000 * max(max(values) for values in result["samples"].values()))
+    axes.set(xlabel="milliseconds", ylabel="share of samples", ylim=(0, 1.02))
+    axes.set_title(_title(result, title), fontsize=9)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    return charts.png(made)
+
+
+def _mark(axes: Any, budget: Budget, verdict: dict[str, Any], longest: float) -> None:
+    """Mark the budget, the percentile that must keep it and its bound; `longest` is the longest sample in ms."""
     limit, q = 1000 * budget["seconds"], budget["percentile"]
     axes.axhline(q / 100, color=GREY, lw=0.8, ls=":")
     axes.plot(1000 * verdict["estimate"], q / 100, "o", color=ACCENT, ms=6, label=f"p{q}")
     if verdict["bound"] is not None:
         axes.plot(1000 * verdict["bound"], q / 100, ">", color=COLOURS[1], ms=6, label="its 99 % bound")
-    longest = 1000 * max(max(values) for values in result["samples"].values())
     axes.axvline(limit, color=COLOURS[1], lw=1.2, ls="--", label=f"budget {limit:g} ms")
     # A budget a thousand times as long as what was measured would leave of the curve a line at the edge.
     if limit > 5 * longest:
         axes.set_xscale("log")
-    axes.set(xlabel="milliseconds", ylabel="share of samples", ylim=(0, 1.02))
-    axes.set_title(_title(result, f"{verdict['result']}, n {verdict['n']:,}"), fontsize=9)
-    axes.legend(fontsize=8, frameon=False, loc="best")
-    return charts.png(made)
 
 
 def by_batch(result: OfflineResult) -> bytes:

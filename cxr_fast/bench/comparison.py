@@ -10,6 +10,7 @@ it, 9.0 where the other never runs.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from ..data import manifest
 from ..errors import CxrFastError, ImageError, InputError, ParityError
 from ..metrics import drift
 from ..system import hardware
+from ..system.extras import needs
 from ..system.text import Table, number, to_plain
 from . import measure, results
 from .films import decode_all, sample_images, spread_evenly
@@ -125,6 +127,8 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
     from ..inference import model_file
     from ..training.run_folder import read_run_info
 
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(f"--against torch {needs('torch')}")
     folder = run or (model if model.is_dir() else model.parent)
     path = model / "model.fp32.onnx" if model.is_dir() else model
     if not (folder / "run.json").is_file():

@@ -1,4 +1,4 @@
-"""Latency of a model file on this machine, one image at a time, with a verdict that can be no."""
+"""Latency of a model file on this machine, one image at a time; against a budget, with a verdict that can be no."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,12 +25,12 @@ STAGES = ("read", "decode", "resize", "model", "post")
 
 @dataclass(frozen=True, kw_only=True)
 class LatencySpec:
-    """`images` are cycled, six phantoms where it is None; `budget_ms` is what the `percentile` must keep."""
+    """`images` are cycled, six phantoms where it is None; the `percentile` must keep `budget_ms` where there is one."""
 
     images: Path | None = None
     repeats: int = 100
     warmup: int = 5
-    budget_ms: float = 100.0
+    budget_ms: float | None = None
     percentile: int = 90
     device: str = "auto"
     threads: int | None = None
@@ -39,8 +39,8 @@ class LatencySpec:
 def latency(model: Path, spec: LatencySpec) -> LatencyResult:
     """Time file to probabilities, model only, and each stage, in turn on the same image; seconds, JSON-ready.
 
-    The verdict holds the one-sided 99 % bound of the percentile against the budget: MLPerf-style early stopping, not
-    MLPerf.
+    The verdict, where there is a budget, holds the one-sided 99 % bound of the percentile against it: MLPerf-style
+    early stopping, not MLPerf.
     """
     before, began = hardware.gpu_states(), time.perf_counter()
     predictor = Predictor(model, device=spec.device, threads=spec.threads)
@@ -50,8 +50,12 @@ def latency(model: Path, spec: LatencySpec) -> LatencyResult:
         first = _timed(partial(predictor.run, predictor.pixels(paths[0])[None]))[0]
         with measure.Watch() as watch:
             samples, sizes = _rounds(predictor, paths, spec, watch)
-    limit: Budget = {"seconds": spec.budget_ms / 1000, "percentile": spec.percentile}
-    return {
+    held: dict[str, Any] = {"budget": None}
+    if spec.budget_ms is not None:
+        limit: Budget = {"seconds": spec.budget_ms / 1000, "percentile": spec.percentile}
+        verdict = {**results.verdict(samples[WHOLE], limit), "slowest_stage": slowest(samples)}
+        held = {"budget": limit, "verdict": verdict}
+    made = {
         **results.head(LATENCY),
         **results.about(predictor, spec.device),
         "images": {"given": spec.images is not None, "files": len(paths), "height_width": sizes},
@@ -59,12 +63,12 @@ def latency(model: Path, spec: LatencySpec) -> LatencyResult:
         "cold": {"load": load, "first_run": first},
         "summary": {name: measure.summary(values) for name, values in samples.items()},
         "samples": samples,
-        "budget": limit,
-        "verdict": {**results.verdict(samples[WHOLE], limit), "slowest_stage": slowest(samples)},
+        **held,
         "noise": watch.noise(),
         "quiet": _quiet(samples[WHOLE], watch),
         "gpus": {"before": before, "after": hardware.gpu_states()},
     }
+    return cast(LatencyResult, made)
 
 
 def slowest(samples: dict[str, list[float]]) -> str:
@@ -143,11 +147,12 @@ def describe(result: LatencyResult) -> str:
     lines += results.describe_noise(result)
     if quiet := result["quiet"]:
         held = ", ".join(f"p{q} {1000 * value:.1f} ms" for q, value in quiet["percentiles"].items())
-        lines.append(f"without the noisy stretches: {held} (n {quiet['n']}); the verdict counts all")
+        counted = "; the verdict counts all" if "verdict" in result else ""
+        lines.append(f"without the noisy stretches: {held} (n {quiet['n']}){counted}")
     lines += results.describe_unsteady({WHOLE: found[WHOLE]["window_medians"]})
-    worst, medians = result["verdict"]["slowest_stage"], {stage: found[stage]["percentiles"]["50"] for stage in STAGES}
+    worst, medians = slowest(result["samples"]), {stage: found[stage]["percentiles"]["50"] for stage in STAGES}
     lines.append(f"attack first: {worst}, {medians[worst] / sum(medians.values()):.0%} of the stages' medians")
-    return "\n".join([*lines, results.describe_verdict(result)])
+    return "\n".join([*lines, *([results.describe_verdict(result)] if "verdict" in result else [])])
 
 
 def _cells(found: SampleSummary, shown: Sequence[int]) -> list[str]:

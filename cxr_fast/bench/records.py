@@ -102,13 +102,13 @@ class SampleSummary(TypedDict):
 
 
 class TimedFields(TypedDict):
-    """Samples in seconds by stage, and the verdict of those from file to probabilities."""
+    """Samples in seconds by stage, and the verdict of those from file to probabilities where there is a budget."""
 
     n: int
     samples: dict[str, list[float]]
     summary: dict[str, SampleSummary]
-    budget: Budget
-    verdict: dict[str, Any]
+    budget: Budget | None
+    verdict: NotRequired[dict[str, Any]]
 
 
 class LatencyResult(BenchResult, ModelFields, TimedFields):

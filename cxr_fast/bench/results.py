@@ -204,6 +204,8 @@ def _figures(result: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
             yield f"n of {arm}", result["n"], len(values)
             yield f"summary of {arm}", result["summary"].get(arm), measure.summary(values)
     if kind not in SPREADS and "samples" in result:
+        yield "presence of a verdict", "verdict" in result, limit is not None
+    if kind not in SPREADS and "samples" in result and limit is not None:
         yield "verdict", *_verdicts(result["verdict"], result["samples"].get(WHOLE, []), limit)
     for point in result.get("points", ()):
         for arm in ARMS:

@@ -85,6 +85,14 @@ def _drawn(table: Table) -> Any:
     return drawn
 
 
+STARTED = time.monotonic()
+
+
+def took() -> str:
+    """Return how long the user has waited since the command line was loaded, plans and model loading included."""
+    return f"took {duration(time.monotonic() - STARTED, tenths=True)} in all"
+
+
 class ProgressBar:
     """How far a long command is: a bar on a terminal, a plain line every few seconds elsewhere."""
 
@@ -114,8 +122,8 @@ class ProgressBar:
         if now - self.last < self.every and not force:
             return
         self.last = now
-        took = now - self.began if seconds is None else seconds
-        left = f"{duration(took / (done - before) * (total - done))} left" if done > before else ""
+        spent = now - self.began if seconds is None else seconds
+        left = f"{duration(spent / (done - before) * (total - done))} left" if done > before else ""
         if self.live:
             self._draw(100 * done / total, text, left)
         else:

@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from ..config import CacheSpec, PreprocessSpec
+from ..config import SHARDS, CacheSpec, PreprocessSpec
 from ..errors import InputError
 from ..models import device as cpu
 from ..system.files import write_json
 from ..system.text import Table, duration, file_name, gigabytes
-from .console import Part, ProgressBar, echo_notes, show, show_plan
+from .console import Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
     PATH,
     cluster_option,
@@ -151,15 +151,14 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
     """Where the cache goes. Raises InputError for a name under which no other command would find it."""
-    from ..activations.cache import SUFFIX
 
     first = f"-first{flags['limit']}" if flags["limit"] else ""
-    ending = SUFFIX if flags["shards"] or flags["cluster"] else ".h5"
+    ending = SHARDS if flags["shards"] or flags["cluster"] else ".h5"
     path = out or Path("cache") / f"{file_name(name)}{first}{ending}"
     if not path.name.endswith(ending) or path.is_dir():
         raise InputError(
             f"--out: {path} must be a file that ends in {ending}, such as cache/name{ending}"
-            + ("." if ending != ".h5" else f"; one that ends in {SUFFIX} wants --shards K.")
+            + ("." if ending != ".h5" else f"; one that ends in {SHARDS} wants --shards K.")
         )
     return path
 
@@ -220,9 +219,8 @@ def echo_outcome(outcome: Any, path: Path) -> None:
     from ..activations import build
 
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
-    click.echo(
-        f"reused {outcome.reused:,}, encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}: {path}"
-    )
+    encoded = f"encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}"
+    click.echo(f"reused {outcome.reused:,}, {encoded}, {took()}: {path}")
     echo_notes(outcome.notes)
     listing = build.write_errors(path, outcome.failed)
     if outcome.failed:

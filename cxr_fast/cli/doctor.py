@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -20,6 +20,7 @@ from typing import Any
 from .. import __version__
 from ..errors import InputError
 from ..system import hardware
+from ..system.extras import install
 
 SCHEMA = 1
 OK, ABSENT, WRONG = "ok", "--", "!!"
@@ -31,6 +32,8 @@ PREDICTING = (
     ("msgspec", "0.18"),
     ("psutil", "5.9"),
     ("rich", "13.7"),
+    ("matplotlib", "3.9"),
+    ("jinja2", "3.1"),
 )
 TRAINING = (
     ("torch", "2.11"),
@@ -43,8 +46,6 @@ TRAINING = (
     ("iterative-stratification", "0.1.9"),
     ("safetensors", "0.4.5"),
     ("huggingface_hub", "0.27"),
-    ("matplotlib", "3.9"),
-    ("jinja2", "3.1"),
 )
 OPTIONAL = (
     ("pydicom", "3.0", "DICOM files", "dicom"),
@@ -78,15 +79,20 @@ class Finding:
 
 def examine(*, deep: bool = False, root: Path = Path("/"), folder: Path = Path(".")) -> list[Finding]:
     """Every finding, within seconds; `deep` also imports torch and runs a session on each provider."""
-    machine = hardware.machine(root)
+    machine, training = hardware.machine(root), trains()
     return [
-        *_packages(),
-        *_runtime(machine),
-        *_cpu(machine, root),
-        *_room(folder, root),
-        _hub(),
+        *_packages(training),
+        *_runtime(machine, training),
+        *_cpu(machine, root, training),
+        *(_room(folder, root) if training else ()),
+        *([_hub()] if version("huggingface_hub") else ()),
         *(_deep() if deep else ()),
     ]
+
+
+def trains() -> bool:
+    """Whether anything of what training needs is installed; without it this machine predicts, and that is no fault."""
+    return any(version(name) for name, _ in TRAINING[:4])
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -126,18 +132,16 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _packages() -> Iterator[Finding]:
+def _packages(training: bool) -> Iterator[Finding]:
     now = sys.version.split()[0]
     old = sys.version_info < (3, 11)
     yield Finding(name="Python", state=WRONG if old else OK, text=now, mend="install 3.11 or newer" if old else "")
     for name, least in PREDICTING:
         yield _package(name, least, WRONG)
-    core = [name for name, _ in TRAINING[:4] if version(name)]
-    if not core:
-        # Installed to predict only: nothing is broken.
-        text = "absent (with the rest of what cache, sweep and export need)"
-        yield Finding(name="torch", state=ABSENT, text=text, mend="pip install cxr-fast")
-    for name, least in TRAINING if core else ():
+    if not training:
+        text = f"cache, sweep, export and explain would need {', '.join(name for name, _ in TRAINING)}"
+        yield Finding(name="training", state=ABSENT, text=text, mend=install("train"))
+    for name, least in TRAINING if training else ():
         yield _package(name, least, WRONG)
     for name, least, brings, extra in OPTIONAL:
         found = _package(name, least, ABSENT)
@@ -145,7 +149,7 @@ def _packages() -> Iterator[Finding]:
             yield found
         else:
             text = f"{found.text}; it would bring {brings}"
-            yield Finding(name=name, state=ABSENT, text=text, mend=f"pip install 'cxr-fast[{extra}]'")
+            yield Finding(name=name, state=ABSENT, text=text, mend=install(extra))
 
 
 def _package(name: str, least: str, otherwise: str) -> Finding:
@@ -179,21 +183,22 @@ def _import_runtime() -> Any:
     return runtime
 
 
-def _runtime(machine: dict[str, Any]) -> Iterator[Finding]:
+def _runtime(machine: dict[str, Any], training: bool) -> Iterator[Finding]:
     there = [(name, version(name)) for name in RUNTIMES if version(name)]
     text = ", ".join(f"{name} {found}" for name, found in there)
-    both = "pip uninstall onnxruntime onnxruntime-gpu; pip install 'cxr-fast[gpu]'"
+    both = f"pip uninstall onnxruntime onnxruntime-gpu; {install('gpu')}"
     runtime = _import_runtime()
     if len(there) > 1:
         text += "; they overwrite each other's files"
         yield Finding(name="ONNX Runtime", state=WRONG, text=text, mend=both)
     elif isinstance(runtime, str):
-        yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({runtime})", mend=both)
+        mend = both if there else f"{install('cpu')}, or gpu instead of cpu"
+        yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({runtime})", mend=mend)
     elif not there:
         yield Finding(name="ONNX Runtime", state=OK, text="of a build of its own")
     else:
         yield _package(there[0][0], RUNTIME_LEAST, WRONG)
-    if not isinstance(runtime, str):
+    if not isinstance(runtime, str) and (training or runtime.gpu_present() or runtime.cuda_libraries()):
         yield from _gpu(runtime, machine["gpus"])
 
 
@@ -209,8 +214,8 @@ def _gpu(runtime: Any, gpus: list[str]) -> Iterator[Finding]:
         yield Finding(name="GPU", state=ABSENT, text="no NVIDIA GPU visible; everything runs on the CPU")
     runtime.preload()
     serious = WRONG if present else ABSENT
-    libraries = [(name, serious, runtime.PIP_CUDA) for name in runtime.cuda_libraries()]
-    libraries += [(name, ABSENT, runtime.PIP_CUDA) for name in runtime.optional_libraries()]
+    libraries = [(name, serious, install("gpu")) for name in runtime.cuda_libraries()]
+    libraries += [(name, ABSENT, install("gpu")) for name in runtime.optional_libraries()]
     libraries += [(name, ABSENT, runtime.pip_tensorrt()) for name in runtime.tensorrt_libraries()]
     for name, state, mend in libraries:
         if runtime.loads(name):
@@ -232,7 +237,7 @@ def _needs(state: str, name: str) -> str:
 # The machine.
 
 
-def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
+def _cpu(machine: dict[str, Any], root: Path, training: bool) -> Iterator[Finding]:
     yield Finding(name="CPU", state=OK, text=f"{machine['cpu'] or 'unknown'}, {machine['os']}")
     flags, int8 = hardware.cpu_flags(root), hardware.int8_flags(root)
     if int8:
@@ -240,16 +245,20 @@ def _cpu(machine: dict[str, Any], root: Path) -> Iterator[Finding]:
     else:
         text = "no VNNI or AMX seen: int8 gains 10-20 % and may saturate; a folder gives its float32 file"
         yield Finding(name="int8", state=ABSENT, text=text)
-    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    if bf16:
-        yield Finding(name="bfloat16", state=OK, text=f"{', '.join(bf16)}: training in bfloat16 is fast on this CPU")
-    else:
-        text = "no instructions for it seen: on this CPU train with --precision float32"
-        yield Finding(name="bfloat16", state=ABSENT, text=text)
+    if training:
+        yield _bfloat16(flags)
     quota = machine["cores_quota"]
     text = f"{machine['cores']} of the machine's {machine['cores_host']}"
     text += f"; affinity {machine['cores_affinity'] or 'unknown'}, container quota {quota or 'none'}"
     yield Finding(name="cores to use", state=OK, text=text)
+
+
+def _bfloat16(flags: Collection[str]) -> Finding:
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    if bf16:
+        return Finding(name="bfloat16", state=OK, text=f"{', '.join(bf16)}: training in bfloat16 is fast on this CPU")
+    text = "no instructions for it seen: on this CPU train with --precision float32"
+    return Finding(name="bfloat16", state=ABSENT, text=text)
 
 
 def _room(folder: Path, root: Path) -> Iterator[Finding]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..activations import cache
-from ..activations import file as store
+from ..config import PARTIAL, SHARDS
 from ..errors import InputError
 from ..system.text import counted
+
+if TYPE_CHECKING:
+    from ..activations.file import Header
 
 
 def describe(path: Path) -> str:
@@ -22,7 +24,7 @@ def describe(path: Path) -> str:
         raise InputError(f"{path}: no such file.")
     if path.suffix == ".onnx":
         return _model(path)
-    if path.name.endswith(cache.SUFFIX):
+    if path.name.endswith(SHARDS):
         return _sharded(path)
     if path.name == "run.json":
         return _run(path.parent)
@@ -30,14 +32,14 @@ def describe(path: Path) -> str:
         from ..bench import results
 
         return lines(results.describe(path))
-    if path.suffix == ".h5" or path.name.endswith(store.PARTIAL):
+    if path.suffix == ".h5" or path.name.endswith(PARTIAL):
         return _cache(path)
-    raise InputError(
-        f"{path}: not a cache (.h5 or {cache.SUFFIX}), a run folder, a model (.onnx) or a benchmark (.json)."
-    )
+    raise InputError(f"{path}: not a cache (.h5 or {SHARDS}), a run folder, a model (.onnx) or a benchmark (.json).")
 
 
 def _cache(path: Path) -> str:
+    from ..activations import file as store
+
     header = store.read_header(path)
     with store.open_file(path) as file:
         state, absmax, by = np.array(file["done"]), np.array(file["absmax"]), str(file.attrs["written_by"])
@@ -46,24 +48,24 @@ def _cache(path: Path) -> str:
 
 
 def _sharded(path: Path) -> str:
+    from ..activations import cache
+
     file = cache.open_cache(path)
     size = sum(shard.path.stat().st_size for shard in file.files)
     names = f"{file.files[0].path.name} to {file.files[-1].path.name}"
+    images = [len(shard.state) for shard in file.files]
     said = {
         "index": f"{path}, schema {cache.SCHEMA}, {file.written_by}",
-        "shards": f"{len(file.files)}: {names}, {min(map(_images, file.files)):,} to "
-        f"{max(map(_images, file.files)):,} images each",
+        "shards": f"{len(file.files)}: {names}, {min(images):,} to {max(images):,} images each",
     }
     return _activations(said, file.header, file.state, file.absmax, size)
 
 
-def _images(file: store.ActivationFile) -> int:
-    return len(file.state)
+def _activations(said: dict[str, str], header: Header, state: np.ndarray, absmax: np.ndarray, size: int) -> str:
+    from ..activations.file import DONE, FAILED
 
-
-def _activations(said: dict[str, str], header: store.Header, state: np.ndarray, absmax: np.ndarray, size: int) -> str:
     meta, parts = header.meta, header.meta["fingerprint_parts"]
-    done, failed = int((state == store.DONE).sum()), int((state == store.FAILED).sum())
+    done, failed = int((state == DONE).sum()), int((state == FAILED).sum())
     peak = f"{absmax.max():.4g}" if done else "-"
     return lines(
         said

@@ -15,7 +15,7 @@ from ..cluster import connection
 from ..config import NOTICE
 from ..system.files import write_json
 from ..system.text import Table, gigabytes, number
-from .console import Part, ProgressBar, show
+from .console import Part, ProgressBar, show, took
 from .options import PATH, adjustment_option, cluster_option, device_option, images_option, threads_option
 
 
@@ -199,7 +199,7 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
     before = f", {reused:,} of them by an earlier run," if reused else ""
     click.echo(
         f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
-        f"({rate:.1f}/s) on {where}: {out}"
+        f"({rate:.1f}/s) on {where}, {took()}: {out}"
     )
     if len(summary["answered_by"]) > 1:
         each = "; ".join(f"{count:,} by {who}" for who, count in summary["answered_by"].items())

@@ -15,6 +15,7 @@ import click
 
 from ..errors import CxrFastError, InputError
 from ..recipes import RECIPES
+from ..system import extras
 from .console import ProgressBar
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ class Group(click.Group):
         except CxrFastError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if not (library := extras.missing(error)):
+                raise
+            command = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".strip()
+            click.echo(f"error: `{command}` {extras.needs(library)}", err=True)
+            ctx.exit(2)
         except click.UsageError as error:
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 raise

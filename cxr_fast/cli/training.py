@@ -25,7 +25,7 @@ from ..models import device as cpu
 from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
 from ..system.files import write_json
 from ..system.text import duration, gigabytes, number
-from .console import Part, ProgressBar, echo_notes, show, show_plan
+from .console import Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
     PATH,
     adjustment_option,
@@ -123,7 +123,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
     show(describe_run(run))
     written = writer.write_report(job.out)
-    click.echo(f"\nrun: {job.out}   report: {written.page}   took {duration(run['seconds'])}")
+    click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 
 def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> SweepSpec:

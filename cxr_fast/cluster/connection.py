@@ -23,8 +23,8 @@ from typing import Any
 
 from ..errors import DeviceError, InputError
 from ..system import hardware
+from ..system.extras import needs
 
-NEEDS = "--cluster: needs Ray: pip install 'cxr-fast[cluster]'"
 # No reports to its makers; no hint at every CPU task of a machine with GPUs.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -118,7 +118,7 @@ def connect(address: str) -> Iterator[Cluster]:
     down. Raises InputError with one line where Ray is not installed or `HOST:PORT`, `ray://HOST:PORT` is not reached.
     """
     if importlib.util.find_spec("ray") is None:
-        raise InputError(NEEDS)
+        raise InputError(f"--cluster {needs('ray')}")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}  # ray.init takes SIGTERM for itself

@@ -24,6 +24,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..config import PreprocessSpec, choices
 from ..errors import ImageError
+from ..system.extras import install
 from . import dicom
 
 # 80 megapixels is twice the largest detector. It is below the size at which Pillow itself would warn, so that
@@ -46,8 +47,8 @@ REASONS: dict[str, str] = {
     "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
     "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
     "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
-    "needs_pydicom": f"DICOM files need the optional extra: {dicom.INSTALL}",
-    "needs_plugin": f"this DICOM compression needs pylibjpeg and its plugins: {dicom.INSTALL}",
+    "needs_pydicom": f"DICOM files need the optional extra: {install('dicom')}",
+    "needs_plugin": f"this DICOM compression needs pylibjpeg and its plugins: {install('dicom')}",
     "no_pixels": "a DICOM file without an image (report, directory, header); leave it out",
     "bad_array": "an array that is not uint8 (H, W) or (H, W, 3), nor uint16 (H, W)",
 }
@@ -62,10 +63,7 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
+    *((mark, "TIFF") for mark in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
 )
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # "BM" alone also begins ordinary text
 _END = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from iterstrat.ml_stratifiers import IterativeStratification
 
 from ..errors import InputError
 
@@ -118,6 +117,8 @@ def _stratify(targets: np.ndarray, parts: int, random: np.random.RandomState) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shares = np.full(parts, 1 / parts)
+        from iterstrat.ml_stratifiers import IterativeStratification
+
         return np.asarray(IterativeStratification(labels=targets, r=shares, random_state=random))
 
 

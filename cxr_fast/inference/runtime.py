@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DeviceError
+from ..system.extras import install
 
 
 @contextlib.contextmanager
@@ -41,8 +42,6 @@ onnxruntime.set_default_logger_severity(4)
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SAID = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
-PIP_CUDA = "pip install 'cxr-fast[gpu]'"
-REINSTALL = f"pip uninstall onnxruntime onnxruntime-gpu; {PIP_CUDA}"
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
@@ -117,6 +116,11 @@ def pip_tensorrt() -> str:
     return f"pip install 'tensorrt=={tensorrt_libraries()[0].rpartition('.')[2] if tensorrt_libraries() else 10}.*'"
 
 
+def reinstall() -> str:
+    """Return the line that puts ONNX Runtime for GPUs in the place of the one for CPUs: both own the same files."""
+    return f"pip uninstall onnxruntime onnxruntime-gpu; {install('gpu')}"
+
+
 def provider_file(name: str) -> Path:
     """ONNX Runtime's own library of a provider."""
     prefix, suffix = ("", "dll") if sys.platform == "win32" else ("lib", "so")
@@ -159,7 +163,7 @@ def loader_message(name: str) -> str:
 def obstacle(name: str, number: int = 0) -> str:
     """What stands in the way of `cuda` or `tensorrt`, and the line that mends it; empty where nothing known does."""
     if PROVIDERS[name] not in onnxruntime.get_available_providers():
-        remedy = "macOS has none" if sys.platform == "darwin" else REINSTALL
+        remedy = "macOS has none" if sys.platform == "darwin" else reinstall()
         here = "a GPU is here, but " if gpu_present() else ""
         return f"{here}this ONNX Runtime has no {SAID[name]} provider: {remedy}"
     lost = missing(name)
@@ -176,7 +180,7 @@ def obstacle(name: str, number: int = 0) -> str:
 
 def _pip(lost: list[str]) -> str:
     tensorrt = [library for library in lost if library.startswith(("libnvinfer", "libnvonnx"))]
-    lines = ([PIP_CUDA] if len(tensorrt) < len(lost) else []) + ([pip_tensorrt()] if tensorrt else [])
+    lines = ([install("gpu")] if len(tensorrt) < len(lost) else []) + ([pip_tensorrt()] if tensorrt else [])
     return " and ".join(lines)
 
 

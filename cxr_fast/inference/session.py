@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import DeviceError, InputError
 from ..system import hardware
+from ..system.extras import install
 from . import model_file, runtime
 from .runtime import PROVIDERS, SAID, onnxruntime
 
@@ -189,7 +190,7 @@ def _start(path: Path, target: str, number: int, options: Any) -> tuple[Any, str
     if session.get_providers()[0] == PROVIDERS[target]:
         return session, ""
     said = runtime.loader_message(target) or "it gives no reason"
-    return None, f"ONNX Runtime could not load its {SAID[target]} provider ({said}): {runtime.PIP_CUDA}"
+    return None, f"ONNX Runtime could not load its {SAID[target]} provider ({said}): {install('gpu')}"
 
 
 def _cpu(path: Path, options: Any) -> Any:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from ..errors import InputError
 from .arrays import checked, ratio, where
+from .sparse import Sparse, by_rows
 
 BINS = 15
 TIERS = ((0.85, "excellent"), (0.70, "good"), (0.60, "fair"), (-math.inf, "poor"))
@@ -57,7 +57,7 @@ class Ranked:
     its own, `first` is the first positive that ties with it.
     """
 
-    blocks: sparse.csr_array
+    blocks: Sparse
     positives: np.ndarray
     below: np.ndarray
     through: np.ndarray
@@ -87,9 +87,8 @@ def rank_class(labels: np.ndarray, scores: np.ndarray, each: int = 1) -> Ranked:
     below, through = np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right")
     # A running sum over few blocks is six times faster than one over all negatives.
     edges = np.unique(np.concatenate([[0], below, through, [len(low)]]))
-    ones, shape = np.ones(len(low), np.int32), (len(edges) - 1, len(labels) // each)
     return Ranked(
-        sparse.csr_array((ones, negatives // each, edges), shape=shape),
+        by_rows(np.ones(len(low), np.int32), negatives // each, edges, len(labels) // each),
         positives // each,
         np.searchsorted(edges, below),
         np.searchsorted(edges, through),

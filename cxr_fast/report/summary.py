@@ -44,7 +44,8 @@ def of_classes(part: Record) -> str:
 class ReportData:
     """All that a page or a card of one run may say; `evaluation` None where the predictions could not be judged.
 
-    `missing` are lines about what is not there and why; `unknown_labels` None where the labels could not be read.
+    `title` is the run folder's name; `missing` are lines about what is not there and why; `unknown_labels` None where
+    the labels could not be read.
     """
 
     run: Record
@@ -53,6 +54,7 @@ class ReportData:
     missing: Sequence[str] = ()
     unknown_labels: int | None = None
     plots: Mapping[str, bytes] = field(default_factory=dict)
+    title: str = ""
 
     @property
     def name(self) -> str:

@@ -196,7 +196,13 @@ def gather(
     missing, whole = (*broken, *lacking), not broken and not any(NAN in line for line in lacking)
     pictures = charts.all_plots(run, history, found)
     material = ReportData(
-        run=run, evaluation=found, history=history, missing=missing, unknown_labels=unknown, plots=pictures
+        run=run,
+        evaluation=found,
+        history=history,
+        missing=missing,
+        unknown_labels=unknown,
+        plots=pictures,
+        title=folder.resolve().name,
     )
     return material, whole
 

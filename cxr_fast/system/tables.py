@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import InputError
+from .extras import install
 from .files import atomic, write_csv
 
 Cells = dict[str, list[str]]
@@ -119,7 +120,7 @@ def pyarrow(module: str, file: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"{file}: Parquet needs pyarrow: pip install 'cxr-fast[parquet]', or use CSV.") from None
+        raise InputError(f"{file}: Parquet needs pyarrow: {install('parquet')}, or use CSV.") from None
 
 
 def _cell(value: Any) -> str:

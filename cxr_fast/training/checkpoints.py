@@ -21,13 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..config import SweepSpec, from_dict, to_dict
+from ..config import PARTIAL, SweepSpec, from_dict, to_dict
 from ..errors import CxrFastError, InputError
 from ..system.files import atomic
 from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
 from .folds.loop import Recorder
 
-SUFFIX = ".partial"
 REFIT = "refit"
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -48,7 +47,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, plan: Mapping[str, Any], *, shared: bool = False) -> None:
-        self.folder = out.with_name(out.name + SUFFIX)
+        self.folder = out.with_name(out.name + PARTIAL)
         self.resumed = (self.folder / "plan.json").is_file()
         self._waiting: dict[str, State] = {}
         self._passed: dict[str, int] = {}  # on a GPU: epochs of a fold since it was saved

@@ -116,6 +116,7 @@ def changed(made: Callable[[], dict[str, Any]], path: str, value: Any) -> dict[s
         (latency, "samples", {}, "samples of file to probabilities are not times"),
         (latency, "budget/seconds", 0.5, "is not that of its samples"),
         (latency, "verdict/result", "FAIL", "is not that of its samples"),
+        (latency, "budget", None, "is not that of its samples"),
         (server, "scenario", "burst", "no scenario 'burst'"),
         (server, "rate", 3.0, "its last trial does not confirm the rate"),
         (server, "rate", None, "its last trial does not confirm the rate"),

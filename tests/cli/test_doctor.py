@@ -27,6 +27,7 @@ from cxr_fast.cli.doctor import ABSENT, OK, WRONG, Finding, examine
 from cxr_fast.cli.main import main
 from cxr_fast.inference import runtime
 from cxr_fast.system import hardware
+from cxr_fast.system.extras import install
 
 GPU = runtime.gpu_present()
 ALL = [name for name, _ in (*doctor.PREDICTING, *doctor.TRAINING)]
@@ -80,7 +81,7 @@ def test_a_whole_installation_is_sound(machine: Machine) -> None:
     assert doctor.healthy(list(found.values()))
     assert found["torch"] == Finding(name="torch", state=OK, text="99.0")
     for name, extra in (("pydicom", "dicom"), ("pylibjpeg", "dicom"), ("pyarrow", "parquet")):
-        assert (found[name].state, found[name].mend) == (ABSENT, f"pip install 'cxr-fast[{extra}]'")
+        assert (found[name].state, found[name].mend) == (ABSENT, install(extra))
         assert "absent; it would bring " in found[name].text
 
 
@@ -99,9 +100,19 @@ def test_an_installation_that_only_predicts_is_sound(machine: Machine) -> None:
         machine.versions[name] = None
     found = machine.find(deep=True)
     assert wrong(found) == []
-    assert (found["torch"].state, found["torch"].mend) == (ABSENT, "pip install cxr-fast")
-    assert "timm" not in found
-    assert "torch on CUDA" not in found
+    assert (found["training"].state, found["training"].mend) == (ABSENT, install("train"))
+    assert all(name in found["training"].text for name, _ in doctor.TRAINING)
+    of_training = ("timm", "torch on CUDA", "bfloat16", "memory", "cache/", "exports/", "Hugging Face hub")
+    assert found.keys().isdisjoint(of_training)
+
+
+def test_a_machine_that_only_predicts_on_its_cpu_says_nothing_of_gpus(machine: Machine) -> None:
+    machine.versions |= dict.fromkeys((name for name, _ in doctor.TRAINING), None)
+    machine.versions |= {"onnxruntime-gpu": None, "onnxruntime": "1.31.1"}
+    machine.patch.setattr(runtime, "cuda_libraries", lambda: ())
+    assert not [name for name in machine.find() if "GPU" in name or "--device" in name or name.startswith("lib")]
+    machine.gpu = True
+    assert "--device cuda" in machine.find()
 
 
 def test_two_onnx_runtimes_are_wrong(machine: Machine) -> None:
@@ -109,18 +120,26 @@ def test_two_onnx_runtimes_are_wrong(machine: Machine) -> None:
     found = machine.find()
     assert wrong(found) == ["ONNX Runtime"]
     assert found["ONNX Runtime"].text.startswith("onnxruntime-gpu 1.31.1, onnxruntime 1.31.0; they overwrite")
-    assert found["ONNX Runtime"].mend.startswith("pip uninstall onnxruntime onnxruntime-gpu; pip install")
+    assert found["ONNX Runtime"].mend == f"pip uninstall onnxruntime onnxruntime-gpu; {install('gpu')}"
 
 
 def test_the_table_is_pyprojects() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    parsed = [re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)", line) for line in project["dependencies"]]
-    declared = {match[1]: match[2] for match in parsed if match}
-    assert len(declared) == len({re.match(r"[\w-]+", line)[0] for line in project["dependencies"]})  # type: ignore[index]
-    expected = {name.replace("_", "-"): least for name, least in (*doctor.PREDICTING, *doctor.TRAINING)}
-    expected |= dict.fromkeys(doctor.RUNTIMES, doctor.RUNTIME_LEAST)
-    assert {name.replace("_", "-"): least for name, least in declared.items()} == expected
     extras = project["optional-dependencies"]
+
+    def declared(lines: list[str]) -> dict[str, str]:
+        parsed = [re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)", line) for line in lines]
+        found = {match[1].replace("_", "-"): match[2] for match in parsed if match}
+        assert len(found) == len([line for line in lines if not line.startswith("cxr-fast[")])
+        return found
+
+    def told(table: tuple[tuple[str, str], ...]) -> dict[str, str]:
+        return {name.replace("_", "-"): least for name, least in table}
+
+    assert declared(project["dependencies"]) == told(doctor.PREDICTING)
+    assert "cxr-fast[hub]" in extras["train"]
+    assert declared(extras["train"] + extras["hub"]) == told(doctor.TRAINING)
+    assert declared(extras["cpu"]) == {"onnxruntime": doctor.RUNTIME_LEAST}
     for name, least, _, extra in doctor.OPTIONAL:
         assert any(re.match(rf"{name}(\[.*\])?>={re.escape(least)}$", line) for line in extras[extra])
 
@@ -186,7 +205,7 @@ def test_without_a_gpu_nothing_of_it_is_needed(machine: Machine) -> None:
     assert wrong(found) == []
     assert found["GPU"].state == ABSENT
     for name in ("libcudart.so.13", "libcudnn.so.9", "libcufft.so.12"):
-        assert (found[name].state, found[name].mend) == (ABSENT, "pip install 'cxr-fast[gpu]'")
+        assert (found[name].state, found[name].mend) == (ABSENT, install("gpu"))
     assert found["libnvinfer.so.10"].mend == "pip install 'tensorrt==10.*'"
     assert found["--device cuda"].text.startswith("no NVIDIA GPU visible")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from cxr_fast.inference import runtime, session
 from cxr_fast.inference.runtime import onnxruntime
 from cxr_fast.inference.session import open_model
 from cxr_fast.system import hardware
+from cxr_fast.system.extras import install
 from tests.helpers.model_edits import changed, put
 
 GPU = runtime.gpu_present()
@@ -219,7 +221,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names o
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_is_missing_is_named(toy_model: Path, gpu: Fake, library: str) -> None:
     gpu.lost = {library}
-    reason = f"a GPU is here, but {library} did not load: pip install 'cxr-fast[gpu]'"
+    reason = f"a GPU is here, but {library} did not load: {install('gpu')}"
     for device in ("cuda", "tensorrt:0"):
         with pytest.raises(DeviceError) as caught:
             open_model(toy_model, device)
@@ -239,7 +241,7 @@ def test_tensorrts_library_is_named_and_its_own_pip_line(toy_model: Path, gpu: F
     assert f"did not load: pip install 'tensorrt=={version}.*'; or" in str(caught.value)
     assert open_model(toy_model, "cuda").provider == "CUDAExecutionProvider"
     gpu.lost |= {"libcudnn.so.9"}
-    with pytest.raises(DeviceError, match=r"pip install 'cxr-fast\[gpu\]' and pip install 'tensorrt=="):
+    with pytest.raises(DeviceError, match=re.escape(f"{install('gpu')} and pip install 'tensorrt==")):
         open_model(toy_model, "tensorrt")
 
 

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A machine that only predicts: build the wheel, install it alone with the extras cpu and dicom, and use it there.
+# Prints the size of the installed packages and fails above 350 MB, or where a command fails or loads what it should not
+# need. The model and its run come from `make demo`.   .ci/small_install.sh DEMO_FOLDER
+set -euo pipefail
+cd "$(dirname "$0")/.."
+demo=$(cd "${1:-demo}" && pwd)
+python=${PYTHON:-python3}
+uv=${UV-$(command -v uv || true)}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ -n "$uv" ]; then
+  "$uv" build --quiet --wheel --out-dir "$work/dist"
+  "$uv" venv --quiet --python "$python" "$work/venv"
+  "$uv" pip install --quiet --python "$work/venv/bin/python" "$(echo "$work"/dist/*.whl)[cpu,dicom]"
+else
+  "$python" -m venv "$work/venv"
+  "$work/venv/bin/python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir "$work/dist" .
+  "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet "$(echo "$work"/dist/*.whl)[cpu,dicom]"
+fi
+"$work/venv/bin/python" - <<'EOF'
+import importlib.util
+import sys
+import sysconfig
+from pathlib import Path
+
+folder = Path(sysconfig.get_path("purelib"))
+ours = [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in ("pip", "setuptools")]
+size = sum(p.stat().st_size for p in ours) / 1e6
+print(f"small install: {size:.0f} MB of packages (at most 350)")
+heavy = [name for name in ("torch", "scipy", "sklearn", "h5py", "onnx") if importlib.util.find_spec(name)]
+sys.exit(f"too large, or it has {heavy}" if size > 350 or heavy else 0)
+EOF
+
+cp -r "$demo/run" "$work/run"
+cd "$work" # outside the checkout, so that nothing of it is imported
+cxr="$work/venv/bin/cxrfast"
+films="$demo/data/images"
+"$cxr" doctor
+"$cxr" verify run/model.fp32.onnx
+"$cxr" info run/model.fp32.onnx
+"$cxr" info run
+"$cxr" predict run "$films" --out predictions.csv --device cpu
+"$cxr" report run
+"$cxr" compare run run >compare.txt
+"$cxr" bench latency run/model.fp32.onnx --images "$films" --repeats 10 --device cpu
+cmp <(cut -d, -f2- predictions.csv) <(cut -d, -f2- "$demo/predictions.csv") # the same to the last digit
+for command in "cache $demo/data" "sweep" "export run" "explain run $films --out o.png" "info $demo/phantom.h5" \
+  "bench cache $demo/data" "bench train x.h5" "bench compare run/model.fp32.onnx --against torch" "verify $demo/phantom.h5"; do
+  code=0
+  # shellcheck disable=SC2086
+  said=$("$cxr" $command 2>&1) || code=$?
+  if [ "$code" -ne 2 ] || [ "$(printf '%s\n' "$said" | wc -l)" -ne 1 ] || ! grep -q "the extra train brings it" <<<"$said"; then
+    echo "cxrfast $command: exit $code, and not one line that names the extra: $said"
+    exit 1
+  fi
+done
+echo "small install: predicts, verifies, reports and measures; the rest names its extra"
