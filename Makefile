@@ -1,10 +1,10 @@
-# make install | demo | test | test-ray | bench | clean. Uses uv where it is there, plain pip otherwise.
+# make install | demo | test | test-ray | docs | bench | clean. Uses uv where it is there, plain pip otherwise.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := gpu,dev
 TORCH :=
-# make install CPU=1: torch without CUDA. With pip, see "Small install" in the README.
+# make install CPU=1: torch without CUDA. With pip, see docs/how-to/install.md.
 ifdef CPU
 EXTRAS := dev
 TORCH := --torch-backend=cpu
@@ -12,6 +12,10 @@ endif
 UV := $(shell command -v uv 2>/dev/null)
 ifdef NO_UV
 UV :=
+endif
+PIP := uv pip install --quiet --python $(BIN)/python $(TORCH)
+ifeq ($(UV),)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 endif
 DEMO := demo
 # make demo DEMO_SIZE=short: fewer phantoms and epochs, for a machine that only checks that it runs.
@@ -24,7 +28,7 @@ REPEATS_full := 100
 REPEATS_short := 10
 CXR := $(BIN)/cxrfast
 
-.PHONY: install demo test test-ray lint bench clean
+.PHONY: install demo test test-ray lint docs bench clean
 
 install: $(VENV)/.installed
 
@@ -32,10 +36,10 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]'
 else
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]'
 endif
 	@touch $@
 
@@ -64,7 +68,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The CPU figures of the README, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
+# The CPU figures of docs/explanation/benchmarks.md, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
 BENCH := PYTHONPATH=. $(BIN)/python benchmarks
 bench: install
 	$(BENCH)/run_cache.py --count 24 --rounds 3
@@ -74,5 +78,11 @@ bench: install
 	$(BENCH)/run_bootstrap.py --rounds 3
 	$(BENCH)/readme_table.py
 
+# The pages as a site in site/; a warning is an error. Only the installation needs the network.
+docs: install
+	@$(BIN)/python -c 'import material, mkdocs_click, mkdocstrings' 2>/dev/null || $(PIP) -e '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The README's table of ratios from `results/`: rewrites what stands between its two marker comments.
+"""The table of ratios in docs/explanation/benchmarks.md from `results/`: rewrites what stands between its two marker comments.
 
     python benchmarks/readme_table.py
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import common
 
-README = common.ROOT / "README.md"
+PAGE = common.ROOT / "docs" / "explanation" / "benchmarks.md"
 HEAD = "| what | ratio | rounds | machine, date | from |\n|---|---|---|---|---|"
 Found = Mapping[str, Any]
 
@@ -71,5 +71,5 @@ def table(folder: Path = common.RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(common.filled(README.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
-    print(f"wrote the table of {README.name}\n{table()}")
+    PAGE.write_text(common.filled(PAGE.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
+    print(f"wrote the table of {PAGE.relative_to(common.ROOT)}\n{table()}")
