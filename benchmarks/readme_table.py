@@ -1,10 +1,11 @@
-"""The table of ratios in docs/explanation/benchmarks.md from `results/`: rewrites what stands between its two marker comments.
+"""The table of ratios in docs/explanation/benchmarks.md, from `results/`.
 
     python benchmarks/readme_table.py
 
-A row is a line of `readme_table.csv`: what it says, the results it may be of, where the ratio is in them (`a : b` is
-one median over another), their command, and whether they are of a GPU or of real weights. It shows the newest result of
-each machine, the newest first. A figure that no file holds is an empty cell beside the command that gives it.
+Rewrites what stands between the page's two marker comments. A row is a line of `readme_table.csv`: what it says, the
+results it may be of, where the ratio is in them (`a : b` is one median over another), their command, and whether they
+are of a GPU or of real weights. It shows the newest result of each machine, the newest first. A figure that no file
+holds is an empty cell beside the command that gives it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/scale_model.py [--price 3.0] [--configurations 6] [--set 'link=12e9'] [--out DIR]
 
-Fills the tables of `SCALE.md` (inputs with their sources, the check, the outcome) and of docs/explanation/scaling.md from
-`results/`, and draws docs/images/scale.png (with --out: `scale.png` there). Nothing was measured on a GPU; the checks hold the same arithmetic to one and two CPU cores.
+Fills the tables of `SCALE.md` (inputs with their sources, the check, the outcome) and of docs/explanation/scaling.md
+from `results/`, and draws docs/images/scale.png (with --out: `scale.png` there). Nothing was measured on a GPU; the
+checks hold the same arithmetic to one and two CPU cores.
 
 Work is a pipeline: stages of one worker overlap on a GPU node (the slowest counts) and add up where they share a core.
 What all workers share (a node's link, the storage) bounds them together. A phase ends with its last task.

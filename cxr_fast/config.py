@@ -115,8 +115,8 @@ def _setting(default: Any, help: str) -> Any:
 class PreprocessSpec:
     """How an image file becomes uint8 grey pixels (size, size); normalisation is part of the model.
 
-        >>> PreprocessSpec(resize="pad").size
-        224
+    >>> PreprocessSpec(resize="pad").size
+    224
     """
 
     size: int = 224
@@ -132,8 +132,8 @@ class PreprocessSpec:
 class CacheSpec:
     """What decides the bytes of an activation file, together with the weights' hash.
 
-        >>> CacheSpec(unfreeze_blocks=1, preprocess=PreprocessSpec(resize="crop")).views
-        ('plain', 'flip')
+    >>> CacheSpec(unfreeze_blocks=1, preprocess=PreprocessSpec(resize="crop")).views
+    ('plain', 'flip')
     """
 
     weights: str = _setting("biomedclip", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")

@@ -145,10 +145,10 @@ def open_cache(path: AnyPath, *, partial: bool = False) -> Cache:
     Raises InputError or SchemaError as `ActivationFile` does. A shard that is missing, unfinished, damaged, or another
     than the one the index was written for is an InputError naming it and its images; nothing is ever filled in.
 
-        >>> cache = open_cache("cache/indiana.h5")
-        >>> rows = cache.activations[[0, 1]]  # (2, views, tokens, width)
-        >>> rows.shape[0]
-        2
+    >>> cache = open_cache("cache/indiana.h5")
+    >>> rows = cache.activations[[0, 1]]  # (2, views, tokens, width)
+    >>> rows.shape[0]
+    2
     """
     path = Path(path)
     if not is_index(path):

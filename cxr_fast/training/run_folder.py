@@ -100,9 +100,9 @@ def read_run(
     """Read a run's description and its final model, or the one that `read_run_info` describes; the hash of each part is
     checked.
 
-        >>> run = read_run("exports/indiana")
-        >>> run.info["final"]["kind"]
-        'best-fold'
+    >>> run = read_run("exports/indiana")
+    >>> run.info["final"]["kind"]
+    'best-fold'
     """
     folder = Path(folder)
     from safetensors import SafetensorError, safe_open

@@ -132,8 +132,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
 def read_record(folder: AnyPath) -> RunRecord:
     """Read `run.json` of a run folder. InputError or SchemaError with one line where it is not one.
 
-        >>> read_record("exports/indiana").final.kind
-        'best-fold'
+    >>> read_record("exports/indiana").final.kind
+    'best-fold'
     """
     folder = Path(folder)
     try:
