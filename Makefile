@@ -13,10 +13,6 @@ UV := $(shell command -v uv 2>/dev/null)
 ifdef NO_UV
 UV :=
 endif
-PIP := uv pip install --quiet --python $(BIN)/python $(TORCH)
-ifeq ($(UV),)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-endif
 DEMO := demo
 # make demo DEMO_SIZE=short: fewer phantoms and epochs, for a machine that only checks that it runs.
 DEMO_SIZE := full
@@ -36,10 +32,10 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	$(PIP) -e '.[$(EXTRAS)]'
+	uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS)]'
 else
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]'
 endif
 	@touch $@
 
@@ -79,9 +75,10 @@ bench: install
 	$(BENCH)/readme_table.py
 
 # The pages as a site in site/; a warning is an error. Only the installation needs the network.
+PIP := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet $(PIP_ARGS))
 docs: install
 	@$(BIN)/python -c 'import material, mkdocs_click, mkdocstrings' 2>/dev/null || $(PIP) -e '.[docs]'
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "wrote site/index.html"
 
 clean:

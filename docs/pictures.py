@@ -1,4 +1,4 @@
-"""Draw docs/images/report_and_heat_map.png: the head of a report and heat maps, from phantoms and a random backbone.
+"""Draw docs/images/report_and_heat_map.png: the head of a report and a heat map, from phantoms and a random backbone.
 
     python docs/pictures.py
 
@@ -20,6 +20,7 @@ from PIL import Image
 OUT = Path(__file__).parent / "images" / "report_and_heat_map.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 1200, 640  # of the photograph, in pixels
+LEFT, MAP_WIDTH = 104, 800  # where the heat map stands below it
 LIMIT = 300_000  # bytes; the README loads this picture
 # One thread: two that wait for each other are far slower on a busy machine.
 STEPS = (
@@ -46,12 +47,12 @@ def photograph(page: Path, out: Path) -> None:
 
 
 def joined(top: Path, below: Path) -> Image.Image:
-    """One picture of two, the second scaled to the width of the first, in 256 colours."""
+    """One picture of two, the second scaled to MAP_WIDTH and LEFT pixels from the margin, in 256 colours."""
     first, second = (Image.open(path).convert("RGB") for path in (top, below))
-    second = second.resize((WIDTH, round(second.height * WIDTH / second.width)), Image.Resampling.LANCZOS)
+    second = second.resize((MAP_WIDTH, round(second.height * MAP_WIDTH / second.width)), Image.Resampling.LANCZOS)
     both = Image.new("RGB", (WIDTH, first.height + second.height), "white")
     both.paste(first, (0, 0))
-    both.paste(second, (0, first.height))
+    both.paste(second, (LEFT, first.height))
     return both.quantize(256, dither=Image.Dither.NONE)
 
 
@@ -66,7 +67,7 @@ def main() -> None:
         for step in STEPS:
             cxrfast(step.format(studies=args.studies, epochs=args.epochs), folder)
         film = sorted((folder / "data" / "images").iterdir())[0]
-        cxrfast(f"explain phantom {film} --top 3 --out heat_maps.png", folder)
+        cxrfast(f"explain phantom {film} --top 1 --out heat_maps.png", folder)
         photograph(folder / "phantom" / "report.html", folder / "report.png")
         joined(folder / "report.png", folder / "heat_maps.png").save(args.out, optimize=True)
     size = args.out.stat().st_size
