@@ -19,6 +19,8 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
+# What click raises for a group without a command, where it does not show its help.
+GROUP_ALONE = getattr(click.exceptions, "NoArgsIsHelpError", click.MissingParameter)
 FENCE = re.compile(rf"^(?:{NOT_RUN.pattern}\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -83,8 +85,8 @@ def parse(line: str, *, complete: bool = True) -> list[str]:
             assert name is not None
             assert found is not None
             command, context = found, found.make_context(name, rest, parent=context)
-    except click.MissingParameter:
-        if complete:
+    except click.UsageError as error:
+        if complete or not isinstance(error, (click.MissingParameter, GROUP_ALONE)):
             raise
     return words[1:]
 
