@@ -1,11 +1,11 @@
-# make install | demo | test | test-ray | bench | clean. Uses uv where it is there, plain pip otherwise.
+# make install | demo | test | test-ray | docs | bench | clean. Uses uv where it is there, plain pip otherwise.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,gpu,dev
 # CUDA 13, as the libraries of the extra gpu; a resolver may take an older torch that is built on CUDA 12.
 TORCH := "torch>=2.15"
-# make install CPU=1: torch without CUDA. With pip, see "Small install" in the README.
+# make install CPU=1: torch without CUDA. With pip, see docs/how-to/install.md.
 ifdef CPU
 EXTRAS := train,cpu,dev
 TORCH :=
@@ -26,7 +26,7 @@ REPEATS_full := 100
 REPEATS_short := 10
 CXR := $(BIN)/cxrfast
 
-.PHONY: install demo test test-ray lint bench clean
+.PHONY: install demo test test-ray lint docs bench clean
 
 install: $(VENV)/.installed
 
@@ -66,7 +66,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The CPU figures of the README, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
+# The CPU figures of docs/explanation/benchmarks.md, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
 BENCH := PYTHONPATH=. $(BIN)/python benchmarks
 bench: install
 	$(BENCH)/run_cache.py --count 24 --rounds 3
@@ -76,5 +76,12 @@ bench: install
 	$(BENCH)/run_bootstrap.py --rounds 3
 	$(BENCH)/readme_table.py
 
+# The pages as a site in site/; a warning is an error. Only the installation needs the network.
+PIP := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet $(PIP_ARGS))
+docs: install
+	@$(BIN)/python -c 'import material, mkdocs_click, mkdocstrings' 2>/dev/null || $(PIP) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

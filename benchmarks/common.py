@@ -191,7 +191,7 @@ def tail_flops(
     return 3 * (trained + layers) + 2 * projection - no_gradient, trained + layers + projection
 
 
-# What the README and SCALE.md show of the results.
+# What docs/explanation/ and SCALE.md show of the results.
 
 
 def results(folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""The README's table of ratios from `results/`: rewrites what stands between its two marker comments.
+"""The table of ratios in docs/explanation/benchmarks.md, from `results/`.
 
     python benchmarks/readme_table.py
 
-A row is a line of `readme_table.csv`: what it says, the results it may be of, where the ratio is in them (`a : b` is
-one median over another), their command, and whether they are of a GPU or of real weights. It shows the newest result of
-each machine, the newest first. A figure that no file holds is an empty cell beside the command that gives it.
+Rewrites what stands between the page's two marker comments. A row is a line of `readme_table.csv`: what it says, the
+results it may be of, where the ratio is in them (`a : b` is one median over another), their command, and whether they
+are of a GPU or of real weights. It shows the newest result of each machine, the newest first. A figure that no file
+holds is an empty cell beside the command that gives it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import common
 
-README = common.ROOT / "README.md"
+PAGE = common.ROOT / "docs" / "explanation" / "benchmarks.md"
 HEAD = "| what | ratio | rounds | machine, date | from |\n|---|---|---|---|---|"
 Found = Mapping[str, Any]
 
@@ -71,5 +72,5 @@ def table(folder: Path = common.RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(common.filled(README.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
-    print(f"wrote the table of {README.name}\n{table()}")
+    PAGE.write_text(common.filled(PAGE.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
+    print(f"wrote the table of {PAGE.relative_to(common.ROOT)}\n{table()}")

@@ -2,8 +2,9 @@
 
     python benchmarks/scale_model.py [--price 3.0] [--configurations 6] [--set 'link=12e9'] [--out DIR]
 
-Fills the tables of `SCALE.md` (inputs with their sources, the check, the outcome) and the README's from `results/`, and
-draws `scale.png`. Nothing was measured on a GPU; the checks hold the same arithmetic to one and two CPU cores.
+Fills the tables of `SCALE.md` (inputs with their sources, the check, the outcome) and of docs/explanation/scaling.md
+from `results/`, and draws docs/images/scale.png (with --out: `scale.png` there). Nothing was measured on a GPU; the
+checks hold the same arithmetic to one and two CPU cores.
 
 Work is a pipeline: stages of one worker overlap on a GPU node (the slowest counts) and add up where they share a core.
 What all workers share (a node's link, the storage) bounds them together. A phase ends with its last task.
@@ -27,7 +28,9 @@ from PIL import Image
 
 from cxr_fast.report import charts
 
-PAGE, README, INPUTS = common.HERE / "SCALE.md", common.ROOT / "README.md", common.HERE / "scale_inputs.csv"
+PAGE, INPUTS = common.HERE / "SCALE.md", common.HERE / "scale_inputs.csv"
+SHORT = common.ROOT / "docs" / "explanation" / "scaling.md"
+PICTURE = common.ROOT / "docs" / "images" / "scale.png"
 GPUS, FEW_GPUS = (1, 2, 4, 8, 16, 32, 64), (1, 8, 64)
 Numbers = Mapping[str, float]
 
@@ -395,7 +398,7 @@ def results_table(found: list[Line], price: float) -> str:
 
 
 def short_table(found: list[Line], price: float) -> str:
-    """Cache, sweep and their cost by data set on few numbers of GPUs: what the README shows."""
+    """Cache, sweep and their cost by data set on few numbers of GPUs: what docs/explanation/scaling.md shows."""
     rows: dict[str, list[str]] = {}
     for line in (line for line in found if line.gpus in FEW_GPUS):
         cell = f"{duration(line.cache.seconds)} + {duration(line.sweep.seconds)}, {dollars(line, price)} USD"
@@ -498,11 +501,12 @@ def main() -> None:
     found = changed(collect(args.results), named + args.set)
     text, modelled = page(found, args.results), lines(values(found))
     (args.out / "SCALE.md").write_text(text, encoding="utf-8")
-    (args.out / "scale.png").write_bytes(picture(modelled))
+    drawn = PICTURE if args.out == common.HERE else args.out / "scale.png"
+    drawn.write_bytes(picture(modelled))
     if args.out == common.HERE:
-        readme = README.read_text(encoding="utf-8")
-        README.write_text(common.filled(readme, "scale", short_table(modelled, found["price"].value)), encoding="utf-8")
-    print(f"{text}\nwrote SCALE.md and scale.png")
+        short = common.filled(SHORT.read_text(encoding="utf-8"), "scale", short_table(modelled, found["price"].value))
+        SHORT.write_text(short, encoding="utf-8")
+    print(f"{text}\nwrote SCALE.md and {drawn.name}")
 
 
 if __name__ == "__main__":

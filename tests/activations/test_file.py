@@ -294,7 +294,7 @@ sys.stdin.readline()
 
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_a_file_that_plain_h5py_has_open_is_read_here_and_there(tmp_path: Path, mode: str) -> None:
-    """A notebook that opened the cache by `h5py.File(path)`, as the README shows, and then by us."""
+    """A notebook that opened the cache by `h5py.File(path)`, as docs/reference/cache_file.md shows, and then by us."""
     path = tmp_path / "a.h5"
     write(path, values())
     command = [sys.executable, "-c", HOLD, str(path), mode]

@@ -59,11 +59,11 @@ def test_the_cache_commands_of_the_examples_parse() -> None:
         parse(command)
 
 
-def test_what_the_readme_shows_of_the_example_is_in_it() -> None:
-    readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_what_the_page_on_clusters_shows_of_the_example_is_in_it() -> None:
+    page = (FOLDER.parent.parent / "docs" / "how-to" / "clusters.md").read_text(encoding="utf-8")
     example = (FOLDER / "on-premises.yaml").read_text(encoding="utf-8")
-    for shown in re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
-        assert shown in example
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert shown in example
 
 
 def test_the_schema_can_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,11 +322,11 @@ def test_the_page_is_what_the_results_give() -> None:
     assert text == model.page(model.collect()), "run python benchmarks/scale_model.py"
 
 
-def test_the_readmes_short_table_is_what_the_results_give() -> None:
+def test_the_short_table_of_the_scaling_page_is_what_the_results_give() -> None:
     found = model.values(model.collect())
     wanted = model.short_table(model.lines(found), found["price"])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert common.between(readme, "scale") == wanted, "run python benchmarks/scale_model.py"
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text(encoding="utf-8")
+    assert common.between(page, "scale") == wanted, "run python benchmarks/scale_model.py"
     assert "MODELLED" in wanted
     assert wanted.count("\n") == len(model.DATA_SETS) + 1
 
