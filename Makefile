@@ -74,5 +74,14 @@ bench: install
 	$(BENCH)/run_bootstrap.py --rounds 3
 	$(BENCH)/readme_table.py
 
+# What a release uploads, in dist/, and what is in it.
+.PHONY: dist
+dist: install
+	rm -rf dist build/tree
+	$(BIN)/python -m build
+	$(BIN)/python -m build --wheel --outdir build/tree
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist build/tree
+
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
