@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import cxr_fast
 from cxr_fast import Predictor, read_record
 
@@ -51,11 +53,12 @@ def test_it_uses_public_names() -> None:
     assert len(found & public) > 8
 
 
+@pytest.mark.timeout(900)
 def test_it_runs_as_it_stands(tmp_path: Path) -> None:
     environment = {**os.environ, "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUN, str(NOTEBOOK)]
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280, check=False
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=880, check=False
     )
     assert result.returncode == 0, result.stderr
     work = tmp_path / "first_run"
