@@ -117,6 +117,7 @@ class Image:
         """Run the image's program as the user of the image, where this process may change to another user."""
         other = os.geteuid() == 0 and open_to_all(Path(sys.executable).resolve())
         user = {"user": 10001, "group": 10001, "extra_groups": []} if other else {}
+        print(f"{self.entrypoint[0]} {' '.join(arguments)} as {'user 10001' if other else 'this user'}", flush=True)
         program = shutil.which(self.entrypoint[0], path=self.environment["PATH"])
         if program is None:
             raise ValueError(f"ENTRYPOINT: {self.entrypoint[0]} is not on the image's PATH")

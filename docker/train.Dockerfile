@@ -5,10 +5,11 @@ COPY pyproject.toml README.md LICENSE ./
 COPY cxr_fast ./cxr_fast
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 # The wheel by its path: the name alone could be anybody's package. Hadolint takes the path for a name without a version.
+# torch>=2.15: the CUDA libraries of the extra `gpu` are those of CUDA 13, an older torch is built on CUDA 12.
 # hadolint ignore=DL3013
 RUN python -m venv --without-pip /opt/cxr-fast && \
     set -- /dist/cxr_fast-*.whl && \
-    pip --python /opt/cxr-fast install --no-cache-dir "$1[train,gpu,dicom,parquet]"
+    pip --python /opt/cxr-fast install --no-cache-dir "$1[train,gpu,dicom,parquet]" "torch>=2.15"
 
 FROM python:3.12-slim
 COPY --from=build /opt/cxr-fast /opt/cxr-fast
