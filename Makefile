@@ -83,5 +83,14 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "wrote site/index.html"
 
+# What a release uploads, in dist/, and what is in it.
+.PHONY: dist
+dist: install
+	rm -rf dist build/tree
+	$(BIN)/python -m build
+	$(BIN)/python -m build --wheel --outdir build/tree
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist build/tree
+
 clean:
-	rm -rf $(VENV) $(DEMO) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
