@@ -4,7 +4,12 @@
 encode, train or export load torch. The command `cxrfast` offers the same steps.
 """
 
+import os
 from importlib import import_module
+
+# ONNX Runtime 1.29 and later report use to their maker unless this is set before they are imported. Seen with 1.32: the
+# import alone leaves an identifier and a queue in the home folder; with this it leaves nothing.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test compares the two

@@ -14,6 +14,8 @@ FROM python:3.12-slim
 COPY --from=build /opt/cxr-fast /opt/cxr-fast
 # HOME and USER: the container may run as any user, also as one without a name.
 ENV PATH=/opt/cxr-fast/bin:$PATH HOME=/tmp USER=cxrfast MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
+# Whatever imports ONNX Runtime reports to nobody.
+ENV ORT_DISABLE_TELEMETRY=1
 WORKDIR /data
 USER 10001:10001
 ENTRYPOINT ["cxrfast"]

@@ -16,6 +16,8 @@ COPY --from=build /opt/cxr-fast /opt/cxr-fast
 # HOME and USER: the container may run as any user, also as one without a name. HF_HOME is a folder to mount.
 ENV PATH=/opt/cxr-fast/bin:$PATH HOME=/tmp USER=cxrfast MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/hub
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility PYTHONDONTWRITEBYTECODE=1
+# Whatever imports ONNX Runtime reports to nobody.
+ENV ORT_DISABLE_TELEMETRY=1
 WORKDIR /data
 USER 10001:10001
 ENTRYPOINT ["cxrfast"]

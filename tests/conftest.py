@@ -16,6 +16,8 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 # Nothing in the suite may reach a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor the maker of ONNX Runtime, which some tests import before cxr_fast.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 WEIGHTS = "open_clip_model.safetensors"
 TOY = "random:0:test_vit"  # 6 blocks, width 64, 160 x 160 pixels, class token

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import inspect
 import json
+import os
 import pydoc
 import shutil
 import subprocess
@@ -74,6 +75,19 @@ def test_importing_the_package_loads_nothing() -> None:
     after = set(in_new_process("import cxr_fast" + LOADED))
     of_importlib = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external", "warnings"}
     assert after - before - of_importlib == {"cxr_fast"}
+
+
+@pytest.mark.parametrize("first", ["cxr_fast.predict", "cxr_fast.inference.batch", "cxr_fast.export.variants"])
+def test_onnx_runtime_reports_to_nobody(first: str, tmp_path: Path) -> None:
+    """From 1.29 its import leaves an identifier and a queue in the home folder, unless it was told not to before."""
+    set_by_others = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in set_by_others}
+    code = (
+        f"import {first}, os, sys; assert 'onnxruntime' in sys.modules and os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, timeout=280, env=environment | {"HOME": str(tmp_path)})
+    assert [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name] == []
 
 
 def test_only_training_names_load_torch() -> None:
