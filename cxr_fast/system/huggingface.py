@@ -14,9 +14,10 @@ def library(what: str) -> ModuleType:
     """Import huggingface_hub, without its log lines, for `what`. Raises InputError naming the extra it comes with."""
     try:
         import huggingface_hub
+        from huggingface_hub.utils import logging  # loaded by name only
     except ImportError:
         raise InputError(f"{what} needs huggingface_hub: pip install 'cxr-fast[hub]'.") from None
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     return huggingface_hub
 
 
@@ -69,6 +70,8 @@ def explain(error: BaseException) -> str:
         return f"the hub answers {status}"
     if "OfflineModeIsEnabled" in names:
         return "HF_HUB_OFFLINE is set"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # a failed upload of one file
+        return explain(error.__cause__)
     return f"the hub does not answer, {type(error).__name__}"
 
 
