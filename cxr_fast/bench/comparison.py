@@ -26,6 +26,7 @@ import numpy as np
 from ..config import PreprocessSpec, from_dict
 from ..data import manifest
 from ..errors import CxrFastError, ImageError, InputError, ParityError
+from ..inference import hub
 from ..metrics import drift
 from ..system import hardware
 from ..system.extras import needs
@@ -125,6 +126,7 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
     `run` defaults to the file's folder. Raises InputError where that is no run or not the one the file is of.
     """
     from ..inference import model_file
+    from ..inference.session import locate
     from ..training.run_folder import read_run_info
 
     if importlib.util.find_spec("torch") is None:
@@ -133,12 +135,13 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
     path = model / "model.fp32.onnx" if model.is_dir() else model
     if not (folder / "run.json").is_file():
         raise InputError(f"--against torch: {folder} is not a run folder; give the one {path.name} is of with --run.")
-    said = model_file.read(path, check=False)
+    place = locate(hub.with_file(path, "model.fp32.onnx"), "cpu", explicit=True)
+    said = model_file.read(place.path, check=False)
     kind = said["final"]["kind"]
     if read_run_info(folder, kind)["model_sha256"] != said["model_sha256"]:
         raise InputError(f"--run: {path.name} was exported from other weights than those of {folder}.")
     return (
-        Arm(path=path, device="cpu", threads=threads),
+        Arm(path=Path(place.source), device="cpu", threads=threads),
         Arm(path=folder, torch=True, final=kind, device="cpu", threads=threads),
     )
 
@@ -311,7 +314,7 @@ def _open_onnx(arm: Arm) -> tuple[About, Callable[[np.ndarray], np.ndarray]]:
 
     predictor = Predictor(arm.path, device=arm.device, threads=arm.threads)
     about = About(
-        name=os.path.relpath(predictor.path),
+        name=predictor.source if hub.is_address(predictor.source) else os.path.relpath(predictor.path),
         variant=predictor.info["variant"],
         where=predictor.where,
         labels=predictor.labels,

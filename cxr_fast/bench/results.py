@@ -17,6 +17,7 @@ import msgspec
 
 from .. import __version__
 from ..errors import InputError, SchemaError
+from ..inference.hub import is_address
 from ..inference.predictor import Predictor
 from ..system import files, hardware
 from . import measure
@@ -74,7 +75,7 @@ def head(kind: str) -> ResultHead:
 def about(predictor: Predictor, device: str) -> ModelFields:
     """The model and what really ran it."""
     return {
-        "model": predictor.path.name,
+        "model": predictor.source if is_address(predictor.source) else predictor.path.name,
         "model_sha256": files.file_sha256(predictor.path),
         "variant": predictor.info["variant"],
         "provenance": predictor.warning,

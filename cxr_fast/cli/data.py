@@ -13,6 +13,7 @@ import click
 
 from ..config import SHARDS, CacheSpec, PreprocessSpec
 from ..errors import InputError
+from ..inference.hub import is_address
 from ..models import device as cpu
 from ..system.files import write_json
 from ..system.text import Table, duration, file_name, gigabytes
@@ -245,8 +246,9 @@ def echo_outcome(outcome: Any, path: Path) -> None:
 def verify(ctx: click.Context, file: Path, json_out: Path | None, **flags: Any) -> None:
     """Prove a cache, or that a model file answers on this machine as it did where it was exported.
 
-    FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, or a
-    folder whose model.*.onnx are each checked (bytes, label order, pixels, golden answer; exit 1 says what differs).
+    FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, a
+    folder whose model.*.onnx are each checked (bytes, label order, pixels, golden answer; exit 1 says what differs), or
+    hf-hub:owner/name[@REVISION].
     --reencode, --images, --weights and --seed are for a cache, --json is for a model.
     """
     model = _is_model(file)
@@ -260,7 +262,7 @@ def verify(ctx: click.Context, file: Path, json_out: Path | None, **flags: Any) 
 
 def _is_model(file: Path) -> bool:
     """By content: a cache begins with HDF5's signature, a model with its IR version; the name decides for the rest."""
-    if file.is_dir():
+    if file.is_dir() or is_address(file):
         return True
     head = b""
     with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import PARTIAL, SHARDS
 from ..errors import InputError
+from ..inference import hub
 from ..system.text import counted
 
 if TYPE_CHECKING:
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def describe(path: Path) -> str:
-    """A description of the file or folder. Raises InputError when it is none of ours."""
+    """A description of the file or folder, or of a model on the hub. Raises InputError when it is none of ours."""
+    if hub.is_address(path):
+        from ..inference.session import locate_for
+
+        place = locate_for(path)
+        with hub.named_by_address(place.source, place.path):
+            return _model(place.path, place.source)
     if path.is_dir():
         return _run(path)
     if not path.exists():
@@ -112,13 +119,13 @@ def _run(path: Path) -> str:
     )
 
 
-def _model(path: Path) -> str:
+def _model(path: Path, source: str = "") -> str:
     from ..inference import model_file
 
-    info = model_file.read(path)
+    info, size = model_file.read(path), path.stat().st_size
     return lines(
         {
-            "model": f"{path}, schema {info['schema']}, {info['written_by']}, {path.stat().st_size / 1e6:,.0f} MB",
+            "model": f"{source or path}, schema {info['schema']}, {info['written_by']}, {size / 1e6:,.0f} MB",
             "note": str(info.get("provenance", "")).upper(),
             "variant": info["variant"],
             "labels": f"{len(info['labels'])}: {', '.join(info['labels'])}",

@@ -7,7 +7,7 @@ import click
 from .. import __version__
 from .bench import bench
 from .data import cache, info, phantom, prepare, verify
-from .models import doctor, explain, export, predict
+from .models import doctor, explain, export, predict, push
 from .options import Group
 from .training import compare, report, sweep
 
@@ -27,7 +27,10 @@ def main() -> None:
     """
 
 
-for command in (prepare, cache, verify, sweep, export, predict, explain, bench, report, info, compare, phantom, doctor):
+for command in (
+    *(prepare, cache, verify, sweep, export, predict, explain, bench),
+    *(report, info, compare, push, phantom, doctor),
+):
     main.add_command(command)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.images import self_check
 from ..errors import InputError, Interrupted
-from ..inference import model_file, session
+from ..inference import hub, model_file, session
 from ..inference.predictor import Predictor, Result
 from ..system import hardware
 from ..system.files import file_sha256
@@ -77,8 +77,10 @@ class ClusterPredictor:
     ) -> None:
         self.cluster, self.nodes = cluster, connection.check_nodes(cluster, PACKAGES)
         self.target = cluster.target(device)
-        self.path, chosen = session.choose(model, self.target, explicit=True) if model.is_dir() else (model, "")
-        self.info = model_file.read(self.path)
+        found = session.locate(model, self.target, explicit=True)
+        self.path, self.source = found.path, found.source
+        with hub.named_by_address(self.source, self.path):
+            self.info = model_file.read(self.path)
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
         self.threads = threads or hardware.cpu_count()
@@ -90,7 +92,7 @@ class ClusterPredictor:
         self.provider, where, why = described
         if device == "auto":  # a task gets cpu or cuda by name, the command did not
             why = why.replace("as asked", "a node lends a GPU" if self.target == "cuda" else "no node lends a GPU", 1)
-        self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {chosen}' if chosen else ''}"
+        self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {found.why}' if found.why else ''}"
 
     def _share(self, workers: int | None) -> list[Any]:
         """Put what a task needs into the object store; the model's bytes too where some node does not see it."""

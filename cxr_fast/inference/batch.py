@@ -41,6 +41,7 @@ class Answerer(Protocol):
     """Whatever answers batches of images with one model file: a `Predictor`, or a cluster that runs many."""
 
     path: Path
+    source: str
     labels: tuple[str, ...]
     thresholds: np.ndarray
     threads: int
@@ -280,7 +281,7 @@ def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
         "schema": SCHEMA,
         "written_by": f"cxr-fast {__version__}",
         "out": out.name,
-        "model": str(predictor.path),
+        "model": predictor.source,
         "provenance": predictor.warning,
         "provider": predictor.provider,
         "threads": predictor.threads,

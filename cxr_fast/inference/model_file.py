@@ -68,6 +68,15 @@ def content_sha256(path: Path) -> str:
         return _digest(file, _entries(file))
 
 
+def entries(path: Path) -> dict[str, str]:
+    """Return every metadata entry as it stands in a model file, with its prefix; those of other programs too.
+
+    Raises InputError for a file that is no ONNX file.
+    """
+    with _opened(path) as file:
+        return {entry.key: entry.value for entry in _entries(file)}
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open the file; raise what goes wrong with its bytes as InputError."""

@@ -57,7 +57,9 @@ class Result:
 class Predictor:
     """A model file ready to run: `Predictor("model.onnx")(["a.png", array]) -> [{label: probability}, ...]`.
 
-    `path` may be a folder of variants (`exports/RUN`): the one this device runs best is taken. `device` is `auto`,
+    `path` may be a folder of variants (`exports/RUN`) or an address on the Hugging Face hub
+    (`hf-hub:owner/name[@revision]`): the variant this device runs best is taken, and of an address only that one is
+    downloaded. `source` names it in records: the path, or the address with the commit. `device` is `auto`,
     `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
     it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
     damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
@@ -78,7 +80,8 @@ class Predictor:
         check: bool = True,
     ) -> None:
         opened = open_model(path, device, threads, check=check)
-        self.path, self.session, self.threads = opened.path, opened.session, opened.threads
+        self.path, self.source = opened.path, opened.source
+        self.session, self.threads = opened.session, opened.threads
         self.provider, self.where, self.why = opened.provider, opened.where, opened.why
         self.info = opened.info
         self.labels: tuple[str, ...] = tuple(self.info["labels"])

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import DeviceError, InputError
 from ..system import hardware
 from ..system.extras import install
-from . import model_file, runtime
+from . import hub, model_file, runtime
 from .runtime import PROVIDERS, SAID, onnxruntime
 
 CPU = PROVIDERS["cpu"]
@@ -24,10 +24,28 @@ SAME = ("model_sha256", "labels", "thresholds", "calibration", "preprocess")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A model ready to run: its file, session and metadata, and why this file runs on this device."""
+class ModelPlace:
+    """The file that stands for a model on a device.
+
+    `source` is how a record names it: its path, or its address on the hub with the commit. `chosen`: of several
+    variants; `why` says why this one, and where it came from if that is not plain.
+    """
 
     path: Path
+    source: str
+    chosen: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model ready to run: its file, session and metadata, and why this file runs on this device.
+
+    `source` is how a record names it: its path, or its address on the hub with the commit.
+    """
+
+    path: Path
+    source: str
     session: Any
     provider: str
     threads: int
@@ -45,29 +63,32 @@ def open_model(
     strict: bool = True,
     check: bool = True,
 ) -> Opened:
-    """Open a model file, or of a folder of variants the one this device runs best.
+    """Open a model file, or of a folder of variants or an address on the hub the one this device runs best.
 
     `strict=False` runs a variant where it is slow (float16 on a CPU), as an export that checks itself must. `check`
     hashes the file first, for a flipped bit of a weight would change answers without a message. Raises InputError for
     what is no model or damaged, SchemaError for another schema, DeviceError where an explicit device is not available
     or does not run the file.
     """
-    path, (name, number) = Path(path), runtime.parse(device)
+    name, number = runtime.parse(device)
     target, reason = _target(name, number, device)
-    path, chosen = choose(path, target, explicit=name != "auto") if path.is_dir() else (path, "")
-    info = model_file.read(path, check=check)  # first: a damaged graph may crash ONNX Runtime
-    model_file.check_operations(path)
+    found = locate(path, target, explicit=name != "auto")
+    given, path = path, found.path
+    with hub.named_by_address(found.source, path):
+        info = model_file.read(path, check=check)  # first: a damaged graph may crash ONNX Runtime
+        model_file.check_operations(path)
     kind = _variant(info, path)
-    if chosen and f".{kind}." not in path.name:
+    if found.chosen and f".{kind}." not in path.name:
         raise InputError(f"{path}: its metadata say {kind}; was it renamed? `cxrfast export RUN` makes it again.")
     if name == "auto" and kind == "int8" and target != "cpu":
         target, reason = "cpu", "an int8 file, which has no CUDA kernels"
     if strict and kind not in RUNS[target]:
-        raise DeviceError(_wrong_pair(path, kind, target, reason if name == "auto" else ""))
+        raise DeviceError(_wrong_pair(found, kind, target, reason if name == "auto" else ""))
     count = threads or hardware.cpu_count()
     session, trouble = _start(path, target, number, _options(count))
     if trouble and name == "auto":
-        fallen = open_model(path if not chosen else path.parent, "cpu", threads, strict=strict, check=False)
+        # Only a file that another one replaces is not checked yet.
+        fallen = open_model(given, "cpu", threads, strict=strict, check=check and found.chosen)
         rest = fallen.why.partition("; ")[2]
         why = f"CPU: a GPU is here, but {trouble}" + (f"; {rest}" if rest else "")
         return dataclasses.replace(fallen, why=why)
@@ -77,13 +98,14 @@ def open_model(
     place = SAID[target] + (f":{number}" if number else "")
     return Opened(
         path=path,
+        source=found.source,
         session=session,
         provider=session.get_providers()[0],
         threads=count,
         variant=kind,
         info=info,
         where=f"{place}, {count} thread(s)" if target == "cpu" else place,
-        why=f"{place}: {reason}" + (f"; {chosen}" if chosen else ""),
+        why=f"{place}: {reason}" + (f"; {found.why}" if found.why else ""),
     )
 
 
@@ -99,23 +121,61 @@ def _target(name: str, number: int, device: str) -> tuple[str, str]:
     return name, "as asked"
 
 
-def choose(folder: Path, target: str, *, explicit: bool) -> tuple[Path, str]:
-    """Choose the file of a folder that a device runs best, and say why."""
-    there = [variant for variant in VARIANTS if _file(folder, variant).is_file()]
+def locate(path: str | os.PathLike[str], target: str, *, explicit: bool) -> ModelPlace:
+    """Find the file of a model that a device runs: the file itself, one of a folder, or one of an address on the hub.
+
+    `explicit`: the device was asked for by name. Raises InputError where there is none or it cannot be fetched.
+    """
+    if hub.is_address(path):
+        return _fetch(hub.parse_address(path), target, explicit=explicit)
+    if not (found := Path(path)).is_dir():
+        return ModelPlace(path=found, source=str(found))
+    there = [variant for variant in VARIANTS if (found / file_name(variant)).is_file()]
     if not there:
-        names = ", ".join(_file(folder, variant).name for variant in VARIANTS)
-        raise InputError(f"{folder}: no such model in this folder ({names}); `cxrfast export RUN` makes one.")
-    _require_one_model(folder, there)
+        names = ", ".join(map(file_name, VARIANTS))
+        raise InputError(f"{found}: no such model in this folder ({names}); `cxrfast export RUN` makes one.")
+    require_one_model(found, there)
+    variant, why = _choose(there, target, explicit=explicit)
+    file = found / file_name(variant)
+    return ModelPlace(path=file, source=str(file), chosen=True, why=f"{file.name}: {why}")
+
+
+def locate_for(path: str | os.PathLike[str], device: str = "auto") -> ModelPlace:
+    """Call `locate` for a device as a user names it. Raises DeviceError where it cannot be had."""
+    name, number = runtime.parse(device)
+    return locate(path, _target(name, number, device)[0], explicit=name != "auto")
+
+
+def _fetch(address: hub.HubAddress, target: str, *, explicit: bool) -> ModelPlace:
+    """Fetch the one file of an address that a device runs best."""
+    wanted = list(dict.fromkeys([*_preference(target)[0], *VARIANTS]))
+    names = [address.file] if address.file else [file_name(variant) for variant in wanted]
+    found = hub.list_files(address, names)
+    if not found.names:
+        raise InputError(f"{address}: it holds no {' or '.join(sorted(names))}; `cxrfast push RUN` writes them.")
+    why = ""
+    name = found.names[0]
+    if not address.file:
+        variant, because = _choose([v for v in VARIANTS if file_name(v) in found.names], target, explicit=explicit)
+        name, why = file_name(variant), f"{file_name(variant)}: {because}"
+    path, taken = hub.download(found, name)
+    if found.offline:
+        why += f"{'; ' if why else ''}from the cache ({found.offline})"
+    return ModelPlace(path=path, source=str(taken), chosen=not address.file, why=why)
+
+
+def _choose(there: Sequence[str], target: str, *, explicit: bool) -> tuple[str, str]:
+    """Choose of some variants the one that a device runs best, and say why."""
     wanted, because = _preference(target)
     usable = [variant for variant in wanted if variant in there]
     if not usable and not explicit and "int8" in there:
-        return _file(folder, "int8"), "model.int8.onnx: the only one here"
+        return "int8", "the only one here"
     if not usable:
         # The refusal that names the right file is the one a single file gets.
-        return _file(folder, there[0]), f"model.{there[0]}.onnx: the only one here"
+        return there[0], "the only one here"
     taken, first = usable[0], wanted[0]
-    lacks = "" if taken == first else f" (model.{first}.onnx, preferred, is not there)"
-    return _file(folder, taken), f"model.{taken}.onnx: {because}{lacks}"
+    lacks = "" if taken == first else f" ({file_name(first)}, preferred, is not there)"
+    return taken, f"{because}{lacks}"
 
 
 def _preference(target: str) -> tuple[Sequence[str], str]:
@@ -134,12 +194,12 @@ def _variant(info: dict[str, Any], path: Path) -> str:
     return str(said)
 
 
-def _require_one_model(folder: Path, there: Sequence[str]) -> None:
+def require_one_model(folder: Path, there: Sequence[str]) -> None:
     """Refuse a folder whose files are not one model: a variant left from an earlier run would answer for another.
 
     `model_sha256` is of the weights alone; two runs may share them and differ in thresholds or calibration.
     """
-    infos = [model_file.read(_file(folder, v), check=False) for v in there]
+    infos = [model_file.read(folder / file_name(v), check=False) for v in there]
     for variant, info in zip(there, infos, strict=True):
         if apart := [name for name in SAME if info.get(name) != infos[0].get(name)]:
             what = "is of another model than" if apart[0] == "model_sha256" else f"has another {apart[0]} entry than"
@@ -148,21 +208,27 @@ def _require_one_model(folder: Path, there: Sequence[str]) -> None:
             )
 
 
-def _file(folder: Path, variant: str) -> Path:
-    return folder / f"model.{variant}.onnx"
+def file_name(variant: str) -> str:
+    """Return the name that an export gives a variant's file."""
+    return f"model.{variant}.onnx"
 
 
-def _wrong_pair(path: Path, variant: str, target: str, reason: str) -> str:
+def _wrong_pair(model: ModelPlace, variant: str, target: str, reason: str) -> str:
     """Say in one line why the device does not run this variant, and which file it runs."""
     fault = "int8 has no CUDA kernels" if variant == "int8" else "float16 is slower than float32 on a CPU"
+    other = ", or --device cpu" if variant == "int8" else ""
+    because = f" ({reason})" if reason else ""
+    path = model.path
+    if hub.is_address(model.source):
+        names = " or ".join(map(file_name, RUNS[target]))
+        return f"{model.source}: {fault}{because}; use {names} of this repository, if it has one{other}."
     marked = f".{variant}." in path.name
-    beside = [path.with_name(path.name.replace(f".{variant}.", f".{v}.")) if marked else _file(path.parent, v)
+    beside = [path.with_name(path.name.replace(f".{variant}.", f".{v}.") if marked else file_name(v))
               for v in RUNS[target]]  # fmt: skip
     there = [file for file in beside if file.is_file()]
     # Float32 is the file that every export makes.
     use = f"use {there[0]}" if there else f"use {beside[-1]}, which is to be exported first"
-    other = ", or --device cpu" if variant == "int8" else ""
-    return f"{path}: {fault}{f' ({reason})' if reason else ''}; {use}{other}."
+    return f"{path}: {fault}{because}; {use}{other}."
 
 
 def _options(threads: int) -> Any:

@@ -14,10 +14,10 @@ from ..data.images import flip, self_check
 from ..errors import CxrFastError, DeviceError, InputError
 from ..system import hardware
 from ..system.files import file_sha256
-from . import model_file
+from . import hub, model_file
 from .model_file import is_number
 from .predictor import Predictor, golden_pixels
-from .session import VARIANTS
+from .session import VARIANTS, locate_for
 
 KEYS = (
     *("schema", "written_by", "variant", "labels", "labels_sha256", "thresholds", "threshold_source", "calibration"),
@@ -72,8 +72,11 @@ class Unjudged:
 
 
 def models(path: Path) -> list[Path]:
-    """List the model files to check: the file, or every `model.*.onnx` of a folder. Raises InputError for none."""
-    if not path.is_dir():
+    """List the model files to check: the file, every `model.*.onnx` of a folder, or the address on the hub.
+
+    Raises InputError for a folder without any.
+    """
+    if hub.is_address(path) or not path.is_dir():
         return [path]
     found = sorted(path.glob("model.*.onnx"))
     if not found:
@@ -84,10 +87,16 @@ def models(path: Path) -> list[Path]:
 def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> Report:
     """Check a model file on the machine and the device that will run it; a file with damaged bytes is not run.
 
-    Raises InputError for a file that `cxrfast export` did not write or that cannot be checked, SchemaError for another
-    schema, DeviceError for a device that cannot be had.
+    Of an address on the hub, the variant that the device runs best is checked. Raises InputError for a file that
+    `cxrfast export` did not write or that cannot be checked, SchemaError for another schema, DeviceError for a device
+    that cannot be had.
     """
-    info = model_file.read(path, check=False)
+    source = str(path)
+    if hub.is_address(path):
+        place = locate_for(path, device)
+        path, source = place.path, place.source
+    with hub.named_by_address(source, path):
+        info = model_file.read(path, check=False)
     content = _content(info, path)
     checks = [content, _keys(info, path), _labels(info), _preprocessing(info), _limits(info)]
     provider = ""
@@ -98,7 +107,7 @@ def verify(path: Path, *, device: str = "auto", threads: int | None = None) -> R
     else:
         checks.append(Check("golden answer", False, "not run: the content differs"))
     return Report(
-        path=str(path),
+        path=source,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
         variant=str(info.get("variant")),

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 
 from ..config import BIOMEDCLIP, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
+from ..system.huggingface import explain, hub_errors, hub_resolves, library
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -50,28 +48,26 @@ def fetch_from_hub(source: str) -> tuple[Path, Path]:
         raise InputError(
             f"--weights: {source!r} is neither biomedclip, a hub id (owner/name), an existing folder, nor random:SEED."
         )
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    hub = library(f"--weights {source}")
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()
     nor_here = "" if source == "biomedclip" or source.startswith("hf-hub:") else f", and {source} is no folder here"
     online = hub_resolves()
 
     def cached(name: str) -> bool:
         try:
-            return isinstance(try_to_load_from_cache(repo, name), str)
+            return isinstance(hub.try_to_load_from_cache(repo, name), str)
         except ValueError:  # not a name a hub could have; fetching it says so
             return False
 
     def fetch(name: str) -> Path:
         try:
-            return Path(hf_hub_download(repo, name, local_files_only=not online or cached(name)))
-        except (EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+            return Path(hub.hf_hub_download(repo, name, local_files_only=not online or cached(name)))
+        except hub_errors() as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 raise FileNotFoundError(name) from error
             raise InputError(
-                f"--weights: cannot fetch {repo} from the Hugging Face hub ({type(error).__name__}){nor_here}.\n"
+                f"--weights: cannot fetch {repo} from the Hugging Face hub ({explain(error)}){nor_here}.\n"
                 f"Fetch {CONFIG_NAME} and {WEIGHT_NAMES[1]} of {repo} elsewhere, then pass --weights FOLDER."
             ) from error
 
@@ -86,23 +82,6 @@ def fetch_from_hub(source: str) -> tuple[Path, Path]:
         except FileNotFoundError:
             continue
     raise InputError(f"--weights: {repo} holds neither {WEIGHT_NAMES[0]} nor {WEIGHT_NAMES[1]}.")
-
-
-def hub_resolves() -> bool:
-    """Whether the hub's name resolves.
-
-    Without asking this first, huggingface_hub 1.x retries for 24 s before it gives up; its `etag_timeout` (2 s was
-    tried) does not shorten that.
-    """
-    from huggingface_hub.constants import ENDPOINT
-
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    try:
-        socket.getaddrinfo(urlparse(ENDPOINT).hostname, None)
-    except OSError:
-        return False
-    return True
 
 
 def read_config(path: Path) -> dict[str, Any]:
