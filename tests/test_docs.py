@@ -212,7 +212,12 @@ def written(node: ast.AST) -> str:
 
 
 def test_flags_of_the_pages_exist() -> None:
-    known = {option for _, command in commands() for param in command.params for option in param.opts}
+    known = {
+        option
+        for _, command in commands()
+        for param in command.params
+        for option in (*param.opts, *param.secondary_opts)
+    }
     spans = [span for span in re.findall(r"`([^`\n]+)`", EVERYTHING) if span.startswith(("cxrfast", "--"))]
     used = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)}
     assert used

@@ -128,11 +128,11 @@ def read_index(path: Path) -> Index:
     try:
         index = msgspec.convert(value, Index)
     except msgspec.ValidationError as error:
-        raise InputError(f"{path}: not a sound index ({error}).") from error
+        raise InputError(f"{path}: a damaged index ({error}).") from error
     edges = [0, *(shard.first + shard.rows for shard in index.shards)]
     plain = all(shard.rows > 0 and Path(shard.file).name == shard.file for shard in index.shards)
     if not plain or not index.shards or edges != [*(shard.first for shard in index.shards), index.images]:
-        raise InputError(f"{path}: not a sound index: its shards do not add up to {index.images} images.")
+        raise InputError(f"{path}: a damaged index: its shards do not add up to {index.images} images.")
     return index
 
 

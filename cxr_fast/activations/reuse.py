@@ -160,8 +160,8 @@ def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
     here, there = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]
     if PIXEL_CHECK in here and PIXEL_CHECK not in there:
         raise InputError(
-            f"--out: {path} is of a cxr-fast that did not yet record what pixels Pillow gave; give another --out, or "
-            "remove the file."
+            f"--out: {path} was made by an older cxr-fast, which did not record how Pillow decodes images; "
+            "give another --out, or remove the file."
         )
     for name in here:
         if here[name] != there.get(name):
@@ -173,7 +173,7 @@ def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
 
 def _pillows(old: store.Header, new: store.Header) -> str:
     made, here = (header.meta.get("pillow") for header in (old, new))
-    return f"Pillow {made} gave other pixels than Pillow {here} does here: install that one, "
+    return f"Pillow {made} decoded images to other pixels than Pillow {here} does here; install Pillow {made}, "
 
 
 def same_rows(old: store.Header, new: store.Header) -> bool:

@@ -265,7 +265,7 @@ def describe_noise(result: BenchResult) -> list[str]:
     """What other processes took, where it was too much to believe the figures; a line where nobody can know."""
     noise = result["noise"]
     if noise["share"] is None:
-        return ["how busy other processes were is not known here"]
+        return ["how much other processes used the machine is unknown on this system"]
     if not noise["noisy"]:
         return []
     return [

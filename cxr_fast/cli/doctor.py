@@ -195,7 +195,7 @@ def _runtime(machine: dict[str, Any], training: bool) -> Iterator[Finding]:
         mend = both if there else f"{install('cpu')}, or gpu instead of cpu"
         yield Finding(name="ONNX Runtime", state=WRONG, text=f"{text or 'absent'} ({runtime})", mend=mend)
     elif not there:
-        yield Finding(name="ONNX Runtime", state=OK, text="of a build of its own")
+        yield Finding(name="ONNX Runtime", state=OK, text="a build that pip does not list")
     else:
         yield _package(there[0][0], RUNTIME_LEAST, WRONG)
     if not isinstance(runtime, str) and (training or runtime.gpu_present() or runtime.cuda_libraries()):
@@ -243,7 +243,7 @@ def _cpu(machine: dict[str, Any], root: Path, training: bool) -> Iterator[Findin
     if int8:
         yield Finding(name="int8", state=OK, text=f"{', '.join(int8)}: int8 files run fast here")
     else:
-        text = "no VNNI or AMX seen: int8 gains 10-20 % and may saturate; a folder gives its float32 file"
+        text = "no VNNI or AMX: int8 gains 10-20 % and may saturate, so of a folder the float32 file is used"
         yield Finding(name="int8", state=ABSENT, text=text)
     if training:
         yield _bfloat16(flags)
@@ -264,7 +264,7 @@ def _bfloat16(flags: Collection[str]) -> Finding:
 def _room(folder: Path, root: Path) -> Iterator[Finding]:
     limit = hardware.memory_limit(root)
     if limit is None:
-        yield Finding(name="memory", state=OK, text="this system does not say")
+        yield Finding(name="memory", state=OK, text="unknown on this system")
     elif limit < LEAST_MEMORY:
         text = f"{limit / 1e9:.1f} GB; training wants {LEAST_MEMORY / 1e9:.0f} GB and --residency stream"
         yield Finding(name="memory", state=ABSENT, text=text)
@@ -361,7 +361,7 @@ def _torch_cuda() -> str:
     if not torch.cuda.is_available():
         raise InputError("no CUDA device for torch")
     assert float(torch.ones(3, device="cuda").sum()) == 3
-    return f"a tensor lives on {torch.cuda.get_device_name(0)}"
+    return f"a tensor was made on {torch.cuda.get_device_name(0)}"
 
 
 def _session(runtime: Any, name: str) -> str:

@@ -176,7 +176,7 @@ def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None
     _echo_predicted(summary, predictor.where, out)
     click.echo(f"device: {predictor.why}", err=True)
     if lost := summary.get("cluster", {}).get("lost"):
-        click.echo(f"note: lost on the way: node {', '.join(lost)}; others did its images", err=True)
+        click.echo(f"note: node {', '.join(lost)} was lost on the way; other nodes predicted its images", err=True)
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:

@@ -51,7 +51,7 @@ class Group(click.Group):
             click.echo(f"error: {error.format_message()}\n`{usage} --help` lists what it takes.", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted; no unfinished file has a final name, run the same command again", err=True)
+            click.echo("interrupted; no file was left half written, run the same command again to go on", err=True)
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
             if not (whose := full_memory(error)):

@@ -120,7 +120,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         run = job.run(epoch_line(bar, plan, spec))
         bar.done()
     if lost := run.get("cluster", {}).get("lost"):
-        click.echo(f"note: lost during the search: node {', '.join(lost)}; others did its folds", err=True)
+        click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
     show(describe_run(run))
     written = writer.write_report(job.out)
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
@@ -130,7 +130,7 @@ def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> Sweep
     for axis in (flag.partition("=")[0] for flag in flags["grid"]):
         if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             flag = f"--{axis.replace('_', '-')}"
-            raise InputError(f"{flag} and --grid {axis}=... both say it; leave one of them out.")
+            raise InputError(f"{flag} and --grid {axis}=... set the same field; leave one of them out.")
     flags = with_recipe(ctx, recipe, flags)
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
     return spec_from(SweepSpec, flags, train=train)

@@ -47,7 +47,7 @@ def read_names(path: Path, classes: Collection[str]) -> tuple[str, ...]:
     values of `meta:` columns without a digit. Raises InputError where the file cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             columns = {name: file[name].astype(str).tolist() for name in file.files if file[name].dtype.kind in "US"}
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise InputError(

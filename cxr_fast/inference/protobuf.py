@@ -49,7 +49,7 @@ def records(file: IO[bytes], start: int, end: int, most: int) -> Iterator[Record
         else:
             raise NotOnnx(f"no such wire type: {wire}")
         if not tag >> 3 or body + length > end:
-            raise NotOnnx("it ends before its content does: cut short?" if tag >> 3 else "field number 0")
+            raise NotOnnx("it ends too early: was it cut short?" if tag >> 3 else "field number 0")
         yield Record(tag >> 3, wire, at, body, body + length)
         at = body + length
     if at != end:
@@ -62,7 +62,7 @@ def varint(file: IO[bytes]) -> int:
     for i in range(10):
         byte = file.read(1)
         if not byte:
-            raise NotOnnx("it ends before its content does: cut short?")
+            raise NotOnnx("it ends too early: was it cut short?")
         value |= (byte[0] & 127) << 7 * i
         if byte[0] < 128:
             return value

@@ -138,7 +138,9 @@ def test_a_file_from_before_the_pixel_check_is_refused_as_such(folder: Path) -> 
     prepare(folder, [0, 1])
     encode(folder, [0, 1], 1)
     store.partial_path(folder / "a.h5").rename(folder / "a.h5.reuse1")
-    with pytest.raises(InputError, match=r"a\.h5\.reuse1 is of a cxr-fast that did not yet record what pixels Pillow"):
+    with pytest.raises(
+        InputError, match=r"a\.h5\.reuse1 was made by an older cxr-fast, which did not record how Pillow"
+    ):
         reuse.count_reusable(with_check("new", [0, 1]), reuse.find_files(folder / "a.h5"))
 
 
@@ -152,7 +154,7 @@ def test_another_pillow_is_refused_by_field_and_version(folder: Path) -> None:
     encode(folder, [0, 1, 2], 2)
     before = store.partial_path(folder / "a.h5").read_bytes()
     with pytest.raises(
-        InputError, match="made with pixel_check one, this run has two; Pillow of one gave other pixels"
+        InputError, match="made with pixel_check one, this run has two; Pillow of one decoded images to other"
     ):
         run(folder, with_check("two", [0, 1, 2]))
     assert store.partial_path(folder / "a.h5").read_bytes() == before

@@ -201,7 +201,7 @@ def test_a_noisy_machine_is_said(result: dict[str, Any]) -> None:
     assert "NOISY" not in calm
     assert "without the noisy" not in calm
     unknown = latency.describe({**result, "noise": noise(share=None), "quiet": None})
-    assert "how busy other processes were is not known here" in unknown
+    assert "how much other processes used the machine is unknown on this system" in unknown
 
 
 def test_samples_of_noisy_stretches_stay_in_the_figures_and_are_left_out_beside_them() -> None:

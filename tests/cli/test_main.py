@@ -427,7 +427,7 @@ CASES: list[tuple[list[object], str]] = [
     (["sweep", "toy.h5", *TRAIN, "--weight-decay", "inf"], "--weight-decay: "),
     (
         ["sweep", "toy.h5", *TRAIN, "--clip-norm", 2, "--grid", "clip_norm=1,3"],
-        "--clip-norm and --grid clip_norm=... both",
+        "--clip-norm and --grid clip_norm=... set the same",
     ),
     (["sweep", "toy.h5", *TRAIN, "--batch-size", 1], "--batch-size: 1 must be at least 2"),
     (["sweep", "toy.h5", *TRAIN, "--dropout", 1], "--dropout: "),
