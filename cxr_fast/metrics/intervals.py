@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import figures
-from .arrays import checked, mean_of_classes, number_groups, ratio
+from .arrays import checked, mean_of_classes, number_groups, ratio, where
 from .figures import BINS, Counts, Figures
 from .sparse import Sparse, by_entries
 
@@ -187,15 +187,26 @@ def tail_shares(labels: np.ndarray, ids: np.ndarray, level: float) -> dict[str, 
     A resample of n groups varies less than a sample of n by (n - 1) / n, and n groups know their own spread as badly as
     Student's t says. Source: Hesterberg 2015, the expanded percentile interval.
     """
+    return {
+        "of_class": _tail(_support(np.asarray(labels), ids), level),
+        "overall": _tail(ids.max() + 1, level),
+    }
 
-    def tail(groups: int) -> float:
-        if groups < 2:
-            return math.nan
-        widened = math.sqrt(groups / (groups - 1)) * student_quantile(groups - 1, (1 - level) / 2)
-        return math.erfc(widened / math.sqrt(2)) / 2
 
-    of_class = [tail(groups) for groups in _support(np.asarray(labels), ids).tolist()]
-    return {"of_class": np.array(of_class), "overall": np.array(tail(int(ids.max()) + 1))}
+def _tail(groups: np.ndarray, level: float) -> np.ndarray:
+    n, share = np.maximum(groups, 2).astype(np.float64), (1 - level) / 2
+    try:
+        from scipy.special import ndtr, stdtrit
+    except ModuleNotFoundError:  # installed to predict alone: the same but for the last digits
+        each = [plain_tail(int(k), share) for k in np.ravel(n)]
+        return where(groups >= 2, np.reshape(each, n.shape))
+    return where(groups >= 2, ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, share)))
+
+
+def plain_tail(groups: int, share: float) -> float:
+    """Return the widened tail of `share` for a number of groups, at least 2, without SciPy."""
+    widened = math.sqrt(groups / (groups - 1)) * student_quantile(groups - 1, share)
+    return math.erfc(widened / math.sqrt(2)) / 2
 
 
 @functools.cache

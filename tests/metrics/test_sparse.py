@@ -1,4 +1,4 @@
-"""Our own sparse product against SciPy's, and Student's quantile against SciPy's."""
+"""What metrics compute where SciPy is not installed, against SciPy's: sparse products, and tails of intervals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import stdtrit
 
 from cxr_fast.metrics import sparse
-from cxr_fast.metrics.intervals import student_quantile
+from cxr_fast.metrics.intervals import plain_tail, student_quantile, tail_shares
 
 
 @settings(deadline=None, max_examples=60)
@@ -35,3 +35,10 @@ def test_our_product_is_scipys(seed: int, rows: int, width: int, entries: int, s
 @pytest.mark.parametrize("tail", [0.1, 0.025, 0.0005])
 def test_students_quantile_is_scipys(freedom: int, tail: float) -> None:
     assert student_quantile(freedom, tail) == pytest.approx(-stdtrit(freedom, tail), rel=1e-11)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5, 60, 4000])
+def test_the_plain_tail_is_that_of_the_intervals(groups: int) -> None:
+    ids = np.arange(groups)
+    found = tail_shares((ids % 2)[:, None].astype(np.int8), ids, 0.95)
+    assert plain_tail(groups, 0.025) == pytest.approx(float(found["overall"]), rel=1e-11)
