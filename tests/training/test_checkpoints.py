@@ -37,14 +37,6 @@ KEY = "config0.fold0"
 BUSY = dataclasses.replace(SPEC, plateau_patience=0, patience=30)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def more(fold: Any, epochs: int) -> Any:
     for _ in range(epochs):
         fold.run_epoch()

@@ -34,12 +34,6 @@ from tests.helpers.toys import CPU, make, same
 BLOCKS = dataclasses.replace(toys.SPEC, shuffle="block", shuffle_block=3, shuffle_window=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Two threads that wait for each other by spinning stand still on a busy machine; a command leaves two."""
-    torch.set_num_threads(1)
-
-
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

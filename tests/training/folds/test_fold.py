@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -33,15 +33,6 @@ CPU = torch.device("cpu")
 SPEC = TrainSpec(batch_size=8, precision="float32")
 IMAGES, CLASSES = 40, 4
 TRAIN, VALID = np.arange(28), np.arange(28, IMAGES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Toy tensors gain nothing from a second thread, and lose a lot to it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

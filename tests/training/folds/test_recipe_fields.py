@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,6 @@ from tests.training.folds import test_stacked_folds as stacked
 
 SPEC = stacked.SPEC
 TWO_RATES = {"head_lr": 1e-3, "layer_decay": 0.5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def change(**fields: Any) -> TrainSpec:
