@@ -65,6 +65,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint docker/*.Dockerfile
 
 # The CPU figures of docs/explanation/benchmarks.md, under 15 minutes on 2 cores; each driver says which file of benchmarks/results/ it wrote.
 BENCH := PYTHONPATH=. $(BIN)/python benchmarks
