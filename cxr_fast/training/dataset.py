@@ -17,8 +17,9 @@ from ..activations.cache import Cache, open_cache
 from ..activations.file import Header
 from ..activations.reuse import hash_image
 from ..config import SweepSpec
-from ..data import duplicates, splits
+from ..data import duplicates
 from ..data.manifest import Manifest
+from ..data.splits.assign import split
 from ..errors import InputError
 from ..system import hardware
 
@@ -67,7 +68,7 @@ def read(
     rows = np.flatnonzero(kept)
     labels = header.labels[rows]
     groups = [header.groups[i] for i in rows]
-    assignment = splits.split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
+    assignment = split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
     if checksums:
         _refuse_damaged(file, rows, threads)
     return Data(

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__
 from ..config import CacheSpec, SweepSpec, from_dict, to_dict
-from ..data import splits
+from ..data.splits.table import fold_table
 from ..errors import InputError
 from ..metrics import figures
 from ..metrics.rarity import group_maps
@@ -183,7 +183,7 @@ def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
             holdout=int((data.assignment == -1).sum()),
             groups=len(set(groups)),
         ),
-        "split_table": splits.fold_table(data.labels, data.assignment, header.classes, groups),
+        "split_table": fold_table(data.labels, data.assignment, header.classes, groups),
         "machine": hardware.machine(),
         "toolchain": {"cxr-fast": __version__, "torch": str(torch.__version__), "numpy": np.__version__},
     }

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_fast.data.splits import HOLDOUT, fold_table, split
+from cxr_fast.data.splits.assign import HOLDOUT, split
+from cxr_fast.data.splits.table import fold_table
 from cxr_fast.errors import InputError
 
 HOLDOUTS = st.sampled_from([0.0, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8])
