@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .assign import HOLDOUT
+from .given import HOLDOUT
 
 
 def fold_table(
