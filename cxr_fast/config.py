@@ -271,9 +271,9 @@ class TrainSpec:
 class SweepSpec:
     """The search around the fold: hold-out, folds, epoch budgets, the final model, thresholds.
 
-    `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`; thresholds and calibration come from
-    out-of-fold predictions. `retrain_head` is classifier re-training (Kang et al. 2020): fresh heads, at the chosen
-    budget and the head's rate, on embeddings of each fold's trained blocks.
+    `split_method` draws what `split` leaves open. `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`;
+    thresholds and calibration come from out-of-fold predictions. `retrain_head` is classifier re-training (Kang et al.
+    2020): fresh heads, at the chosen budget and the head's rate, on embeddings of each fold's trained blocks.
 
         >>> SweepSpec(epochs=(5, 10), folds=3, train=TrainSpec(dropout=0.2)).final
         'best-fold'
@@ -287,6 +287,16 @@ class SweepSpec:
     seed: int = _setting(0, "Decides splits, initialisation and every draw.")
     split_by: Literal["group", "image"] = _setting(
         "group", "What may not be shared between folds; image splits views of one patient."
+    )
+    split: Literal["column", "published", "drawn"] = _setting(
+        "column",
+        "Take hold-out and training from the column split where there is one (the rest is drawn), from the data set's "
+        "published lists, or draw everything.",
+    )
+    split_method: Literal["balanced", "iterative"] = _setting(
+        "balanced",
+        "How groups are drawn: each class's share of images and of groups near what was asked, or by groups alone, as "
+        "before.",
     )
     retrain_head: Literal["none", "balanced", "sqrt"] = _setting(
         "none", "After the search train each fold's head again on its frozen blocks, films drawn so (cRT)."
@@ -335,12 +345,17 @@ class SweepSpec:
         return (name, share) if name in ("sensitivity", "specificity") and 0 < share <= 1 else None
 
 
+# What sweeps did before a field of the spec was there, where today's default is another.
+FORMER = {"split_method": "iterative"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """How one sweep is asked for, beside the recipe: on what it computes, from which weights, over what grid.
 
     `residency` is where activations are kept (`auto`, `device`, `host` or `stream`); `weights` None takes those the
     cache names; `grid` holds `NAME=A,B` over training fields; `overwrite` replaces an existing run folder.
+    `holdout_list` is a file of images or groups to hold out, a line each; `split_from` a run whose parts are kept.
 
         >>> SweepOptions(device="cpu", grid=("lr=1e-5,2e-5",)).overwrite
         False
@@ -351,3 +366,5 @@ class SweepOptions:
     weights: str | None = None
     grid: tuple[str, ...] = ()
     overwrite: bool = False
+    holdout_list: str | None = None
+    split_from: str | None = None

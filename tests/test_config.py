@@ -91,6 +91,8 @@ SWEEP = st.builds(
     holdout=SHARE,
     seed=st.integers(0, 2**32 - 1),
     split_by=st.sampled_from(config.choices(SweepSpec, "split_by")),
+    split=st.sampled_from(config.choices(SweepSpec, "split")),
+    split_method=st.sampled_from(config.choices(SweepSpec, "split_method")),
     final=st.sampled_from(config.choices(SweepSpec, "final")),
     threshold_target=st.sampled_from(["f1", "sensitivity=0.9", "specificity=1"]),
     calibration=st.sampled_from(config.choices(SweepSpec, "calibration")),
@@ -107,7 +109,7 @@ def shuffled(value: Any, order: Any) -> Any:
 
 
 def test_the_strategies_cover_every_field() -> None:
-    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 32, SweepSpec: 10}
+    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 32, SweepSpec: 12}
     assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
 
 

@@ -24,7 +24,7 @@ SHARD_NAME = re.compile(r"\.shard-\d{4,}-of-\d{4,}\.h5")
 KIND = "cxr-fast activation index"
 SCHEMA = 1
 # Of a header's meta, what may differ between the shards of one cache: how it was made, and columns.
-OWN = ("block", "pillow", "subgroups")
+OWN = ("block", "pillow", "subgroups", "splits")
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -253,9 +253,10 @@ def _joined(headers: Sequence[Header]) -> Header:
         name: list(chain.from_iterable(header.meta["subgroups"][name] for header in headers))
         for name in first.meta["subgroups"]
     }
+    splits = list(chain.from_iterable(header.meta.get("splits", [""] * header.shape[0]) for header in headers))
     return replace(
         first,
-        meta={**first.meta, "subgroups": subgroups},
+        meta={**first.meta, "subgroups": subgroups, **({"splits": splits} if any(splits) else {})},
         shape=(sum(header.shape[0] for header in headers), *first.shape[1:]),
         images=column("images"),
         groups=column("groups"),

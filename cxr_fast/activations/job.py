@@ -116,6 +116,7 @@ def select_rows(manifest: Manifest, rows: range) -> Manifest:
         views=manifest.views[piece],
         studies=manifest.studies[piece],
         labels=manifest.labels[piece],
+        splits=manifest.splits[piece],
         subgroups={name: values[piece] for name, values in manifest.subgroups.items()},
     )
 
@@ -149,6 +150,8 @@ def make_header(job: CacheJob, manifest: Manifest) -> store.Header:
         "dataset": {"name": manifest.name, "root": str(manifest.root.resolve()), **manifest.info},
         "subgroups": {name: list(values) for name, values in manifest.subgroups.items()},
     }
+    if manifest.splits:
+        meta["splits"] = list(manifest.splits)
     return store.Header(
         meta=json.loads(json.dumps(meta)),  # as it will be read back: comparing the two must not trip over tuples
         shape=(len(manifest), *job.shape[1:]),

@@ -59,6 +59,7 @@ def few(manifest: Manifest, count: int, spec: PreprocessSpec) -> tuple[Manifest,
         views=column(manifest.views),
         studies=column(manifest.studies),
         labels=manifest.labels[rows],
+        splits=column(manifest.splits) if manifest.splits else (),
         subgroups={name: column(values) for name, values in manifest.subgroups.items()},
     )
     return kept, len(wanted) - len(rows)

@@ -28,6 +28,7 @@ from .options import (
     source_argument,
     spec_from,
     spec_options,
+    split_option,
     threads_option,
     with_recipe,
 )
@@ -37,6 +38,7 @@ from .options import (
 @source_argument
 @click.option("--out", type=PATH, help="Write a manifest here (.csv or .parquet).")
 @click.option("--labels-only", is_flag=True, help="Do not look for the images.")
+@split_option
 @dataset_options
 def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     """Read a dataset folder or manifest and print its class table.
@@ -52,6 +54,12 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
         click.echo(f"\nwrote {out}")
 
 
+def describe_words(counts: dict[str, int]) -> str:
+    """How many images the column split gives to training and hold-out, and how many it leaves to be drawn."""
+    words = {"train": "training", "holdout": "hold-out", "": "to be drawn"}
+    return ", ".join(f"{text} {counts[word]:,}" for word, text in words.items() if word in counts)
+
+
 def describe_manifest(manifest: Any) -> list[Part]:
     """The counts of a dataset, its class table, and what to know of its label set."""
     from ..data.manifest import class_table, summary
@@ -62,6 +70,7 @@ def describe_manifest(manifest: Any) -> list[Part]:
         f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
         f"{total['studies']:,} studies, {total['groups']:,} groups",
         f"views: {views}",
+        *([f"split: {describe_words(total['splits'])}"] if total["splits"] else []),
         f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels per image",
     ]
     if total["skipped_missing"]:
@@ -108,6 +117,7 @@ def describe_manifest(manifest: Any) -> list[Part]:
     help="What an image that cannot be read does; it is never trained on.",
 )
 @click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
+@split_option
 @dataset_options
 @click.pass_context
 def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **flags: Any) -> None:

@@ -166,6 +166,15 @@ unindexed_option = click.option(
 )
 
 
+split_option = click.option(
+    "--split",
+    type=click.Choice(["column", "published"]),
+    default="column",
+    show_default=True,
+    help="Hold-out from the table's column split, if any, or from the published lists of NIH, CheXpert or MIMIC.",
+)
+
+
 def dataset_options(command: Any) -> Any:
     """The options of `read_source`."""
     skip = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not found.")
@@ -178,6 +187,10 @@ def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = N
 
     missing: Any = "unchecked" if flags.get("labels_only") else "skip" if flags["skip_missing"] else "refuse"
     named = {name: flags[name] for name in ("images", "unindexed")}
+    if flags.get("split") == "published":
+        from ..data.splits.published import read_published
+
+        return read_published(source, missing=missing, limit=limit, **named)
     return read_dataset(source, missing=missing, limit=limit, **named)
 
 

@@ -43,7 +43,11 @@ from .options import (
 @click.argument("cache", type=PATH, required=False)
 @click.option("--out", type=PATH, help="The run folder.  [default: exports/NAME]")
 @recipe_option
-@spec_options(SweepSpec, "epochs", "folds", "holdout", "seed", "split_by")
+@spec_options(SweepSpec, "epochs", "folds", "holdout", "seed", "split_by", "split", "split_method")
+@click.option(
+    "--holdout-list", metavar="FILE", help="Hold out these (an image or a group per line), train on the rest."
+)
+@click.option("--split-from", metavar="RUN", help="Keep a run's hold-out and folds; new groups are drawn into them.")
 @click.option(
     "--grid",
     multiple=True,
@@ -104,7 +108,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
             cache,
             out,
             spec,
-            SweepOptions(**{name: flags[name] for name in ("device", "residency", "weights", "grid", "overwrite")}),
+            SweepOptions(**{name: flags[name] for name in _OPTIONS}),
             manifest=labels,
             trainers=None if joined is None else ClusterTrainers(joined),
         )
@@ -126,14 +130,29 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 
+_OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from")
+
+
 def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> SweepSpec:
     for axis in (flag.partition("=")[0] for flag in flags["grid"]):
         if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             flag = f"--{axis.replace('_', '-')}"
             raise InputError(f"{flag} and --grid {axis}=... set the same field; leave one of them out.")
     flags = with_recipe(ctx, recipe, flags)
+    if flags["split_from"] is not None:
+        flags |= _as_in_run(ctx, Path(flags["split_from"]))
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
     return spec_from(SweepSpec, flags, train=train)
+
+
+def _as_in_run(ctx: click.Context, run: Path) -> dict[str, Any]:
+    """Folds, share and unit of the run that --split-from names, where no flag gives them."""
+    from ..training.run_folder import read_info
+
+    spec = read_info(run)["spec"]
+    given = click.core.ParameterSource.COMMANDLINE
+    names = [name for name in ("folds", "holdout", "split_by") if ctx.get_parameter_source(name) != given]
+    return {name: spec[name] for name in names}
 
 
 def _other_labels(manifest: Path | None) -> Any:
@@ -304,12 +323,13 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
 )
 @click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Of the groups.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--allow-trained", is_flag=True, help="Compare even where one run was trained on the other's hold-out.")
 @click.option("--json", "json_out", type=PATH, help="Write the result here.")
-def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json_out: Path | None) -> None:
+def compare(run_a: Path, run_b: Path, json_out: Path | None, **flags: Any) -> None:
     """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
     from ..report import comparison
 
-    result = comparison.compare_runs(run_a, run_b, part=part, resamples=resamples, seed=seed)
+    result = comparison.compare_runs(run_a, run_b, **flags)
     show(describe_comparison(result))
     if json_out is not None:
         write_json(json_out, result, "--json")
@@ -326,7 +346,7 @@ def describe_comparison(result: dict[str, Any]) -> list[Part]:
     return [
         f"A: {result['a']}{said['a']}\nB: {result['b']}{said['b']}",
         f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
-        f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
+        f"{result['only_a']:,} only in A, {result['only_b']:,} only in B{left_out(result)}",
         "",
         comparison_table(result, "AB", 4),
         "",
@@ -337,6 +357,15 @@ def describe_comparison(result: dict[str, Any]) -> list[Part]:
         *comparison_notes(result, shown),
         NOTICE,
     ]
+
+
+def left_out(result: dict[str, Any]) -> str:
+    """How many images the comparison leaves out, and how many of them the other run was trained on."""
+    if not (count := result["only_a"] + result["only_b"]):
+        return ""
+    leaks = [(side, result.get(f"trained_{side.lower()}", 0)) for side in "AB"]
+    said = " and ".join(f"{side} on {number:,}" for side, number in leaks if number)
+    return f": {count:,} left out" + (f"; of these {said} of the other's hold-out was trained" if said else "")
 
 
 def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> list[str]:

@@ -41,6 +41,7 @@ class ListedImages:
     labels: np.ndarray
     views: Sequence[str] | None = None
     studies: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
     subgroups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     key: Callable[[str], str] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)

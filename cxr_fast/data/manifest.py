@@ -27,11 +27,12 @@ from ..system.tables import (
 from . import indiana, public_tables
 from .indiana import Unindexed
 from .layouts import CARD, ListedImages, recognise
+from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
 
 META = "meta:"
-RESERVED = ("image", "group", "view", "study")
+RESERVED = ("image", "group", "view", "study", "split")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +41,8 @@ class Manifest:
 
     `images` are POSIX paths relative to `root` (absolute ones stay so); `labels` is (N, C) int8 with 1, 0
     and -1 for unknown; `views` keeps the dataset's own word, "" where unknown; `studies` equals `groups`
-    where the dataset has none; `subgroups` are further columns (N values each) to break figures down by.
+    where the dataset has none; `splits` is empty, or says for each image `train`, `holdout`, or "" (drawn);
+    `subgroups` are further columns (N values each) to break figures down by.
     `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
 
         >>> manifest = read_dataset("indiana")
@@ -56,12 +58,14 @@ class Manifest:
     classes: tuple[str, ...]
     labels: np.ndarray
     studies: tuple[str, ...]
+    splits: tuple[str, ...] = ()
     subgroups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         columns = [self.groups, self.views, self.studies, *self.subgroups.values()]
         assert all(len(column) == len(self.images) for column in columns)
+        assert len(self.splits) in (0, len(self.images))
         assert self.labels.shape == (len(self.images), len(self.classes))
         assert self.labels.dtype == np.int8
 
@@ -96,6 +100,7 @@ def _read_own(file: Path, _: Unindexed) -> ListedImages:
         groups=filled(cells, "group", file),
         views=cells.get("view"),
         studies=filled(cells, "study", file) if "study" in cells else None,
+        splits=check_words(cells["split"], file) if "split" in cells else None,
         classes=classes,
         labels=values,
         subgroups={name.removeprefix(META): cells[name] for name in cells if name.startswith(META)},
@@ -252,6 +257,7 @@ def _manifest(
         classes=rows.classes,
         labels=values,
         studies=kept(rows.studies or rows.groups),
+        splits=kept(rows.splits) if rows.splits and any(rows.splits) else (),
         subgroups={title: kept(column) for title, column in rows.subgroups.items()},
         info=info,
     )
@@ -273,8 +279,8 @@ def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
 def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     """Write a manifest as CSV or Parquet (by suffix), whole or not at all; `read_dataset(out)` gives it back.
 
-    Image paths become relative to the new file; absolute ones stay. Columns `view` and `study` are left
-    out where they say nothing. Raises InputError for another suffix or a class named like a column of ours.
+    Image paths become relative to the new file; absolute ones stay. Columns `view`, `study` and `split` are
+    left out where they say nothing. Raises InputError for another suffix or a class named like a column of ours.
 
         >>> write_manifest(read_dataset("indiana"), "manifest.csv")
         >>> read_dataset("manifest.csv").classes == read_dataset("indiana").classes
@@ -299,6 +305,8 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
         columns["view"] = manifest.views
     if manifest.studies != manifest.groups:
         columns["study"] = manifest.studies
+    if manifest.splits:
+        columns["split"] = manifest.splits
     columns |= {META + name: values for name, values in manifest.subgroups.items()}
     code = {1: 1, 0: 0, -1: None}
     for name, values in zip(manifest.classes, manifest.labels.T, strict=True):
@@ -351,6 +359,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "studies": len(set(manifest.studies)),
         "classes": len(manifest.classes),
         "views": dict(Counter(manifest.views).most_common()),
+        "splits": dict(Counter(manifest.splits).most_common()),
         "positives": positives,
         "labels_an_image": positives / max(len(manifest), 1),
         "unknown": int((manifest.labels == -1).sum()),

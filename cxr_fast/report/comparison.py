@@ -29,25 +29,35 @@ Part = Literal["holdout", "out_of_fold"]
 
 
 def compare_runs(
-    run_a: AnyPath, run_b: AnyPath, *, part: Part = "holdout", resamples: int = 1000, seed: int = 0
+    run_a: AnyPath,
+    run_b: AnyPath,
+    *,
+    part: Part = "holdout",
+    resamples: int = 1000,
+    seed: int = 0,
+    allow_trained: bool = False,
 ) -> dict[str, Any]:
     """Compare B with A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
 
     `figures` (those of HEADLINE) and the rows of `per_class` (auc, ap) hold a, b, difference, low, high; null where
-    undefined. Images are matched by their bytes. Raises InputError where the runs share no image, have other
-    classes, or label an image differently.
+    undefined. Images are matched by their bytes; `trained_a` and `trained_b` count those of the other run's hold-out
+    that a run was trained on, which no figure holds. Raises InputError where there are such images, unless
+    `allow_trained`, and where the runs share no image, have other classes, or label an image differently.
 
         >>> found = compare_runs("exports/indiana", "exports/indiana", resamples=100)
         >>> found["figures"]["macro_auc"]["difference"]
         0.0
     """
     run_a, run_b = Path(run_a), Path(run_b)
-    info_a, a, limits_a = _side(run_a, part)
-    info_b, b, limits_b = _side(run_b, part)
+    info_a, a, limits_a, trained_a = _side(run_a, part)
+    info_b, b, limits_b, trained_b = _side(run_b, part)
     classes, others = list(info_a["classes"]), list(info_b["classes"])
     _same_classes(run_a, classes, run_b, others)
     order = [others.index(name) for name in classes]
+    leaks = {"trained_a": _count(b, trained_a), "trained_b": _count(a, trained_b)} if part == "holdout" else {}
     rows_a, rows_b = _common(a, b)
+    if any(leaks.values()) and not allow_trained:
+        _refuse_trained(run_a, run_b, leaks, len(rows_a))
     if not len(rows_a):
         other = "out_of_fold" if part == "holdout" else "holdout"
         raise InputError(
@@ -60,22 +70,40 @@ def compare_runs(
     resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
     figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resampling)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
-    counted |= {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
+    counted |= leaks | {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
     sides |= {"provenance_a": info_a["provenance"], "provenance_b": info_b["provenance"]}
     how = {"level": LEVEL, "resamples": resamples, "seed": seed, "unit": "group"}
     return dict(clean({"schema": SCHEMA, **sides, **how, **counted, **figures}))
 
 
-def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray]:
+def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray, set[str]]:
+    """A run's record, what it scored in a part, its thresholds, and the hashes of the images it was trained on."""
     run = read_info(folder)
     try:
-        scored = read(folder, run).part(part)
+        saved = read(folder, run)
+        scored = saved.part(part)
     except InputError as error:
         if str(folder) in str(error):
             raise
         raise InputError(f"{folder}: {PARTS[part]}: {error}") from error
-    return run, scored, np.array(run["thresholds"], float)
+    hashes, held = saved.arrays["sha256"], saved.arrays["fold"] < 0
+    trained = set(hashes[~held].tolist()) - set(hashes[held].tolist())
+    return run, scored, np.array(run["thresholds"], float), trained
+
+
+def _refuse_trained(run_a: Path, run_b: Path, leaks: Mapping[str, int], common: int) -> None:
+    sides = ((run_a, leaks["trained_a"], run_b), (run_b, leaks["trained_b"], run_a))
+    said = ", and ".join(
+        f"{one} was trained on {count:,} hold-out images of {two}" for one, count, two in sides if count
+    )
+    mend = f"--allow-trained to compare on the {common:,} that both held out" if common else "--part out_of_fold"
+    raise InputError(f"{said}; sweep one with --split-from the other, or pass {mend}.")
+
+
+def _count(scored: Scored, trained: set[str]) -> int:
+    """How many of the scored images are among those trained on."""
+    return sum(value in trained for value in scored.columns["sha256"].tolist())
 
 
 def _same_classes(run_a: Path, a: Sequence[str], run_b: Path, b: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config import CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, to_dict
+from ..config import FORMER, CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, to_dict
 from ..recipes import RECIPES, reference_value
 from ..system.text import Label, Table, duration
 from .summary import Record
@@ -110,8 +110,8 @@ def settings_table(runs: Mapping[str, Record]) -> Table:
 
 
 def _settings(run: Record) -> dict[str, str]:
-    # Fields that came after a run was made had their default then.
-    spec = {key: value for key, value in (to_dict(SweepSpec()) | run["spec"]).items() if key != "train"}
+    # Fields that came after a run was made had their default then, or the value in FORMER.
+    spec = {key: value for key, value in (to_dict(SweepSpec()) | FORMER | run["spec"]).items() if key != "train"}
     own = run.get("custom") or {}
     cache = run["cache"]
     out = {"weights": cache["weights"], "cache": cache["fingerprint"][:16], "labels from": cache["labels_from"]}

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..config import PARTIAL, SweepSpec, from_dict, to_dict
+from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..errors import CxrFastError, InputError
 from ..system.files import atomic
 from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
@@ -249,8 +249,8 @@ def difference(folder: Path, plan: Mapping[str, Any]) -> str:
 
 
 def _whole(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan with every field of its spec: one that came later had its default before."""
-    return plan | {"spec": to_dict(from_dict(SweepSpec, plan["spec"]))} if "spec" in plan else plan
+    """A plan with every field of its spec: one that came later had its default before, or the value in FORMER."""
+    return plan | {"spec": to_dict(from_dict(SweepSpec, FORMER | plan["spec"]))} if "spec" in plan else plan
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

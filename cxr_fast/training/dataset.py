@@ -7,20 +7,24 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from ..activations.cache import Cache, open_cache
 from ..activations.file import Header
 from ..activations.reuse import hash_image
-from ..config import SweepSpec
-from ..data import duplicates, splits
+from ..config import SweepOptions, SweepSpec
+from ..data import duplicates
 from ..data.manifest import Manifest
+from ..data.splits import given
+from ..data.splits.assign import SplitSpec, one_sided, split
+from ..data.splits.published import published_words
 from ..errors import InputError
 from ..system import hardware
+from . import earlier_runs
 
 NAMED = 5
 
@@ -29,7 +33,8 @@ NAMED = 5
 class Data:
     """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out.
 
-    `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see.
+    `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see; `split`
+    is what `run.json` says of the split: the method, and how many images of the parts were given by what.
     """
 
     file: Cache
@@ -39,6 +44,7 @@ class Data:
     assignment: np.ndarray
     by_name: int = 0
     notes: tuple[str, ...] = ()
+    split: dict[str, Any] = field(default_factory=dict)
 
     def train(self, fold: int) -> np.ndarray:
         """Row numbers (in the file) that fold `fold` trains on."""
@@ -53,11 +59,15 @@ def read(
     cache: Path,
     spec: SweepSpec,
     manifest: Manifest | None = None,
+    options: SweepOptions = SweepOptions(),  # noqa: B008
     *,
     checksums: bool = True,
     threads: int | None = None,
 ) -> Data:
     """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given.
+
+    Parts come from the column `split` of the manifest or the cache, and from the list or the run that `options` names;
+    what they leave open is drawn.
 
     The checksum of every used row is checked, which reads all of them once; `checksums=False` is for files too large
     to read twice. Raises InputError for damaged rows and for a manifest of other images.
@@ -67,21 +77,121 @@ def read(
     rows = np.flatnonzero(kept)
     labels = header.labels[rows]
     groups = [header.groups[i] for i in rows]
-    assignment = splits.split(labels, groups, folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by)
+    data = Data(file=file, header=header, rows=rows, labels=labels, assignment=np.empty(0), by_name=by_name)
+    data = _divide(data, manifest, spec, options)
     if checksums:
         _refuse_damaged(file, rows, threads)
-    return Data(
-        file=file,
-        header=header,
-        rows=rows,
-        labels=labels,
-        assignment=assignment,
-        by_name=by_name,
+    return replace(
+        data,
         notes=(
             *_by_name(by_name, len(rows), file),
+            *data.notes,
             *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
         ),
     )
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _divide(data: Data, manifest: Manifest | None, spec: SweepSpec, options: SweepOptions) -> Data:
+    """Give each row its part, with the lines and the record that say how."""
+    groups = [data.header.groups[row] for row in data.rows]
+    units = groups if spec.split_by == "group" else [data.header.images[row] for row in data.rows]
+    notes: list[str] = []
+    sources: dict[str, np.ndarray] = {}
+    if words := _words(data, manifest, spec):
+        name = given.COLUMN if spec.split == "column" else "the published list"
+        sources[name] = given.whole_groups(given.from_words([words[row] for row in data.rows]), units, name)
+    if options.holdout_list is not None:
+        lines = given.read_list(Path(options.holdout_list))
+        held = given.from_list(lines, data.header.images, data.header.groups, str(data.file.path))[data.rows]
+        sources[given.LIST] = given.whole_groups(held, units, given.LIST, listed=True)
+    if options.split_from is not None:
+        earlier = earlier_runs.read_earlier(Path(options.split_from))
+        earlier_runs.require_same_folds(earlier, spec.folds, spec.split_by)
+        kept = earlier_runs.keep_parts(earlier, groups, [data.file.sha256[row] for row in data.rows])
+        sources[given.EARLIER] = given.whole_groups(kept, units, given.EARLIER)
+        notes.append(earlier_runs.describe_kept(sources[given.EARLIER], units, earlier))
+    parts = given.combine(sources, units)
+    wanted = SplitSpec(
+        folds=spec.folds, holdout=spec.holdout, seed=spec.seed, by=spec.split_by, method=spec.split_method
+    )
+    assignment = split(data.labels, groups, wanted, parts)
+    _refuse_empty_holdout(data.labels, assignment)
+    return replace(
+        data,
+        assignment=assignment,
+        split=_describe_split(sources, parts, assignment, spec),
+        notes=(
+            *notes,
+            *_drawn_too(parts, assignment, units),
+            *_one_sided(data.labels, units, assignment, data.header.classes),
+        ),
+    )
+
+
+def _words(data: Data, manifest: Manifest | None, spec: SweepSpec) -> Sequence[str]:
+    """What the column `split`, or a published list, says of each row of the file; empty where nothing does."""
+    header, about = data.header, data.file.meta
+    if spec.split == "drawn":
+        return ()
+    if manifest is None:
+        if spec.split == "column":
+            return cast(Sequence[str], about.get("splits", ()))
+        return published_words(about["dataset"].get("kind", "manifest"), Path(about["dataset"]["root"]), header.images)
+    own = manifest.splits
+    if spec.split == "published":
+        own = published_words(manifest.info["kind"], manifest.root, manifest.images)
+    if not own:
+        return ()
+    at = {cast(int, row): i for i, row in enumerate(_match(data.file, manifest)[0])}
+    return [own[at[row]] if row in at else "" for row in range(len(header.images))]
+
+
+def _refuse_empty_holdout(labels: np.ndarray, assignment: np.ndarray) -> None:
+    held = assignment == given.HOLDOUT
+    if held.any() and not (labels[held] == 1).any():
+        raise InputError(
+            f"the hold-out, {int(held.sum()):,} images, has no positive of any class, so nothing can be scored on it: "
+            "hold out other films, or none with --holdout 0 (and --split drawn)."
+        )
+
+
+def _describe_split(
+    sources: dict[str, np.ndarray], parts: np.ndarray, assignment: np.ndarray, spec: SweepSpec
+) -> dict[str, Any]:
+    """What `run.json` says of the split; counts are images."""
+    held = assignment == given.HOLDOUT
+    return {
+        "method": spec.split_method,
+        "given": {name: int((values != given.FREE).sum()) for name, values in sources.items()},
+        "holdout_given": int((held & (parts == given.HOLDOUT)).sum()),
+        "holdout_drawn": int((held & (parts != given.HOLDOUT)).sum()),
+    }
+
+
+def _drawn_too(parts: np.ndarray, assignment: np.ndarray, units: Sequence[str]) -> Iterator[str]:
+    """A line where a given hold-out was filled up by drawing."""
+    drawn = (assignment == given.HOLDOUT) & (parts != given.HOLDOUT)
+    if drawn.any() and (parts == given.HOLDOUT).any():
+        count = len({units[row] for row in np.flatnonzero(drawn).tolist()})
+        yield (
+            f"hold-out: {count:,} groups are drawn beside those given, to reach --holdout; to keep to what is given, "
+            "mark the others as train or pass --holdout 0"
+        )
+
+
+def _one_sided(
+    labels: np.ndarray, units: Sequence[str], assignment: np.ndarray, classes: Sequence[str]
+) -> Iterator[str]:
+    found = one_sided(labels, units, assignment)
+    for side, text in ((0, "none of them is held out"), (given.HOLDOUT, "all of them are held out")):
+        if names := [classes[c] for c, where in found.items() if where == side]:
+            yield f"split: {len(names):,} class(es) have positives in two or more groups, and {text}: {_named(names)}"
+
+
+# ------------------------------------------------------------------ rows
 
 
 def _refuse_damaged(file: Cache, rows: np.ndarray, threads: int | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__
 from ..config import CacheSpec, SweepSpec, from_dict, to_dict
-from ..data import splits
+from ..data.splits.table import fold_table
 from ..errors import InputError
 from ..metrics import figures
 from ..metrics.rarity import group_maps
@@ -72,6 +72,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
     trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model;
     runs of earlier versions have neither. `custom` names a head or loss that was given in Python.
+    `split` says by which method groups were drawn, and how many images were given their part by what.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -121,6 +122,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     decisions: dict[str, Values] | msgspec.UnsetType = msgspec.UNSET
     probe: Values | msgspec.UnsetType = msgspec.UNSET
     custom: Values | msgspec.UnsetType = msgspec.UNSET
+    split: Values | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:
@@ -183,7 +185,8 @@ def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
             holdout=int((data.assignment == -1).sum()),
             groups=len(set(groups)),
         ),
-        "split_table": splits.fold_table(data.labels, data.assignment, header.classes, groups),
+        "split": data.split,
+        "split_table": fold_table(data.labels, data.assignment, header.classes, groups),
         "machine": hardware.machine(),
         "toolchain": {"cxr-fast": __version__, "torch": str(torch.__version__), "numpy": np.__version__},
     }

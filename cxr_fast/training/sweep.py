@@ -32,6 +32,7 @@ from ..system.locks import FileLock, graceful
 from . import run_record
 from .checkpoints import Journal, difference
 from .dataset import read
+from .earlier_runs import find_trained_holdouts
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
@@ -108,7 +109,7 @@ class Sweep:
         if out is not None:
             _require_free(out, options.overwrite)
         self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)
-        self.data = read(cache, spec, manifest)
+        self.data = read(cache, spec, manifest, options)
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
         for _, train in self.points:
             require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
@@ -129,6 +130,7 @@ class Sweep:
         self.search.custom.require_loss(len(self.data.header.classes), self.device)
         self.trainable = [count_trainable(self.search.tail(train)) for _, train in self.points]
         self.out = out or _free_name(Path("exports") / cache.stem, self.request())
+        self._warn_of_holdouts()
         self.search.scratch = self.out.parent if self.out.parent.is_dir() else None
         self.trainer: FoldTrainer | None = None
         if trainers is not None:
@@ -136,6 +138,14 @@ class Sweep:
                 self.search, self._decided(), self.out, device=self.trained_on, residency=options.residency
             )
             self.search.train_folds = self.trainer.train_folds
+
+    def _warn_of_holdouts(self) -> None:
+        """Note the runs beside this one whose hold-out it would train on."""
+        data = self.data
+        groups, sha256 = ([column[row] for row in data.rows] for column in (data.header.groups, data.file.sha256))
+        name = str(data.file.meta["dataset"]["name"])
+        lines = find_trained_holdouts(self.out.parent, groups, sha256, data.assignment, name)
+        self.data = replace(data, notes=(*data.notes, *lines))
 
     @property
     def runs_blocks_first(self) -> bool:

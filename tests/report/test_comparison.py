@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_fast.cli.main import main
+from cxr_fast.cli.training import describe_comparison
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
 from cxr_fast.metrics.intervals import Resampling, paired_bootstrap
@@ -260,3 +261,18 @@ def test_the_command_refuses_in_one_line(two: tuple[Path, Path], tmp_path: Path)
     assert done.exit_code == 2
     assert len(done.output.splitlines()) == 1
     assert "not a run folder" in done.output
+
+
+def test_a_film_that_one_run_was_trained_on_and_the_other_held_out_is_refused(tmp_path: Path) -> None:
+    arrays = made.arrays()
+    other = {**arrays, "fold": np.where(arrays["fold"] == -1, 0, arrays["fold"])}
+    held = np.flatnonzero(arrays["fold"] == -1)
+    other["fold"][held[: len(held) // 2]] = -1
+    a, b = made.write(tmp_path / "a", arrays), made.write(tmp_path / "b", other)
+    left = len(held) - len(held) // 2
+    with pytest.raises(InputError, match=f"b was trained on {left} hold-out images of .*a; sweep one") as caught:
+        compare_runs(a, b, resamples=100)
+    assert "\n" not in str(caught.value)
+    found = compare_runs(a, b, resamples=100, allow_trained=True)
+    assert (found["trained_a"], found["trained_b"], found["only_a"]) == (0, left, left)
+    assert f"{left} left out; of these B on {left}" in str(describe_comparison(found)[1])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from cxr_fast.activations import file as store
-from cxr_fast.config import SweepSpec
+from cxr_fast.config import SweepOptions, SweepSpec
 from cxr_fast.data.manifest import Manifest, read_dataset
 from cxr_fast.errors import InputError
 from cxr_fast.training import dataset
@@ -130,3 +132,71 @@ def test_labels_of_the_manifest_replace_the_caches(own: Path, toy_data: Path) ->
     assert header.groups == file.header.images
     assert kept.tolist() == file.ok.tolist()
     assert set(header.labels[kept].ravel()) == {1}
+
+
+# ------------------------------------------------------------------ given parts
+
+
+def with_split(path: Path, words: list[str]) -> None:
+    """Give a cache the column `split`."""
+    with h5py.File(path, "r+") as file:
+        file.attrs["meta"] = json.dumps(json.loads(file.attrs["meta"]) | {"splits": words}, sort_keys=True)
+
+
+def patients(path: Path) -> tuple[str, ...]:
+    return store.ActivationFile(path).header.groups
+
+
+def test_the_cache_s_column_decides_and_can_be_left_out(own: Path) -> None:
+    groups = patients(own)
+    held = set(sorted(set(groups))[::4])
+    with_split(own, ["holdout" if group in held else "train" for group in groups])
+    data = dataset.read(own, SPEC)
+    np.testing.assert_array_equal(data.assignment == -1, [groups[row] in held for row in data.rows])
+    assert data.split["given"] == {"the column split": 79}
+    assert data.split["holdout_drawn"] == 0
+    drawn = dataset.read(own, replace(SPEC, split="drawn"))
+    assert drawn.split["given"] == {}
+    assert (drawn.assignment != data.assignment).any()
+
+
+def test_a_column_that_is_too_small_is_filled_up_and_it_is_said(own: Path) -> None:
+    groups = patients(own)
+    with_split(own, ["holdout" if group == groups[0] else "" for group in groups])
+    data = dataset.read(own, SPEC)
+    assert any("are drawn beside those given, to reach --holdout" in note for note in data.notes)
+    kept = dataset.read(own, replace(SPEC, holdout=0.0))
+    assert {groups[row] for row in kept.valid(-1)} == {groups[0]}
+
+
+def test_a_manifest_s_column_goes_before_the_cache_s(own: Path, toy_data: Path) -> None:
+    with_split(own, ["holdout", *["train"] * 79])
+    manifest = read_dataset(toy_data, missing="keep")
+    held = set(sorted(set(manifest.groups))[::4])
+    marked = replace(manifest, splits=tuple("holdout" if group in held else "train" for group in manifest.groups))
+    data = dataset.read(own, SPEC, marked)
+    assert {data.header.groups[row] for row in data.valid(-1)} <= held
+    assert len(data.valid(-1)) > 1
+
+
+def test_a_list_decides_and_contradictions_are_one_line(own: Path, tmp_path: Path) -> None:
+    groups = patients(own)
+    (tmp_path / "list.txt").write_text("\n".join(sorted(set(groups))[::4]))
+    options = SweepOptions(holdout_list=str(tmp_path / "list.txt"))
+    data = dataset.read(own, SPEC, options=options)
+    assert {data.header.groups[row] for row in data.valid(-1)} == set(sorted(set(groups))[::4])
+    del data  # its map keeps a lock on the file
+    with_split(own, ["train"] * 80)
+    with pytest.raises(InputError, match="--holdout-list holds out what the column split trains on") as caught:
+        dataset.read(own, SPEC, options=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hold_out_without_a_positive_is_one_line(own: Path, toy_data: Path) -> None:
+    manifest = read_dataset(toy_data, missing="keep")
+    held = np.array(manifest.groups) == manifest.groups[0]
+    labels = np.where(held[:, None], 0, manifest.labels).astype(np.int8)
+    marked = replace(manifest, labels=labels, splits=tuple(np.where(held, "holdout", "train").tolist()))
+    with pytest.raises(InputError, match="has no positive of any class") as caught:
+        dataset.read(own, SPEC, marked)
+    assert "\n" not in str(caught.value)

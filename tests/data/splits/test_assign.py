@@ -5,17 +5,35 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_fast.data.splits import HOLDOUT, fold_table, split
+from cxr_fast.data.splits import assign, balanced
+from cxr_fast.data.splits.assign import SplitSpec, one_sided
+from cxr_fast.data.splits.given import FREE, HOLDOUT, TRAIN
+from cxr_fast.data.splits.table import fold_table
 from cxr_fast.errors import InputError
 
 HOLDOUTS = st.sampled_from([0.0, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8])
+METHODS = ("balanced", "iterative")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_starts() -> Iterator[None]:
+    """What holds for each start holds for the best of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balanced, "STARTS", 2)
+        yield
+
+
+def split(labels: np.ndarray, groups: list[str], given: np.ndarray | None = None, **wanted: Any) -> np.ndarray:
+    return assign.split(labels, groups, SplitSpec(**wanted), given)
 
 
 @st.composite
@@ -37,11 +55,13 @@ def group_counts(assignment: np.ndarray, groups: list[str]) -> dict[int, int]:
     return {part: list(place.values()).count(part) for part in set(place.values())}
 
 
-@settings(max_examples=80, deadline=None)
-@given(cases())
-def test_a_split_is_whole_disjoint_and_repeatable(case: tuple[np.ndarray, list[str], int, float, int]) -> None:
+@settings(max_examples=50, deadline=None)
+@given(cases(), st.sampled_from(METHODS))
+def test_a_split_is_whole_disjoint_and_repeatable(
+    case: tuple[np.ndarray, list[str], int, float, int], method: str
+) -> None:
     labels, groups, folds, holdout, seed = case
-    assignment = split(labels, groups, folds=folds, holdout=holdout, seed=seed)
+    assignment = split(labels, groups, folds=folds, holdout=holdout, seed=seed, method=method)
     assert assignment.dtype == np.int16
     assert assignment.shape == (len(groups),)
     assert set(assignment.tolist()) == set(range(folds)) | ({HOLDOUT} if holdout else set())
@@ -49,17 +69,18 @@ def test_a_split_is_whole_disjoint_and_repeatable(case: tuple[np.ndarray, list[s
     for group, part in zip(groups, assignment.tolist(), strict=True):
         places.setdefault(group, set()).add(part)
     assert all(len(parts) == 1 for parts in places.values())
-    again = split(labels, groups, folds=folds, holdout=holdout, seed=seed)
+    again = split(labels, groups, folds=folds, holdout=holdout, seed=seed, method=method)
     np.testing.assert_array_equal(assignment, again)
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.integers(0, 2**32 - 1))
-def test_row_order_is_irrelevant(case: tuple[np.ndarray, list[str], int, float, int], seed: int) -> None:
+@given(cases(), st.integers(0, 2**32 - 1), st.sampled_from(METHODS))
+def test_row_order_is_irrelevant(case: tuple[np.ndarray, list[str], int, float, int], seed: int, method: str) -> None:
     labels, groups, folds, holdout, split_seed = case
     order = np.random.default_rng(seed).permutation(len(groups))
-    first = split(labels, groups, folds=folds, holdout=holdout, seed=split_seed)
-    moved = split(labels[order], [groups[i] for i in order], folds=folds, holdout=holdout, seed=split_seed)
+    wanted = {"folds": folds, "holdout": holdout, "seed": split_seed, "method": method}
+    first = split(labels, groups, **wanted)
+    moved = split(labels[order], [groups[i] for i in order], **wanted)
     np.testing.assert_array_equal(first[order], moved)
 
 
@@ -72,10 +93,11 @@ def _study_like(units: int, classes: int, seed: int) -> tuple[np.ndarray, list[s
     return findings[owner].astype(np.int8), [f"s{g}" for g in owner]
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", range(4))
-def test_sizes_and_labels_are_spread(seed: int) -> None:
+def test_sizes_and_labels_are_spread(seed: int, method: str) -> None:
     labels, groups = _study_like(600, 20, seed)
-    assignment = split(labels, groups, folds=5, holdout=0.2, seed=seed)
+    assignment = split(labels, groups, folds=5, holdout=0.2, seed=seed, method=method)
     groups_each = group_counts(assignment, groups)
     assert abs(groups_each[HOLDOUT] / 600 - 0.2) < 0.03
     folds = np.array([groups_each[k] for k in range(5)])
@@ -167,8 +189,72 @@ def test_as_many_groups_as_parts_fills_each_and_fewer_is_an_error() -> None:
 )
 def test_wrong_requests_are_one_line(names: list[str], folds: int, holdout: float, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
-        split(np.zeros((2, 1), dtype=np.int8), names, folds=folds, holdout=holdout, seed=0)
+        split(np.zeros((2, 1), dtype=np.int8), names, folds=folds, holdout=holdout, seed=0, method="iterative")
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ what is given
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_what_is_given_stays(case: tuple[np.ndarray, list[str], int, float, int], seed: int) -> None:
+    labels, groups, folds, holdout, split_seed = case
+    names = sorted(set(groups))
+    random = np.random.default_rng(seed)
+    of = dict(zip(names, random.choice([FREE, FREE, TRAIN, HOLDOUT, 0, folds - 1], len(names)).tolist(), strict=True))
+    given_parts = np.array([of[group] for group in groups])
+    try:
+        found = split(labels, groups, given_parts, folds=folds, holdout=holdout, seed=split_seed)
+    except InputError:
+        return  # too much is given: nothing is left for a part; see below
+    assert (found[given_parts == HOLDOUT] == HOLDOUT).all()
+    assert (found[given_parts == TRAIN] >= 0).all()
+    np.testing.assert_array_equal(found[given_parts >= 0], given_parts[given_parts >= 0])
+    assert set(found.tolist()) >= set(range(folds))
+    if holdout:
+        assert (found == HOLDOUT).any()
+    again = split(labels, groups, found.astype(int), folds=folds, holdout=holdout, seed=99)
+    np.testing.assert_array_equal(again, found)
+
+
+def test_a_hold_out_that_is_large_enough_takes_no_more() -> None:
+    labels, groups = _study_like(100, 5, 0)
+    held = np.where(np.isin(groups, [f"s{i}" for i in range(30)]), HOLDOUT, FREE)
+    found = split(labels, groups, held, folds=3, holdout=0.2, seed=0)
+    np.testing.assert_array_equal(found == HOLDOUT, held == HOLDOUT)
+    few = np.where(np.isin(groups, [f"s{i}" for i in range(5)]), HOLDOUT, FREE)
+    found = split(labels, groups, few, folds=3, holdout=0.2, seed=0)
+    assert abs(group_counts(found, groups)[HOLDOUT] - 20) <= 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "folds", "holdout", "said"),
+    [
+        ([HOLDOUT, HOLDOUT, HOLDOUT, FREE], 2, 0.2, r"3 of 4 group\(s\) are given to the hold-out"),
+        ([TRAIN, TRAIN, 0, 1], 2, 0.2, r"every one of 4 group\(s\) is given to training"),
+        ([0, 0, 0, FREE], 2, 0.2, r"too few group\(s\) are left to draw for fold 1"),
+    ],
+)
+def test_given_parts_that_leave_nothing_are_one_line(parts: list[int], folds: int, holdout: float, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        split(np.ones((4, 1), np.int8), list("abcd"), np.array(parts), folds=folds, holdout=holdout, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_former_method_takes_nothing_that_is_given() -> None:
+    labels, groups = _study_like(40, 3, 0)
+    given_parts = np.where(np.array(groups) == "s0", HOLDOUT, FREE)
+    with pytest.raises(InputError, match="--split-method iterative draws every group"):
+        split(labels, groups, given_parts, folds=3, holdout=0.2, seed=0, method="iterative")
+
+
+def test_classes_on_one_side_are_found() -> None:
+    labels = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=np.int8)
+    groups = ["a", "b", "c", "d", "d"]
+    held = np.array([HOLDOUT, HOLDOUT, 0, 1, 1], dtype=np.int16)
+    assert one_sided(labels, groups, held) == {0: HOLDOUT, 3: 0}
+    assert one_sided(labels, groups, np.zeros(5, int)) == {}
 
 
 def test_fold_table_counts_and_flags() -> None:
