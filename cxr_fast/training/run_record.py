@@ -71,7 +71,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `folds`, `budgets`, `grid`, `split_table` and `per_class` are tables, a row an object; `finals` and `metrics` hold
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
     trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model;
-    runs of earlier versions have neither. `custom` names a head or loss that was given in Python.
+    runs of earlier versions have neither. `custom` names a head or loss that was given in Python. `shortcuts` are the
+    rows of `metrics.shortcuts.describe`, the strongest first; runs of earlier versions have none.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -121,6 +122,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     decisions: dict[str, Values] | msgspec.UnsetType = msgspec.UNSET
     probe: Values | msgspec.UnsetType = msgspec.UNSET
     custom: Values | msgspec.UnsetType = msgspec.UNSET
+    shortcuts: list[Values] | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:
