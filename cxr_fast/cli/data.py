@@ -47,6 +47,8 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     """
     manifest = read_source(source, flags)
     show(describe_manifest(manifest))
+    if warning := _columns(manifest).warning():
+        echo_notes([warning])
     if out is not None:
         from ..data.manifest import write_manifest
 
@@ -60,12 +62,21 @@ def describe_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{text} {counts[word]:,}" for word, text in words.items() if word in counts)
 
 
+def _columns(manifest: Any) -> Any:
+    """Which columns of a dataset a report may show."""
+    from ..metrics import subgroups
+
+    columns = {subgroups.VIEW: manifest.views} | {f"meta:{name}": v for name, v in manifest.subgroups.items()}
+    return subgroups.choose(columns, manifest.groups)
+
+
 def describe_manifest(manifest: Any) -> list[Part]:
     """The counts of a dataset, its class table, and what to know of its label set."""
     from ..data.manifest import class_table, summary
+    from ..metrics.subgroups import count_views
 
     total = summary(manifest)
-    views = ", ".join(f"{name or 'unknown'} {n:,}" for name, n in total["views"].items())
+    views = ", ".join(f"{name} {n:,}" for name, n in count_views(manifest.views, manifest.groups).items())
     parts: list[Part] = [
         f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
         f"{total['studies']:,} studies, {total['groups']:,} groups",

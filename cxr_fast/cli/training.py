@@ -250,6 +250,7 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     """The folds, the epoch budgets, the grid, positives per fold, and the figures of the final model."""
     from ..metrics import calibration
     from ..report import tables
+    from ..report.shortcut_table import FIRST, shortcut_table
 
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if len(run["grid"]) > 1:
@@ -262,6 +263,8 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     if run["finals"]:
         parts += ["", tables.final_table(run, 4)]
     parts += ["", tables.probe_table(run, 4)]
+    if (found := shortcut_table(run, most=FIRST)).rows:
+        parts += ["", found]
     if held := run["metrics"]["holdout"]:
         said = f" ({run['provenance']})" if run["provenance"] else ""
         parts.append(

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..system.files import AnyPath
 from ..system.tables import (
     KNOWN_OR_NOT,
+    Cells,
     coded,
     filled,
     need,
@@ -25,13 +26,13 @@ from ..system.tables import (
     write_table,
 )
 from . import indiana, public_tables
+from .disclosure import META, differ_everywhere, why_hidden
 from .indiana import Unindexed
 from .layouts import CARD, ListedImages, recognise
 from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
 
-META = "meta:"
 RESERVED = ("image", "group", "view", "study", "split")
 
 
@@ -92,7 +93,8 @@ def _read_own(file: Path, _: Unindexed) -> ListedImages:
     try:
         values = coded(cells, classes, KNOWN_OR_NOT, file)
     except InputError as error:
-        raise InputError(f"{error} A column that is no class is named '{META}...'.") from None
+        mend = f"{error} A column that is no class is named '{META}...'."
+        raise InputError(_no_class(cells, classes, file) or mend) from None
     return ListedImages(
         kind="manifest",
         file=file,
@@ -105,6 +107,22 @@ def _read_own(file: Path, _: Unindexed) -> ListedImages:
         labels=values,
         subgroups={name.removeprefix(META): cells[name] for name in cells if name.startswith(META)},
     )
+
+
+def _no_class(cells: Cells, classes: Sequence[str], file: Path) -> str:
+    """Say which column could identify a person and is no class, without a value of it; empty where there is none."""
+    for name in classes:
+        if {*cells[name]} <= set(KNOWN_OR_NOT):
+            continue
+        why = why_hidden(name, cells[name], cells["group"])
+        if differ_everywhere(cells[name], KNOWN_OR_NOT):
+            why = why or "its values are all different"
+        if why:
+            return (
+                f"{file}: column {name!r} holds more than 1, 0 or nothing, so it is no class, and it could identify a "
+                f"person ({why}); leave it out of the manifest."
+            )
+    return ""
 
 
 READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {

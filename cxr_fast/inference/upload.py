@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import NOTICE
-from ..data.disclosure import Secrets, read_names
+from ..data.disclosure import Secrets, list_paths, read_names
 from ..errors import InputError
 from ..system import huggingface
 from ..system.huggingface import explain
@@ -35,7 +34,8 @@ TEXT_COLUMNS = ("part", "level", "figure", "tier", "class")
 BREAKDOWN = ("by", "group")  # figures.csv: the column a subgroup is of, and its value
 # Lines of the card's list of missing figures that name no subgroup, no value and no file.
 PLAIN_MISSING = re.compile(
-    r"- (training images: no intervals|intervals of [\d,]+ of |[^:]*: (no intervals|the data names))"
+    r"- (training images: no intervals|intervals of [\d,]+ of |\d+ columns? not shown"
+    r"|[^:]*: (no intervals|the data names))"
 )
 USE = """
 ## Use
@@ -108,7 +108,7 @@ def push(run: Path, spec: UploadSpec, on_plan: Callable[[UploadPlan], None]) -> 
     _check_name(spec)
     exists, there = (False, ()) if spec.dry_run else _look(library, spec)
     names_of_run = read_names(run / "predictions.npz", record.get("classes") or ())
-    secrets = Secrets(paths=tuple(_paths(run, record)), names=names_of_run)
+    secrets = Secrets(paths=tuple(list_paths(run, record)), names=names_of_run)
     models, info = _verified_models(run, spec, secrets)
     files = [*models, _card(run, spec, info, secrets), *_tables(run, info["labels"])]
     names = {file.name for file in files}
@@ -138,16 +138,6 @@ def _read_record(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or not of a run ({type(error).__name__}).") from error
     return dict(record)
-
-
-def _paths(run: Path, record: dict[str, Any]) -> list[str]:
-    """List paths that a text of the run may hold, the longest first."""
-    cache, weights = record["cache"], str(record["cache"].get("weights") or "")
-    known = [cache.get("path"), cache["dataset"].get("root"), run, run.resolve(), os.getcwd(), Path.home()]
-    if not weights.startswith((hub.PREFIX, "random:")) and (weights.count("/") != 1 or Path(weights).is_dir()):
-        known.append(weights)
-    found = {str(path).rstrip("/") for path in known if path and len(Path(str(path)).parts) > 1}
-    return sorted(found, key=len, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the files
@@ -229,14 +219,17 @@ def _card(run: Path, spec: UploadSpec, info: dict[str, Any], secrets: Secrets) -
 
 
 def _without_subgroups(lines: Sequence[str]) -> tuple[list[str], int]:
-    """Drop the lines of the section Missing that may name a subgroup or a file; return the rest and their number."""
+    """Drop the section Shortcuts, and the lines of Missing that may name a subgroup or a file; return the rest and
+    the number of lines dropped."""
     out: list[str] = []
-    inside, left = False, 0
+    section, left = "", 0
     for line in lines:
         if line.startswith("## "):
-            inside = line == "## Missing"
-        if inside and line.startswith("- ") and not PLAIN_MISSING.match(line):
+            section = line.removeprefix("## ")
+        if section == "Missing" and line.startswith("- ") and not PLAIN_MISSING.match(line):
             left += 1
+        elif section == "Shortcuts":
+            left += line.startswith("- ")
         else:
             out.append(line)
     return out, left

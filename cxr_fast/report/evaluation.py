@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.disclosure import GROUPS
 from ..errors import InputError
 from ..metrics import curves, figures, subgroups
 from ..metrics.intervals import Interval, Resampling, bootstrap, support
+from ..metrics.subgroups import VIEW
 from ..system.files import AnyPath
 from ..system.text import Table
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
@@ -22,8 +24,6 @@ from .summary import Record, as_figure
 
 SCHEMA = 1
 LEVEL = 0.95
-# Fewer images are no subgroup.
-SMALL = 10
 # A class with positives (or negatives) in fewer groups than this has no interval: however widened, it would hold the
 # truth in three of four cases and not in 19 of 20 (benchmarks/LOG.md).
 FEW = 5
@@ -78,7 +78,7 @@ def evaluate(
     """
     folder = Path(folder)
     run = read_run_info(folder, logit_adjustment=logit_adjustment)
-    saved = read(folder, run)
+    saved, shown = _only_shown(read(folder, run))
     job = _Job(classes=run["classes"], limits=np.array(run["thresholds"], float), resamples=resamples, seed=seed)
     scored = _parts(saved, job)
     intervals = {name: job.intervals(part) if name != "train" else {} for name, part in scored.items()}
@@ -93,13 +93,17 @@ def evaluate(
         "missing": job.missing,
         "parts": parts,
         "studies": {"pool": pool, "parts": _studies(scored, pool, job)},
-        "views": _by("view", scored.get(chief or ""), job),
+        "views": _by(VIEW, scored.get(chief or ""), job),
         "subgroups": _subgroups(scored.get(chief or ""), job),
+        "columns_not_shown": len(shown.hidden),
+        "shortcuts": run.get("shortcuts") or [],
         "per_class_of": chief,
         **(_details(scored[chief], intervals[chief], job) if chief else _NOTHING),
         "cooccurrence": cooccurrence(saved.arrays["labels"], job.classes),
     }
     _tell_withheld(job)
+    job.missing.extend(f"by {title}: the data names none" for title in shown.empty)
+    job.missing.extend([str(shown)] if shown.hidden else [])
     return dict(clean(result))
 
 
@@ -137,6 +141,16 @@ def _studies(scored: dict[str, Scored], pool: Pool, job: _Job) -> dict[str, Any]
     return out
 
 
+def _only_shown(saved: Saved) -> tuple[Saved, subgroups.Shown]:
+    """Put the name of a subgroup in place of each value of `view` and `meta:` columns, "" where it is not shown."""
+    arrays = {name: values for name, values in saved.arrays.items() if not name.startswith(META)}
+    columns = {name: saved.arrays[name].tolist() for name in saved.arrays if name == VIEW or name.startswith(META)}
+    shown = subgroups.choose(columns, arrays["group"].tolist())
+    arrays |= {META + title: named for title, named in shown.columns.items() if title != VIEW}
+    arrays[VIEW] = shown.columns.get(VIEW, np.full(len(arrays["group"]), ""))
+    return replace(saved, arrays=arrays), shown
+
+
 def _subgroups(scored: Scored | None, job: _Job) -> dict[str, Any]:
     names = [] if scored is None else [name for name in scored.columns if name.startswith(META)]
     found = {name.removeprefix(META): _by(name, scored, job) for name in names}
@@ -144,23 +158,17 @@ def _subgroups(scored: Scored | None, job: _Job) -> dict[str, Any]:
 
 
 def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
-    """A PART for every value of a column that has enough images."""
-    if scored is None:
+    """A PART for every value of a column that enough groups have; the column holds names of subgroups."""
+    if scored is None or not any(scored.columns[column]):
         return {}
-    name = column.removeprefix(META)
-    try:
-        rows = subgroups.split(name, scored.columns[column].tolist())
-    except InputError as error:
-        job.missing.append(f"by {name}: {error}")
-        return {}
+    name, groups = column.removeprefix(META), scored.columns["group"]
+    rows, small = subgroups.split(scored.columns[column], groups)
+    if small and subgroups.OTHER not in rows:
+        job.missing.append(f"by {name}: {small} value{'s' if small > 1 else ''} of fewer than {GROUPS} groups")
     out = {}
     for value, members in rows.items():
         part = scored.select_rows(members, f"{name} {value}: {scored.of}")
-        groups = len(set(part.columns["group"].tolist()))
-        if len(members) < SMALL or groups < 2:
-            job.missing.append(f"by {name}: {value} has {len(members)} image(s) of {groups} group(s), too few")
-        else:
-            out[value] = job.part(f"{name} {value}", part, job.intervals(part))
+        out[value] = job.part(f"{name} {value}", part, job.intervals(part))
     return out
 
 

@@ -6,6 +6,7 @@ from ..config import BIOMEDCLIP
 from ..data.labels import TRAPS
 from . import tables
 from .html import render_markdown
+from .shortcut_table import shortcut_lines
 from .summary import FEW, FIGURES, Record, ReportData
 
 TAGS = ("chest-x-ray", "radiology", "multi-label", "biomedclip", "onnx", "research-only")
@@ -43,6 +44,7 @@ def render_card(material: ReportData) -> bytes:
         names=FIGURES,
         split=split,
         results=results,
+        shortcuts=shortcut_lines(run),
         slug="-".join("".join(c if c.isalnum() else " " for c in material.name.casefold()).split()) or "dataset",
         synthetic=synthetic,
         calibrated=material.calibrated,

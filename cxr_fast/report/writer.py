@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.disclosure import Secrets, list_paths
 from ..errors import InputError
 from ..system.files import AnyPath, write_bytes
 from ..system.text import Table, to_csv
 from ..training import predictions
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
-from . import charts, comparison, evaluation, settings, tables
+from . import charts, comparison, evaluation, settings, shortcut_table, tables
 from .html import render_page
 from .model_card import render_card
 from .summary import FIGURES, Record, ReportData
@@ -75,7 +76,9 @@ def write_all(
         try:
             pairs[title] = compare_any_part(folders[0], folder, resamples=resamples, seed=seed)
         except InputError as error:
-            missing.append(f"the comparison of {title} with {titles[0]}: {error}")
+            paths = [path for each in (folder, folders[0]) for path in list_paths(each, read_info(each))]
+            told = Secrets(paths=tuple(sorted(paths, key=len, reverse=True))).clean(str(error))
+            missing.append(f"the comparison of {title} with {titles[0]}: {told}")
     path = out or folders[0] / COMPARISON
     write_bytes(path, render_comparison(runs, found, pairs, missing))
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
@@ -129,7 +132,12 @@ def write_report(
 def render_run(material: ReportData) -> bytes:
     """The page of one run."""
     return render_page(
-        "report.html.j2", material=material, tables=tables, settings=settings, confusions=_largest_confusions(material)
+        "report.html.j2",
+        material=material,
+        tables=tables,
+        settings=settings,
+        confusions=_largest_confusions(material),
+        shortcuts=shortcut_table.shortcut_table(material.run),
     )
 
 
@@ -165,11 +173,19 @@ def render_comparison(
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
-    """`run.json` with everything a report needs of it. InputError or SchemaError with one line where it is not."""
+    """`run.json` with everything a report needs of it, without paths of this machine.
+
+    InputError or SchemaError with one line where it is none of this version.
+    """
     run = read_info(folder)
     if lacking := [name for name in NEEDED if name not in run]:
         raise InputError(f"{folder / 'run.json'} holds no {', '.join(lacking[:5])}; run the sweep again.")
-    return run
+    cleaned: dict[str, Any] = _paths_of(folder, run).clean_values(run)
+    return cleaned
+
+
+def _paths_of(folder: Path, run: Record) -> Secrets:
+    return Secrets(paths=tuple(list_paths(folder, run)))
 
 
 def gather(
@@ -177,8 +193,9 @@ def gather(
 ) -> tuple[ReportData, bool]:
     """Everything a page says of a run, and whether no file of it is missing or damaged."""
     run, broken = read_whole(folder), []
+    paths = _paths_of(folder, read_info(folder))
     if logit_adjustment:
-        run = read_run_info(folder, logit_adjustment=logit_adjustment)
+        run = paths.clean_values(read_run_info(folder, logit_adjustment=logit_adjustment))
     try:
         history = read_history(folder / "history.csv")
     except InputError as error:
@@ -193,7 +210,7 @@ def gather(
     except InputError as error:
         broken.append(f"every figure of the predictions: {error}")
     lacking = tuple(map(name_figures, found["missing"])) if found else ()
-    missing, whole = (*broken, *lacking), not broken and not any(NAN in line for line in lacking)
+    missing, whole = (*map(paths.clean, broken), *lacking), not broken and not any(NAN in line for line in lacking)
     pictures = charts.all_plots(run, history, found)
     material = ReportData(
         run=run,

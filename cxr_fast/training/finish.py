@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..config import to_dict
-from ..metrics import calibration, figures
+from ..metrics import calibration, figures, shortcuts, subgroups
+from ..metrics.intervals import Resampling
 from ..metrics.rarity import group_maps
 from ..models import heads, probe
 from . import run_record
@@ -19,6 +20,9 @@ from .dataset import Data
 from .final_models import RETRAINED, FinalModels
 from .run_folder import model_sha256, save_model
 from .search import Search, Trained
+
+# Images that a probe of the shortcut audit is fitted to.
+MOST = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +91,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     decisions = {name: decide(finals, name) for name in ("folds", *finals.extra)}
     # The hold-out by itself for each, so that its figures do not hang on which model was asked for.
     raw = {kind: finals.probabilities(kind, data.rows[held]) for kind in finals.kinds if held.any()}
-    scored, limits = {}, decisions[own].thresholds
-    for kind, values in raw.items():
-        decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
-        found = calibration.apply(decision.calibration, values)
-        scored[kind] = run_record.compute_figures(data.labels[held], found, decision.thresholds)
+    scored, limits = _score(raw, data.labels[held], decisions), decisions[own].thresholds
     everywhere = np.empty(data.labels.shape, np.float32)
     everywhere[~held] = finals.probabilities(spec.final, data.rows[~held])
     everywhere[held] = raw.get(spec.final, everywhere[held])
@@ -127,6 +127,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         calibration=decisions[own].calibration,
         decisions={name: decision.to_record() for name, decision in decisions.items()},
         probe=describe_probe(search, probed),
+        shortcuts=find_shortcuts(data, read_embeddings(search), spec.seed),
         **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
         final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
         finals=scored,
@@ -138,6 +139,16 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         weights_sha256=weights,
         model_sha256=model_sha256(weights, members),
     )
+
+
+def _score(raw: dict[str, np.ndarray], labels: np.ndarray, decisions: dict[str, Decisions]) -> dict[str, Any]:
+    """Figures of each kind of final model on the hold-out, from its raw probabilities (n, C) and labels (n, C)."""
+    scored = {}
+    for kind, values in raw.items():
+        decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
+        found = calibration.apply(decision.calibration, values)
+        scored[kind] = run_record.compute_figures(labels, found, decision.thresholds)
+    return scored
 
 
 def custom_record(search: Search) -> dict[str, Any] | msgspec.UnsetType:
@@ -152,13 +163,54 @@ def custom_record(search: Search) -> dict[str, Any] | msgspec.UnsetType:
     return found | {"layers": layers} | ({"unknown": unknown} if unknown else {})
 
 
+def read_embeddings(search: Search) -> torch.Tensor:
+    """Embeddings (N, E) of the plain views before training, on the device."""
+    rows = torch.from_numpy(search.data.rows)
+    return search.behind(0, 1).gather(rows, torch.zeros_like(rows))
+
+
+def find_shortcuts(data: Data, embeddings: torch.Tensor, seed: int) -> list[dict[str, Any]]:
+    """How well each column that may be shown is read from embeddings (N, E), and how far each label follows it: rows
+    as `run.json` has them, the strongest first.
+
+    Read by logistic regression, each image by the one that saw none of its group, hold-out or not: nothing is chosen
+    by this.
+    """
+    header = data.header
+    columns = {"view": header.views} | {f"meta:{name}": v for name, v in data.file.meta.get("subgroups", {}).items()}
+    groups = [header.groups[i] for i in data.rows]
+    shown = subgroups.choose({name: [values[i] for i in data.rows] for name, values in columns.items()}, groups)
+    traits = shortcuts.find_traits(shown.columns, groups)
+    if not traits:
+        return []
+    folds, present = shortcuts.deal_folds(traits, groups, seed), np.stack([each.present for each in traits], axis=1)
+    target, scores = torch.from_numpy(present).to(embeddings.device), np.zeros(present.shape)
+    for k in range(shortcuts.FOLDS):
+        valid = torch.from_numpy(folds == k).to(embeddings.device)
+        train = _some_rows(np.flatnonzero(folds != k), seed)
+        fitted = probe.fit(embeddings[train], target[train])
+        scores[folds == k] = probe.scores(fitted, embeddings[valid]).cpu().numpy()
+    how = Resampling(resamples=shortcuts.RESAMPLES, seed=seed)
+    found = shortcuts.read_aucs(traits, scores, folds, groups, how)
+    rows = [
+        shortcuts.describe(trait, area, groups, shortcuts.follow(trait, data.labels, groups, header.classes))
+        for trait, area in zip(traits, found, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (-shortcuts.strength(row), -row["auc"]))
+
+
+def _some_rows(rows: np.ndarray, seed: int) -> torch.Tensor:
+    """At most MOST of the rows, drawn at random, in order: more read a column hardly better."""
+    if len(rows) > MOST:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MOST, replace=False))
+    return torch.from_numpy(rows)
+
+
 def linear_probe(search: Search) -> np.ndarray:
     """Probabilities (N, C) float32 of logistic regression on the embeddings before training: an image of a fold by the
     probe of the other folds, a held-out one by the mean of all of them."""
-    data, inputs = search.data, search.behind(0, 1)
-    rows = torch.from_numpy(data.rows)
-    embeddings = inputs.gather(rows, torch.zeros_like(rows))
-    labels = torch.from_numpy(data.labels).to(inputs.device)
+    data, embeddings = search.data, read_embeddings(search)
+    labels = torch.from_numpy(data.labels).to(embeddings.device)
     out, held = np.zeros(data.labels.shape), data.assignment == -1
     for k in range(search.spec.folds):
         train, valid = (data.assignment >= 0) & (data.assignment != k), data.assignment == k

@@ -71,7 +71,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `folds`, `budgets`, `grid`, `split_table` and `per_class` are tables, a row an object; `finals` and `metrics` hold
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
     trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model;
-    runs of earlier versions have neither. `custom` names a head or loss that was given in Python.
+    runs of earlier versions have neither. `custom` names a head or loss that was given in Python. `shortcuts` are the
+    rows of `metrics.shortcuts.describe`, the strongest first; runs of earlier versions have none.
     `split` says by which method groups were drawn, and how many images were given their part by what.
 
         >>> record: RunRecord = read_record("exports/indiana")
@@ -123,6 +124,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     probe: Values | msgspec.UnsetType = msgspec.UNSET
     custom: Values | msgspec.UnsetType = msgspec.UNSET
     split: Values | msgspec.UnsetType = msgspec.UNSET
+    shortcuts: list[Values] | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:

@@ -720,3 +720,29 @@ def test_real_nih() -> None:
     assert all(m.path(row).is_file() for row in range(len(m)))
     assert set(m.subgroups["sex"]) == {"F", "M"}
     assert "" not in m.subgroups["age"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [f"A{i}" for i in range(4)],  # all different
+        ["4711", "4712", "4713", "4714"],
+        ["Anna Meier", "Anna Meier", "Hans Sommer", ""],
+        ["3.5.1957", "3.5.1957", "", "4.6.1958"],
+    ],
+)
+def test_a_column_that_names_patients_is_not_invited_as_meta(tmp_path: Path, values: list[str]) -> None:
+    rows = "".join(f"{i}.png,p{i},{value},1\n" for i, value in enumerate(values))
+    file = put(tmp_path / "manifest.csv", f"image,group,extra,Mass\n{rows}")
+    with pytest.raises(
+        InputError, match=r"column 'extra' .* could identify a person .*leave it out of the manifest"
+    ) as e:
+        read_dataset(file, missing="unchecked")
+    assert "meta:" not in str(e.value)
+    assert not any(value in str(e.value) for value in values if value)
+
+
+def test_a_column_that_groups_patients_is_invited_as_meta(tmp_path: Path) -> None:
+    file = put(tmp_path / "manifest.csv", "image,group,sex,Mass\na.png,1,F,1\nb.png,2,F,0\nc.png,3,M,0\n")
+    with pytest.raises(InputError, match=r"column 'sex' holds 'F' in data row 1; .* is named 'meta:\.\.\.'"):
+        read_dataset(file, missing="unchecked")

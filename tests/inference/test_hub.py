@@ -397,8 +397,10 @@ def copied(patient_run: Path, tmp_path: Path) -> Path:
 
 def test_nothing_of_a_patient_or_of_this_machine_reaches_the_hub(hub: HubServer, patient_run: Path) -> None:
     card = (patient_run / "MODEL_CARD.md").read_text()
-    assert "ward-north-7" in card, "the card that stays here does name the small subgroups"
-    assert str(patient_run.parent) in card, "and where the weights lie"
+    assert "ward-north-7" not in card, "not even the card that stays here names small subgroups"
+    assert str(patient_run.parent) not in card
+    assert "Dr Winter" not in card
+    assert "backbone: secret weights," in card
     said = push(patient_run, "--public").stdout
     got = bytes(hub.received)
     assert NOTICE.encode() in got

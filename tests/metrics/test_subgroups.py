@@ -7,17 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cxr_fast.data.disclosure import GROUPS, VALUES
 from cxr_fast.errors import InputError
 from cxr_fast.metrics import subgroups
 
 
-def sizes(name: str, values: list[str]) -> dict[str, int]:
-    return {key: len(rows) for key, rows in subgroups.split(name, values).items()}
+def rows(name: str, values: list[str], groups: list[str] | None = None) -> dict[str, list[int]]:
+    """Row numbers by subgroup; without groups every value counts as one of enough of them."""
+    owners = [f"p{i}" for i in range(len(values))] if groups is None else groups
+    named = subgroups.name_subgroups(name, values, owners)
+    if groups is None:
+        return {value: np.flatnonzero(named == value).tolist() for value in subgroups.in_order(named)}
+    return {value: found.tolist() for value, found in subgroups.split(named, np.array(groups))[0].items()}
+
+
+def sizes(name: str, values: list[str], groups: list[str] | None = None) -> dict[str, int]:
+    return {key: len(found) for key, found in rows(name, values, groups).items()}
 
 
 def test_texts_are_what_they_are_and_the_unknown_stand_last() -> None:
-    found = subgroups.split("sex", ["M", "F", "", "F"])
-    assert {key: rows.tolist() for key, rows in found.items()} == {"F": [1, 3], "M": [0], "unknown": [2]}
+    found = rows("sex", ["M", "F", "", " F "])
+    assert found == {"F": [1, 3], "M": [0], "unknown": [2]}
     assert list(found) == ["F", "M", "unknown"]
     assert sizes("ward", ["1", "1", "2"]) == {"1": 2, "2": 1}
 
@@ -37,23 +47,67 @@ def test_ages_become_decades_in_order(name: str) -> None:
 
 
 def test_other_numbers_become_quarters_in_order() -> None:
-    values = [str(i) for i in range(1, 101)]
+    values = [str(i) for i in range(1, 101)] * 2
     found = sizes("dose", [*values, ""])
-    assert list(found) == ["up to 25.75", "25.75 to 50.5", "50.5 to 75.25", "over 75.25", "unknown"]
-    assert list(found.values()) == [25, 25, 25, 25, 1]
-    assert sizes("stage", [str(i) for i in range(40)])["up to 9.75"] == 10, "`stage` is no age"
+    assert list(found) == ["up to 25", "25 to 50", "50 to 75", "over 75", "unknown"]
+    assert list(found.values()) == [50, 50, 50, 50, 1]
+    assert sizes("stage", [str(i) for i in range(40)] * 2)["up to 10"] == 22, "`stage` is no age"
+    assert list(sizes("index", [f"{i / 7:.4f}" for i in range(100)])) == [
+        *("up to 3.5", "3.5 to 7", "7 to 10.5", "over 10.5"),
+    ], "edges are round: none is a patient's own number"
 
 
 def test_what_is_no_subgroup_is_told() -> None:
-    with pytest.raises(InputError, match="names none"):
-        subgroups.split("sex", ["", ""])
-    with pytest.raises(InputError, match="40 different values that are no numbers"):
-        subgroups.split("scanner", [f"s{i}" for i in range(40)])
+    with pytest.raises(InputError, match="more than 12 different values that are no numbers") as caught:
+        rows("scanner", [f"s{i}" for i in range(40)])
+    assert "s1" not in str(caught.value)
+    columns = {"view": ["AP"] * 40, "meta:view": ["PA"] * 40, "meta:sex": [""] * 40, "meta:who": ["MEIER^ANNA"] * 40}
+    found = subgroups.choose(columns, [str(i) for i in range(40)])
+    assert list(found.columns) == ["view", "meta:view"]
+    assert found.hidden == {"who": "it holds names of persons"}
+    assert found.empty == ("sex",)
+    assert str(found).startswith("1 column not shown: ")
+    assert "1 of 3 columns" in found.warning()
+    assert "ANNA" not in found.warning() + str(found)
 
 
-@given(st.lists(st.sampled_from(["", *map(str, range(30)), "-3.5", "1e3"]), min_size=1), st.sampled_from(["a", "age"]))
-def test_every_image_is_in_one(values: list[str], name: str) -> None:
-    if not any(values):
+def test_few_groups_are_put_together_or_left_out() -> None:
+    values = ["a"] * 20 + ["b"] * 9 + ["c"] * 30 + [""] * 3
+    groups = [f"p{i}" for i in range(29)] + ["q"] * 30 + ["r", "s", "t"]
+    found = sizes("scanner", values, groups)
+    assert found == {"a": 20, "other values": 9 + 30 + 3}, "30 images of one patient are one group"
+    named = subgroups.name_subgroups("scanner", values[:29], groups[:29])
+    left, few = subgroups.split(named, np.array(groups[:29]))
+    assert (list(left), few) == (["a"], 1)
+
+
+def test_views_are_counted_without_what_few_have() -> None:
+    groups = [str(i) for i in range(30)]
+    found = subgroups.count_views(["AP"] * 12 + ["Lateral Erect"] * 3 + ["of Hans"] * 2 + [""] * 13, groups)
+    assert found == {"unknown": 13, "AP": 12, "Lateral Erect": 3, "other values": 2}
+    assert subgroups.count_views(["MEIER^ANNA"] * 30, groups) == {"not shown": 30}
+    assert subgroups.count_views([""] * 2, ["a", "b"]) == {"unknown": 2}
+    assert subgroups.count_views([], []) == {}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", *map(str, range(30)), "-3.5", "1e3", "inf", "x"]), st.integers(0, 40)),
+        min_size=1,
+    ),
+    st.sampled_from(["a", "age"]),
+)
+def test_every_image_is_in_one_and_every_subgroup_has_enough_groups(pairs: list[tuple[str, int]], name: str) -> None:
+    values, groups = [value for value, _ in pairs], [str(group) for _, group in pairs]
+    try:
+        named = subgroups.name_subgroups(name, values, groups)
+    except InputError:
         return
-    rows = np.concatenate(list(subgroups.split(name, values).values()))
-    assert sorted(rows.tolist()) == list(range(len(values)))
+    assert len(named) == len(values)
+    assert len(set(named.tolist()) - {"unknown"}) <= VALUES
+    found, few = subgroups.split(named, np.array(groups))
+    together = np.concatenate([*found.values(), np.array([], int)])
+    assert len(set(together.tolist())) == len(together)
+    assert few or len(together) == len(values)
+    for members in found.values():
+        assert len({groups[row] for row in members}) >= GROUPS

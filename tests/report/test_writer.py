@@ -23,13 +23,15 @@ from PIL import Image
 
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
+from cxr_fast.metrics import subgroups
 from cxr_fast.report import charts, comparison, evaluation, writer
 from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
 from cxr_fast.system.text import Figure, duration
 from cxr_fast.training.run_folder import read_info
 from tests.helpers.pages import Page, browse
 
-SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "search", "data", "recipe", "made"]
+SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "shortcuts", "search", "data"]
+SECTIONS += ["recipe", "made"]
 FEW = {"resamples": 40}
 
 
@@ -42,7 +44,7 @@ def made(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, lambda arrays: arrays.update({"meta:sex": np.array(["F", "M"])[np.arange(len(arrays["fold"])) % 2]})
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "SMALL", 2)  # the toy's views are few images
+        patch.setattr(subgroups, "GROUPS", 2)  # the toy's views are few images
         writer.write_report(folder, **FEW)
     return folder
 
@@ -486,7 +488,7 @@ def test_predictions_all_nan(folder: Path) -> None:
     written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
-    assert parsed.sections == ["cooccurrence", "search", "data", "recipe", "made"]
+    assert parsed.sections == ["cooccurrence", "shortcuts", "search", "data", "recipe", "made"]
     assert "could not be judged" in parsed.text
 
 
@@ -504,7 +506,7 @@ def test_damaged_predictions_leave_what_run_json_tells(folder: Path, damage: str
     written = writer.write_report(folder, **FEW)
     parsed = Page(written.page.read_text(encoding="utf-8"))
     assert not written.whole
-    assert parsed.sections == ["search", "data", "recipe", "made"]
+    assert parsed.sections == ["shortcuts", "search", "data", "recipe", "made"]
     assert "every figure of the predictions" in written.missing[0]
     assert "predictions.npz" in parsed.text
     assert not (folder / "evaluation.json").exists(), "figures of an earlier report do not stay"
