@@ -243,9 +243,9 @@ class Sweep:
         step = seconds(some) / sum(b - a for a, b in some)
         few = fold.valid_rows[:64]
         inputs = self.search.inputs(train)
-        predict(fold.tail, inputs, few, kind=fold.kind)  # the first call warms up
+        predict(fold.tail, inputs, few)  # the first call warms up
         began = time.perf_counter()
-        predict(fold.tail, inputs, few, kind=fold.kind)
+        predict(fold.tail, inputs, few)
         score = time.perf_counter() - began
         epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
         trained = sum(len(data.train(k)) for k in folds)
