@@ -29,7 +29,7 @@ from ..models.tail import count_trainable
 from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
-from . import run_record
+from . import operating_points, run_record
 from .checkpoints import Journal, difference
 from .dataset import read
 from .final_models import FinalModels
@@ -114,6 +114,8 @@ class Sweep:
             require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
         self.labels_from = "the cache" if manifest is None else manifest.name
         self._choose_device(trainers)
+        dev = self.data.assignment >= 0
+        operating_points.require_reachable(self.data.labels[dev], spec.threshold_target, self.data.header.classes)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, options.weights)
