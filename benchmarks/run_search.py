@@ -5,7 +5,8 @@
 Random activations of Indiana's size (V=2, float16), made on the device; 20 % held out, the rest in folds, validation
 every epoch, a snapshot of every fold at each budget. The search is 100 epochs; with fewer --epochs the figure for it is
 extrapolated, and said to be. Stacked and one-by-one folds are compared before anything is timed. Saving states to disk
-is left out. The peak is bfloat16's, as measured on an H100 or H200; `common.tail_flops` has the arithmetic.
+is left out. The peak is bfloat16's, as measured on an H100 or H200; `common.tail_flops` has the arithmetic. Validation
+is float32 and counted at that peak too, so the least time is lower than any card's.
 """
 
 from __future__ import annotations

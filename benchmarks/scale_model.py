@@ -239,8 +239,9 @@ def sweep_on(data: DataSet, use: int, rented: int, n: Numbers) -> Phase:
     busy, place, size = min(use, tasks), where(data, rented, n), data.images * n["views"] * n["row"]
     active, rounds = min(nodes(use, n), tasks), math.ceil(tasks / busy)
     trained, validated = (n["epochs"] * share * data.images for share in (TRAINED, VALIDATED))
-    work = trained * n["training work"] + validated * n["validation work"]
-    waits = {"training step": rounds * work / (n["16-bit speed"] * n["share, training"])}
+    products = trained * n["training work"] / (n["16-bit speed"] * n["share, training"])
+    products += validated * n["validation work"] / (n["float32 speed"] * n["share, prefix"])  # validation is float32
+    waits = {"training step": rounds * products}
     load, samples = 0.0, trained + validated
     if place == "disk":
         read = tasks * samples * n["row"] / n["share, streaming"]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .report.comparison import compare_runs as compare_runs
     from .report.evaluation import evaluate as evaluate
     from .report.writer import write_report as write_report
+    from .training.operating_points import OperatingPoint as OperatingPoint
     from .training.run_folder import read_run as read_run
     from .training.run_record import RunRecord as RunRecord, read_record as read_record
     from .training.sweep import Sweep as Sweep
@@ -45,6 +46,7 @@ _MODULE = {
     "compare_runs": "report.comparison",
     "evaluate": "report.evaluation",
     **dict.fromkeys(("ExportSpec", "export_run"), "export.variants"),
+    "OperatingPoint": "training.operating_points",
     "read_run": "training.run_folder",
     **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
     "Sweep": "training.sweep",

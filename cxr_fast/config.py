@@ -271,9 +271,10 @@ class TrainSpec:
 class SweepSpec:
     """The search around the fold: hold-out, folds, epoch budgets, the final model, thresholds.
 
-    `split_method` draws what `split` leaves open. `threshold_target` is `f1`, `sensitivity=0.9` or `specificity=0.9`;
-    thresholds and calibration come from out-of-fold predictions. `retrain_head` is classifier re-training (Kang et al.
-    2020): fresh heads, at the chosen budget and the head's rate, on embeddings of each fold's trained blocks.
+    `split_method` draws what `split` leaves open. `threshold_target` is `f1`, `sensitivity=0.9`, `specificity=0.9`, or a
+    JSON object of one for each class named (the others take f1); thresholds and calibration come from out-of-fold
+    predictions. `retrain_head` is classifier re-training (Kang et al. 2020): fresh heads, at the chosen budget and the
+    head's rate, on embeddings of each fold's trained blocks.
 
         >>> SweepSpec(epochs=(5, 10), folds=3, train=TrainSpec(dropout=0.2)).final
         'best-fold'
@@ -305,7 +306,9 @@ class SweepSpec:
         "best-fold",
         "The final model: the best fold's, one trained on all folds, the folds' mean, or that of retrained heads.",
     )
-    threshold_target: str = _setting("f1", "f1, sensitivity=X or specificity=X, per class, out of fold.")
+    threshold_target: str = _setting(
+        "f1", "f1, sensitivity=X or specificity=X, per class, out of fold; or a CSV file of class,target."
+    )
     calibration: Literal["none", "platt", "isotonic"] = _setting("none", "Calibration per class, fitted out of fold.")
     train: TrainSpec = field(default_factory=TrainSpec)
 
@@ -335,14 +338,28 @@ class SweepSpec:
     @property
     def threshold_goal(self) -> tuple[str, float] | None:
         """(`f1`, 0), (`sensitivity`, 0.9) or (`specificity`, 0.9); None where the text is none of these."""
-        name, _, value = self.threshold_target.partition("=")
-        if self.threshold_target == "f1":
-            return "f1", 0.0
+        return (parse_target(self.threshold_target) or {}).get("")
+
+
+def parse_target(text: str) -> dict[str, tuple[str, float]] | None:
+    """The goal of each class that a threshold target names, and under "" of all others: (`f1`, 0), (`sensitivity`,
+    0.9) or (`specificity`, 0.9). A JSON object names classes, and the others take `f1`. None where it is no target."""
+    if text.startswith("{"):
         try:
-            share = float(value)
+            rows = {name: str(target) for name, target in json.loads(text).items()}
         except ValueError:
             return None
-        return (name, share) if name in ("sensitivity", "specificity") and 0 < share <= 1 else None
+        each = {name: None if target.startswith("{") else parse_target(target) for name, target in rows.items()}
+        goals = {"": ("f1", 0.0), **{name: goal[""] for name, goal in each.items() if goal}}
+        return goals if len(goals) == len(rows) + 1 else None
+    if text == "f1":
+        return {"": ("f1", 0.0)}
+    name, _, value = text.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        return None
+    return {"": (name, share)} if name in ("sensitivity", "specificity") and 0 < share <= 1 else None
 
 
 # What sweeps did before a field of the spec was there, where today's default is another.

@@ -50,33 +50,30 @@ def batch_size(activations: Activations) -> int:
     return EVAL_BATCH_HEAD if len(activations.array.shape) == 3 else EVAL_BATCH[activations.device.type]
 
 
-def predict(
-    tail: Tail, activations: Activations, rows: np.ndarray, *, kind: str = "float32", view: int = 0
-) -> np.ndarray:
-    """Logits (n, C) float32 of one view of `rows`, in evaluation mode: the plain one, or 1, the flipped one."""
+def predict(tail: Tail, activations: Activations, rows: np.ndarray, *, view: int = 0) -> np.ndarray:
+    """Logits (n, C) of one view of `rows`, in evaluation mode: the plain one, or 1, the flipped one.
+
+    In float32 arithmetic, whatever the training computes in: every choice and every figure rests on these.
+    """
     tail.eval()
     size = batch_size(activations)
     parts = [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
     out = []
-    with torch.inference_mode(), autocast(activations.device, kind):
+    with torch.inference_mode(), autocast(activations.device, "float32"):
         for x in activations.ahead((part, torch.full_like(part, view)) for part in parts):
             out.append(tail(x).float())
     return torch.cat(out).cpu().numpy()
 
 
-def probabilities(
-    tail: Tail, activations: Activations, rows: np.ndarray, *, tta: str = "none", kind: str = "float32"
-) -> np.ndarray:
+def probabilities(tail: Tail, activations: Activations, rows: np.ndarray, *, tta: str = "none") -> np.ndarray:
     """Probabilities (n, C) float32 of `rows`: of the plain view, or with `tta` "flip" the mean of both views'."""
-    plain = predict(tail, activations, rows, kind=kind)
-    return sigmoid(plain) if tta == "none" else with_flipped(plain, tail, activations, rows, kind=kind)
+    plain = predict(tail, activations, rows)
+    return sigmoid(plain) if tta == "none" else with_flipped(plain, tail, activations, rows)
 
 
-def with_flipped(
-    plain: np.ndarray, tail: Tail, activations: Activations, rows: np.ndarray, *, kind: str = "float32"
-) -> np.ndarray:
+def with_flipped(plain: np.ndarray, tail: Tail, activations: Activations, rows: np.ndarray) -> np.ndarray:
     """Mean probabilities (n, C) float32 of both views of `rows`, from the logits (n, C) of the plain one."""
-    each = [sigmoid(logits) for logits in (plain, predict(tail, activations, rows, kind=kind, view=1))]
+    each = [sigmoid(logits) for logits in (plain, predict(tail, activations, rows, view=1))]
     return np.asarray(np.mean(each, axis=0, dtype=np.float64), np.float32)
 
 

@@ -239,7 +239,7 @@ class Arms:
         fold, began = self.folds[name], self._sync()
         for _ in range(EPOCHS):
             fold.train_epoch(fold.draw())
-            predict(fold.tail, fold.activations, np.arange(self._validated), kind=fold.kind)
+            predict(fold.tail, fold.activations, np.arange(self._validated))
         return (self._sync() - began) / (EPOCHS * self.n)
 
     @property

@@ -16,7 +16,15 @@ from ..config import NOTICE
 from ..system.files import write_json
 from ..system.text import Table, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, took
-from .options import PATH, adjustment_option, cluster_option, device_option, images_option, threads_option
+from .options import (
+    PATH,
+    adjustment_option,
+    cluster_option,
+    device_option,
+    images_option,
+    point_options,
+    threads_option,
+)
 
 
 @click.command()
@@ -40,6 +48,7 @@ from .options import PATH, adjustment_option, cluster_option, device_option, ima
     "[default: as the run was scored]",
 )
 @adjustment_option
+@point_options
 @click.option("--embedding", is_flag=True, help="Also put out the L2-normalised embedding.")
 @click.option("--allow-drift", is_flag=True, help="Keep fp16 and int8 files over their limits.")
 @click.option(
@@ -73,6 +82,7 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
 def describe_export(found: list[Any]) -> list[Part]:
     """What was kept and why not, one line per variant, and the classes that lose most."""
     from ..metrics import calibration
+    from ..training.operating_points import AFTER
 
     info, first, far = found[0].info, found[0].parity, found[0].drift
     head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
@@ -106,6 +116,10 @@ def describe_export(found: list[Any]) -> list[Part]:
         parts.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
     if info["calibration"] is not None and "adjusted" in info["calibration"]:
         parts.append(f"note: {calibration.describe(info['calibration'], len(info['labels']))}; thresholds moved along")
+    if AFTER in info["threshold_source"]:
+        fitted = info["calibration"]
+        said = calibration.describe(fitted, len(info["labels"])) if fitted else "none"
+        parts.append(f"thresholds: {info['threshold_source']}; calibration: {said}")
     if ", used on " in info["threshold_source"]:
         parts.append(f"note: thresholds: {info['threshold_source']}; the run's figures are not those of this model")
     if info["provenance"]:

@@ -142,6 +142,24 @@ adjustment_option = click.option(
     help="Take this times each class's log odds in training from its logit, after training; thresholds move along.",
 )
 
+_target = click.option(
+    "--threshold-target",
+    metavar="TARGET",
+    help="Thresholds from the saved out-of-fold predictions: f1, sensitivity=X, specificity=X, or a CSV file of "
+    "class,target (others f1).  [default: as the sweep chose]",
+)
+_calibration = click.option(
+    "--calibration",
+    type=click.Choice(["none", "platt", "isotonic"]),
+    help="Calibration from the same predictions; thresholds are chosen behind it.  [default: the sweep's]",
+)
+
+
+def point_options(command: Any) -> Any:
+    """The options of thresholds and calibration that are chosen after a sweep."""
+    return _target(_calibration(command))
+
+
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; for ONNX files also tensorrt."
 )

@@ -31,6 +31,7 @@ from .options import (
     adjustment_option,
     cluster_option,
     device_option,
+    point_options,
     recipe_option,
     spec_from,
     spec_options,
@@ -138,9 +139,12 @@ def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> Sweep
         if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             flag = f"--{axis.replace('_', '-')}"
             raise InputError(f"{flag} and --grid {axis}=... set the same field; leave one of them out.")
+    from ..training.operating_points import read_target
+
     flags = with_recipe(ctx, recipe, flags)
     if flags["split_from"] is not None:
         flags |= _as_in_run(ctx, Path(flags["split_from"]))
+    flags["threshold_target"] = read_target(flags["threshold_target"])
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
     return spec_from(SweepSpec, flags, train=train)
 
@@ -251,13 +255,17 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     from ..metrics import calibration
     from ..report import tables
     from ..report.shortcut_table import FIRST, shortcut_table
+    from ..training.operating_points import describe_target, describe_two_means
 
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if len(run["grid"]) > 1:
         parts += [tables.grid_table(run, 4), ""]
-    goal = run["spec"]["threshold_target"].replace("f1", "F1")
+    goal = describe_target(run["spec"]["threshold_target"])
     figures = tables.run_figure_table(run, 4)
-    parts += [tables.positives_table(run), "", replace(figures, notes=[f"thresholds from out-of-fold {goal}"])]
+    notes = [f"thresholds from out-of-fold {goal}"]
+    if both := run.get("out_of_fold_auc"):
+        notes.append(describe_two_means(both))
+    parts += [tables.positives_table(run), "", replace(figures, notes=notes)]
     if run["calibration"]:
         parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
@@ -293,6 +301,12 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
 @adjustment_option
+@point_options
+@click.option(
+    "--prevalence",
+    metavar="SHARE",
+    help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
+)
 def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
     """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
 
@@ -302,11 +316,14 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
         raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
     if len(runs) > 1 and flags["resamples"] < 1:
         raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
-    if len(runs) > 1 and flags["logit_adjustment"]:
-        raise InputError("--logit-adjustment: of one run; a comparison takes runs as they are.")
+    for name in ("logit_adjustment", "threshold_target", "calibration"):
+        if len(runs) > 1 and flags[name]:
+            raise InputError(f"--{name.replace('_', '-')}: of one run; a comparison takes runs as they are.")
     from ..report.writer import write_all
+    from ..training.operating_points import OperatingPoint
 
-    pages = write_all(runs, out, **flags)
+    point = OperatingPoint(**{name: flags.pop(name) for name in ("threshold_target", "calibration", "prevalence")})
+    pages = write_all(runs, out, point=point, **flags)
     for written in pages:
         click.echo(written.page)
         for line in written.missing if not written.whole else ():

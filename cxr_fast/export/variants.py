@@ -27,6 +27,7 @@ from ..metrics import calibration, drift
 from ..metrics.drift import Drift
 from ..system.files import AnyPath
 from ..system.hardware import machine
+from ..training.operating_points import OperatingPoint
 from ..training.run_folder import Run, clean, read_run
 from .graph import VARIANTS, build, matrices
 from .nodes import all_nodes
@@ -42,7 +43,9 @@ class ExportSpec:
 
     `out` is a folder, or a file for a single variant, by default the run's folder; `final` another final model than the
     run's own; `tta` other views than the run was scored on ("none", or "flip" for the mean of plain and mirrored);
-    `logit_adjustment` is taken from the logits after training, times each class's log odds;
+    `logit_adjustment` is taken from the logits after training, times each class's log odds; `threshold_target` and
+    `calibration` are chosen again from the saved out-of-fold predictions, as for a sweep, the former also by a CSV file
+    of class,target;
     `images` where the cached images are now; `count` how many of them each variant is checked on.
 
         >>> ExportSpec(variants=("fp32", "int8")).count
@@ -54,6 +57,8 @@ class ExportSpec:
     final: str | None = None
     tta: str | None = None
     logit_adjustment: float = 0.0
+    threshold_target: str | None = None
+    calibration: str | None = None
     images: AnyPath | None = None
     embedding: bool = False
     allow_drift: bool = False
@@ -106,7 +111,8 @@ def export_run(
     folder = Path(run_folder)
     if unknown := [v for v in spec.variants if v not in VARIANTS]:
         raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
-    run = read_run(folder, spec.final, tta=spec.tta, logit_adjustment=spec.logit_adjustment)
+    point = OperatingPoint(threshold_target=spec.threshold_target, calibration=spec.calibration)
+    run = read_run(folder, spec.final, tta=spec.tta, logit_adjustment=spec.logit_adjustment, point=point)
     if spec.embedding and len(run.members) > 1:
         raise InputError("--embedding: an ensemble has as many embeddings as members; use --final best-fold or refit.")
     if spec.embedding and run.info["train"].get("tta") == "flip":

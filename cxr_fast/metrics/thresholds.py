@@ -1,4 +1,4 @@
-"""The threshold of each class that has the best F1, or reaches a sensitivity or a specificity."""
+"""The threshold of each class that has the best F1, or reaches a sensitivity or a specificity; what it is worth."""
 
 from __future__ import annotations
 
@@ -71,3 +71,15 @@ def _between(scores: np.ndarray, k: int) -> float:
         return float((lower + 1) / 2 if (lower + 1) / 2 > lower else np.nextafter(lower, np.inf))
     middle = (lower + scores[k]) / 2
     return float(middle if k == 0 or middle > lower else scores[k])
+
+
+def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:
+    """Return PPV and NPV at a prevalence, by Bayes' theorem from sensitivity and specificity.
+
+    NaN where nothing is called positive (negative), or where any of the three is NaN. At the prevalence of the images
+    that the two were measured on these are their PPV and NPV. Source: Altman and Bland, BMJ 1994;309:102.
+    """
+    true, false = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    right, missed = specificity * (1 - prevalence), (1 - sensitivity) * prevalence
+    ppv = true / (true + false) if true + false != 0 else math.nan
+    return ppv, right / (right + missed) if right + missed != 0 else math.nan

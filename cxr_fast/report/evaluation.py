@@ -16,8 +16,11 @@ from ..errors import InputError
 from ..metrics import curves, figures, subgroups
 from ..metrics.intervals import Interval, Resampling, bootstrap, support
 from ..metrics.subgroups import VIEW
+from ..metrics.thresholds import predictive_values
 from ..system.files import AnyPath
-from ..system.text import Table
+from ..system.text import Figure, Table
+from ..training import operating_points
+from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_run_info
 from .summary import Record, as_figure
@@ -64,20 +67,27 @@ class _Job:
 
 
 def evaluate(
-    folder: AnyPath, *, resamples: int = 1000, seed: int = 0, pool: Pool = "mean", logit_adjustment: float = 0.0
+    folder: AnyPath,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    pool: Pool = "mean",
+    logit_adjustment: float = 0.0,
+    point: OperatingPoint = AS_CHOSEN,
 ) -> dict[str, Any]:
     """Every figure of a finished run as one JSON-ready dict, null where undefined; what cannot be had is in `missing`.
 
-    `resamples` 0 leaves the intervals out; `logit_adjustment` adjusts the logits after training. Figures of training
-    images have no intervals. Raises InputError or SchemaError where the folder is no run of this version or its
-    predictions cannot be read.
+    `resamples` 0 leaves the intervals out; `logit_adjustment` adjusts the logits after training; `point` asks for other
+    thresholds, another calibration, or PPV and NPV at a stated prevalence. Figures of training images have no
+    intervals. Raises InputError or SchemaError where the folder is no run of this version or its predictions cannot be
+    read.
 
         >>> found = evaluate("exports/indiana", resamples=0)
         >>> sorted(found["parts"])
         ['holdout', 'out_of_fold', 'train']
     """
     folder = Path(folder)
-    run = read_run_info(folder, logit_adjustment=logit_adjustment)
+    run = read_run_info(folder, logit_adjustment=logit_adjustment, point=point)
     saved, shown = _only_shown(read(folder, run))
     job = _Job(classes=run["classes"], limits=np.array(run["thresholds"], float), resamples=resamples, seed=seed)
     scored = _parts(saved, job)
@@ -92,6 +102,7 @@ def evaluate(
         "unit": "group",
         "missing": job.missing,
         "parts": parts,
+        "out_of_fold_auc": _two_means(saved, parts.get("out_of_fold")),
         "studies": {"pool": pool, "parts": _studies(scored, pool, job)},
         "views": _by(VIEW, scored.get(chief or ""), job),
         "subgroups": _subgroups(scored.get(chief or ""), job),
@@ -101,10 +112,28 @@ def evaluate(
         **(_details(scored[chief], intervals[chief], job) if chief else _NOTHING),
         "cooccurrence": cooccurrence(saved.arrays["labels"], job.classes),
     }
+    if point.prevalence is not None:
+        _state_prevalence(result["per_class"], read_prevalence(point.prevalence, job.classes))
     _tell_withheld(job)
     job.missing.extend(f"by {title}: the data names none" for title in shown.empty)
     job.missing.extend([str(shown)] if shown.hidden else [])
     return dict(clean(result))
+
+
+def _two_means(saved: Saved, part: Record | None) -> dict[str, Any] | None:
+    """Macro AUC out of fold, pooled as the part has it and as the mean of the folds."""
+    if part is None:
+        return None
+    raw = saved.out_of_fold()[saved.decided_by]
+    mean = operating_points.mean_of_folds(saved.arrays["labels"], saved.arrays["fold"], raw)
+    return operating_points.two_means(part["figures"]["macro_auc"]["value"], mean)
+
+
+def _state_prevalence(rows: Sequence[dict[str, Any]], shares: np.ndarray) -> None:
+    """Add to each class's row its stated prevalence, and the PPV and NPV that its sensitivity and specificity give."""
+    for row, share in zip(rows, shares.tolist(), strict=True):
+        ppv, npv = predictive_values(row["sensitivity"]["value"], row["specificity"]["value"], share)
+        row |= {"stated_prevalence": share, "ppv_at_stated_prevalence": ppv, "npv_at_stated_prevalence": npv}
 
 
 _NOTHING: dict[str, Any] = {"per_class": [], "curves": {}, "reliability": None, "confusion": []}
@@ -249,6 +278,18 @@ def cooccurrence(labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def prevalence_table(rows: Sequence[Record]) -> Table:
+    """PPV and NPV of every class at its stated prevalence; no row where none was stated."""
+    keys = ("stated_prevalence", "ppv_at_stated_prevalence", "npv_at_stated_prevalence")
+    return Table(
+        title="PPV and NPV at a stated prevalence",
+        columns=["class", "stated prevalence", "PPV at that prevalence", "NPV at that prevalence"],
+        rows=[[str(row["class"]), *(Figure(value=row[key]) for key in keys)] for row in rows if keys[0] in row],
+        notes=["By Bayes' theorem from sensitivity and specificity above; without an interval."],
+        sortable=True,
+    )
 
 
 def csv_tables(evaluation: Record) -> dict[str, Table]:

@@ -9,6 +9,7 @@ from typing import Any
 from ..metrics import calibration
 from ..metrics.figures import HEADLINE
 from ..system.text import Figure, counted
+from ..training.operating_points import describe_two_means
 
 # run.json, an evaluation, a comparison, or a part of one.
 Record = Mapping[str, Any]
@@ -98,6 +99,24 @@ class ReportData:
         """How the probabilities were calibrated; empty where they were not."""
         fitted = self.run["calibration"]
         return calibration.describe(fitted, len(self.run["classes"])) if fitted else ""
+
+    @property
+    def two_means(self) -> Record | None:
+        """Macro AUC out of fold, pooled and as the mean of the folds; None where there is none."""
+        return None if self.evaluation is None else self.evaluation.get("out_of_fold_auc")
+
+    @property
+    def two_means_text(self) -> str:
+        """The same as a sentence."""
+        return describe_two_means(self.two_means) if self.two_means else ""
+
+    @property
+    def old_validation(self) -> str:
+        """The history's arithmetic, in a run of an earlier version whose other tables are of another; else empty."""
+        if "validated_in" in self.run or self.run["precision"] == "float32":
+            return ""
+        said = f"validated in {self.run['precision']}, as this run was trained"
+        return f"{said}; the tables of folds and budgets are of float32"
 
     @property
     def rows(self) -> Sequence[Record]:

@@ -8,14 +8,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..data.disclosure import Secrets, list_paths
 from ..errors import InputError
 from ..system.files import AnyPath, write_bytes
+from ..system.tables import write_table
 from ..system.text import Table, to_csv
 from ..training import predictions
+from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
 from . import charts, comparison, evaluation, settings, shortcut_table, tables
@@ -33,6 +36,7 @@ NEEDED = (
     *("model_sha256", "seconds", "written_by", "created"),
 )
 PAGE, CARD, EVALUATION, COMPARISON = "report.html", "MODEL_CARD.md", "evaluation.json", "comparison.html"
+FILMS = ("predictions.csv", "predictions.parquet")
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
@@ -52,22 +56,16 @@ class Written:
 
 
 def write_all(
-    folders: Sequence[Path],
-    out: Path | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    pool: Pool = "mean",
-    logit_adjustment: float = 0.0,
+    folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES, seed: int = 0, **asked: Any
 ) -> list[Written]:
     """Call `write_report` for each run, and with two or more compare each with the first, into `out` or its folder.
 
-    All runs are checked before anything is written. Raises as `write_report` does.
+    All runs are checked before anything is written; `asked` are the other arguments of `write_report`, and it raises as
+    that does.
     """
     titles = name_runs(folders)
     runs = {title: read_whole(folder) for title, folder in zip(titles, folders, strict=True)}
-    asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
-    pages = [write_report(folder, **asked) for folder in folders]  # type: ignore[arg-type]
+    pages = [write_report(folder, resamples=resamples, seed=seed, **asked) for folder in folders]
     if len(folders) < 2:
         return pages
     found = {title: page.evaluation for title, page in zip(titles, pages, strict=True)}
@@ -101,8 +99,10 @@ def write_report(
     seed: int = 0,
     pool: Pool = "mean",
     logit_adjustment: float = 0.0,
+    point: OperatingPoint = AS_CHOSEN,
 ) -> Written:
-    """Write the page of one run and all that goes with it into its folder.
+    """Write the page of one run and all that goes with it into its folder; `point` asks for other thresholds, another
+    calibration, or PPV and NPV at a stated prevalence.
 
     InputError or SchemaError when it is no run of this version; what else is missing or damaged only makes it partial.
 
@@ -110,8 +110,8 @@ def write_report(
         'report.html'
     """
     folder = Path(folder)
-    asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
-    material, whole = gather(folder, **asked)  # type: ignore[arg-type]
+    asked = {"resamples": resamples, "seed": seed, "pool": pool}
+    material, whole = gather(folder, logit_adjustment=logit_adjustment, point=point, **asked)  # type: ignore[arg-type]
     files = {**material.plots, CARD: render_card(material), PAGE: render_run(material)}
     if material.evaluation is not None:
         # Line ends as of Python's csv module and of every report before.
@@ -121,12 +121,23 @@ def write_report(
             **{name: text.encode() for name, text in full.items()},
             **files,
         }
-    for name in set(OWN) - set(files):
+    films = () if material.evaluation is None else write_films(folder, material.run)
+    for name in {*OWN, *FILMS} - {*files, *films}:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     for name, data in files.items():
         write_bytes(folder / name, data)
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
+
+
+def write_films(folder: Path, run: Record) -> tuple[str, ...]:
+    """Write predictions.csv, and predictions.parquet where pyarrow is installed: each film's labels, probabilities and
+    decisions, as `Saved.films` gives them. The names of the files."""
+    saved = predictions.read(folder, run)
+    names = FILMS if find_spec("pyarrow") is not None else FILMS[:1]
+    for name in names:
+        write_table(saved.films(as_text=name.endswith(".csv")), folder / name)
+    return names
 
 
 def render_run(material: ReportData) -> bytes:
@@ -138,6 +149,7 @@ def render_run(material: ReportData) -> bytes:
         settings=settings,
         confusions=_largest_confusions(material),
         shortcuts=shortcut_table.shortcut_table(material.run),
+        stated=evaluation.prevalence_table(material.ranked()),
     )
 
 
@@ -189,13 +201,21 @@ def _paths_of(folder: Path, run: Record) -> Secrets:
 
 
 def gather(
-    folder: Path, *, resamples: int, seed: int, pool: Pool, logit_adjustment: float = 0.0
+    folder: Path,
+    *,
+    resamples: int,
+    seed: int,
+    pool: Pool,
+    logit_adjustment: float = 0.0,
+    point: OperatingPoint = AS_CHOSEN,
 ) -> tuple[ReportData, bool]:
     """Everything a page says of a run, and whether no file of it is missing or damaged."""
     run, broken = read_whole(folder), []
     paths = _paths_of(folder, read_info(folder))
-    if logit_adjustment:
-        run = paths.clean_values(read_run_info(folder, logit_adjustment=logit_adjustment))
+    if logit_adjustment or point.changes:
+        run = paths.clean_values(read_run_info(folder, logit_adjustment=logit_adjustment, point=point))
+    if point.prevalence is not None:
+        read_prevalence(point.prevalence, run["classes"])  # what is wrong with it is no fault of a saved file
     try:
         history = read_history(folder / "history.csv")
     except InputError as error:
@@ -204,7 +224,7 @@ def gather(
     found, unknown = None, None
     try:
         asked = {"resamples": resamples, "seed": seed, "pool": pool, "logit_adjustment": logit_adjustment}
-        found = evaluation.evaluate(folder, **asked)  # type: ignore[arg-type]
+        found = evaluation.evaluate(folder, point=point, **asked)  # type: ignore[arg-type]
         labels = predictions.read(folder, run).arrays["labels"]
         unknown = int((labels == -1).sum())
     except InputError as error:

@@ -15,9 +15,10 @@ from ..metrics import calibration, figures, shortcuts, subgroups
 from ..metrics.intervals import Resampling
 from ..metrics.rarity import group_maps
 from ..models import heads, probe
-from . import run_record
+from . import operating_points, run_record
 from .dataset import Data
 from .final_models import RETRAINED, FinalModels
+from .operating_points import Decisions
 from .run_folder import model_sha256, save_model
 from .search import Search, Trained
 
@@ -36,51 +37,14 @@ class Setup:
     with_refit: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """Calibration and thresholds (C,) of a kind of final model; the raw out-of-fold probabilities (N, C) that they were
-    found on, NaN for the hold-out; the figures; the mean over folds of the macro AUC."""
-
-    mean_auc: float
-    calibration: dict[str, Any] | None
-    thresholds: np.ndarray
-    source: str
-    out_of_fold: np.ndarray
-    figures: dict[str, Any]
-
-    def to_record(self) -> dict[str, Any]:
-        """As `run.json` holds it for another final model than its own."""
-        return {
-            "thresholds": self.thresholds.tolist(),
-            "threshold_source": self.source,
-            "calibration": self.calibration,
-            "mean_auc": self.mean_auc,
-            "out_of_fold": self.figures,
-        }
-
-
 def decide(finals: FinalModels, kind: str) -> Decisions:
     """Fit calibration and thresholds of a kind of final model on out-of-fold predictions."""
     data, spec = finals.search.data, finals.search.spec
     dev, everywhere = data.assignment >= 0, finals.out_of_fold(kind)
-    labels, found = data.labels[dev], everywhere[dev]
-    fitted = calibration.fit(labels, found, spec.calibration)
-    found = calibration.apply(fitted, found)
-    limits, source = run_record.choose_thresholds(labels, found, spec)
-    return Decisions(
-        mean_auc=float(np.nanmean(fold_aucs(data, everywhere))),
-        calibration=fitted,
-        thresholds=limits,
-        source=source,
-        out_of_fold=everywhere,
-        figures=run_record.compute_figures(labels, found, limits),
+    fitted = calibration.fit(data.labels[dev], everywhere[dev], spec.calibration)
+    return operating_points.decide(
+        data.labels, data.assignment, everywhere, data.header.classes, spec.threshold_target, fitted
     )
-
-
-def fold_aucs(data: Data, probabilities: np.ndarray) -> list[float]:
-    """Macro AUC of each fold's images, from probabilities (N, C) of all."""
-    places = (data.assignment == k for k in range(int(data.assignment.max()) + 1))
-    return [figures.macro(figures.auc(data.labels[place], probabilities[place]))[0] for place in places]
 
 
 def finish(folder: Path, configurations: list[Trained], finals: FinalModels, setup: Setup) -> run_record.RunRecord:
@@ -128,13 +92,12 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         decisions={name: decision.to_record() for name, decision in decisions.items()},
         probe=describe_probe(search, probed),
         shortcuts=find_shortcuts(data, read_embeddings(search), spec.seed),
+        out_of_fold_auc=decisions[own].two_means(),
+        validated_in="float32",
         **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
         final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
         finals=scored,
-        metrics={
-            "out_of_fold": decisions[own].figures,
-            "holdout": scored[spec.final] if held.any() else None,
-        },
+        metrics={"out_of_fold": decisions[own].figures, "holdout": scored.get(spec.final)},
         per_class=figures.per_class(data.labels[held], shown, limits, data.header.classes) if held.any() else [],
         weights_sha256=weights,
         model_sha256=model_sha256(weights, members),
@@ -147,7 +110,7 @@ def _score(raw: dict[str, np.ndarray], labels: np.ndarray, decisions: dict[str, 
     for kind, values in raw.items():
         decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
         found = calibration.apply(decision.calibration, values)
-        scored[kind] = run_record.compute_figures(labels, found, decision.thresholds)
+        scored[kind] = operating_points.compute_figures(labels, found, decision.thresholds)
     return scored
 
 
@@ -223,7 +186,7 @@ def linear_probe(search: Search) -> np.ndarray:
 def describe_probe(search: Search, probabilities: np.ndarray) -> dict[str, Any]:
     """The probe's figures as `run.json` has them, beside those of the folds and of the hold-out."""
     data, held = search.data, search.data.assignment == -1
-    each = fold_aucs(data, probabilities)
+    each = operating_points.fold_aucs(data.labels, data.assignment, probabilities)
 
     def of(place: np.ndarray) -> dict[str, Any]:
         labels, probs = data.labels[place], probabilities[place]

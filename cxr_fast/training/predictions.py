@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import InputError
+from ..inference import outputs
 from ..metrics import calibration
 
 PARTS = {"train": "training images", "out_of_fold": "out-of-fold", "holdout": "hold-out"}
@@ -75,21 +76,55 @@ class Saved:
             of = f"images held out, scored by {self._final()}{self._shared()}"
             return self._scored(self.arrays["final"], fold == -1, of)
         if name == "out_of_fold":
-            budget = next(i for i, b in enumerate(self.run["budgets"]) if b["chosen"])
             folds = int(fold.max()) + 1
             of = (
                 f"images of the folds, each scored by the one model that did not train on it: {folds} models are mixed "
                 f"here, so figures over all folds also compare the scores of different models{self._shared()}"
             )
-            found = self.arrays["out_of_fold"][budget]
-            if self._kind == "retrained":
-                found = self.arrays["out_of_fold_retrained"]
-            return self._scored(found, fold >= 0, of)
+            return self._scored(self.out_of_fold()[self.decided_by], fold >= 0, of)
         seen = (fold >= 0) & (fold != self.run["chosen"]["fold"]) if self._kind == "best-fold" else fold >= 0
         of = f"images that {self._final()} was trained on: how well it remembers, not how well it does"
         if self._kind in ("ensemble", "retrained"):
             of += " (each image is new to one of its members)"
         return self._scored(self.arrays["final"], seen, of)
+
+    def out_of_fold(self) -> dict[str, np.ndarray]:
+        """Raw probabilities (N, C) of the folds' images at the chosen budget, each by the one model that did not train
+        on it, NaN for the hold-out: of the `folds`, and where the run has them of the `retrained` heads."""
+        budget = next(i for i, b in enumerate(self.run["budgets"]) if b["chosen"])
+        found = {"folds": self.arrays["out_of_fold"][budget]}
+        if "out_of_fold_retrained" in self.arrays:
+            found["retrained"] = self.arrays["out_of_fold_retrained"]
+        return found
+
+    @property
+    def decided_by(self) -> str:
+        """`folds` or `retrained`: whose out-of-fold predictions the final model's thresholds come from."""
+        return "retrained" if self._kind == "retrained" else "folds"
+
+    def films(self, *, as_text: bool) -> dict[str, Any]:
+        """One row a film by column: image, group, part (`out_of_fold` or `holdout`), fold, and of each class
+        `NAME_label`, `NAME_probability` and `NAME_decision`.
+
+        Probabilities are calibrated: a film of the folds is scored by the model that did not train on it, one of the
+        hold-out by the final model. With `as_text` cells are those of a CSV file, unknown ones empty; a probability
+        read in double precision is on the same side of its threshold. Else numbers, None where unknown.
+        """
+        labels, fold = self.arrays["labels"], self.arrays["fold"]
+        limits = np.array(self.run["thresholds"], float)
+        raw = np.where((fold >= 0)[:, None], self.out_of_fold()[self.decided_by], self.arrays["final"])
+        probs = calibration.apply(self.run["calibration"], raw).astype(np.float32)
+        held, known = fold < 0, np.isfinite(probs)
+        columns: dict[str, Any] = {name: self.arrays[name].tolist() for name in ("image", "group")}
+        columns["part"] = np.where(held, "holdout", "out_of_fold").tolist()
+        columns["fold"] = _cells(fold, ~held, as_text)
+        texts = np.array([outputs.texts(row, limits) for row in probs], object) if as_text else probs
+        for c, name in enumerate(self.run["classes"]):
+            columns[f"{name}_label"] = _cells(labels[:, c], labels[:, c] >= 0, as_text)
+            found = np.where(known[:, c], texts[:, c], "") if as_text else probs[:, c]
+            columns[f"{name}_probability"] = found
+            columns[f"{name}_decision"] = _cells((probs[:, c] >= limits[c]).astype(int), known[:, c], as_text)
+        return columns
 
     @property
     def _kind(self) -> str:
@@ -141,6 +176,12 @@ def read(folder: Path, run: Mapping[str, Any]) -> Saved:
         if arrays[name].shape != shape:
             raise InputError(f"{path}: {name} {arrays[name].shape} is not of this run ({shape}); run the sweep again.")
     return Saved(run=run, arrays=arrays)
+
+
+def _cells(values: np.ndarray, known: np.ndarray, as_text: bool) -> list[Any]:
+    """Whole numbers (n,) as a column, empty or None where not known."""
+    pairs = zip(values.tolist(), known.tolist(), strict=True)
+    return [(str(value) if as_text else value) if ok else ("" if as_text else None) for value, ok in pairs]
 
 
 def _is_column(name: str) -> bool:

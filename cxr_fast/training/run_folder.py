@@ -15,6 +15,8 @@ from ..config import digest
 from ..errors import InputError, SchemaError
 from ..metrics import calibration
 from ..system.files import AnyPath
+from . import operating_points, predictions
+from .operating_points import AS_CHOSEN, OperatingPoint
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +97,12 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def read_run(
-    folder: AnyPath, final: str | None = None, *, tta: str | None = None, logit_adjustment: float = 0.0
+    folder: AnyPath,
+    final: str | None = None,
+    *,
+    tta: str | None = None,
+    logit_adjustment: float = 0.0,
+    point: OperatingPoint = AS_CHOSEN,
 ) -> Run:
     """Read a run's description and its final model, or the one that `read_run_info` describes; the hash of each part is
     checked.
@@ -109,7 +116,8 @@ def read_run(
 
     from ..models.backbone import weights_sha256
 
-    own, info = read_info(folder), read_run_info(folder, final, tta=tta, logit_adjustment=logit_adjustment)
+    own = read_info(folder)
+    info = read_run_info(folder, final, tta=tta, logit_adjustment=logit_adjustment, point=point)
     path = folder / "model.safetensors"
     parts: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -132,13 +140,24 @@ def read_run(
 
 
 def read_run_info(
-    folder: Path, final: str | None = None, *, tta: str | None = None, logit_adjustment: float = 0.0
+    folder: Path,
+    final: str | None = None,
+    *,
+    tta: str | None = None,
+    logit_adjustment: float = 0.0,
+    point: OperatingPoint = AS_CHOSEN,
 ) -> dict[str, Any]:
-    """`run.json` as if the sweep had been asked for a final model of this kind, for these views ("none" or "flip"), and
-    for logits adjusted by the training labels after training; torch is not needed."""
+    """`run.json` as if the sweep had been asked for a final model of this kind, for this operating point, for these
+    views ("none" or "flip"), and for logits adjusted by the training labels after training; torch is not needed."""
     info = read_info(folder)
     if final not in (None, info["final"]["kind"]):
         info = _other_final(info, str(final))
+    if point.changes:
+        if logit_adjustment and point.calibration not in (None, "none"):
+            raise InputError(
+                f"--logit-adjustment does not go with --calibration {point.calibration}; leave one of them out."
+            )
+        info = info | clean(operating_points.choose_again(predictions.read(folder, info), point))
     if tta is not None and tta != info["train"].get("tta", "none"):
         info = _other_views(info, str(tta))
     return _adjusted(info, folder, logit_adjustment) if logit_adjustment else info

@@ -15,9 +15,7 @@ from .. import __version__
 from ..config import CacheSpec, SweepSpec, from_dict, to_dict
 from ..data.splits.table import fold_table
 from ..errors import InputError
-from ..metrics import figures
 from ..metrics.rarity import group_maps
-from ..metrics.thresholds import best_f1_thresholds, thresholds_for
 from ..recipes import NOT_RESTORED, recipe_differences
 from ..system import hardware
 from ..system.files import AnyPath, write_csv, write_json
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from .search import Trained
 
 Values = dict[str, Any]
-
-MIN_POSITIVES = 10
 
 FINAL_RULES = {
     "best-fold": "the fold with the best validation macro AUC at the chosen budget",
@@ -70,10 +66,11 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
     `folds`, `budgets`, `grid`, `split_table` and `per_class` are tables, a row an object; `finals` and `metrics` hold
     the figures of `compute_figures`; `weights_sha256` has the tower and each tail; `cluster` only exists for a run
-    trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model;
-    runs of earlier versions have neither. `custom` names a head or loss that was given in Python. `shortcuts` are the
-    rows of `metrics.shortcuts.describe`, the strongest first; runs of earlier versions have none.
-    `split` says by which method groups were drawn, and how many images were given their part by what.
+    trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model,
+    `out_of_fold_auc` the macro AUC pooled and as the mean of folds, `validated_in` the arithmetic of history.csv,
+    `shortcuts` the rows of `metrics.shortcuts.describe`, the strongest first; `split` says by which method groups were
+    drawn, and how many images were given their part by what. Runs of earlier versions have none of these. `custom`
+    names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -125,6 +122,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     custom: Values | msgspec.UnsetType = msgspec.UNSET
     split: Values | msgspec.UnsetType = msgspec.UNSET
     shortcuts: list[Values] | msgspec.UnsetType = msgspec.UNSET
+    out_of_fold_auc: Values | msgspec.UnsetType = msgspec.UNSET
+    validated_in: str | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:
@@ -237,37 +236,6 @@ def grid_table(configurations: Sequence[Trained], chosen: Trained, data: Data, s
     return sorted(rows, key=lambda row: (-row["mean_auc"], row["config"]))
 
 
-def choose_thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) -> tuple[np.ndarray, str]:
-    """Thresholds (C,) from out-of-fold predictions (n, C), 0.5 where they decide none; and a sentence about them."""
-    assert spec.threshold_goal is not None
-    goal, value = spec.threshold_goal
-    if goal == "f1":
-        found = best_f1_thresholds(labels, probs)
-        return np.where(np.isnan(found), 0.5, found), (
-            "F1 on out-of-fold predictions; 0.5 where a class had no positive or no negative"
-        )
-    found = thresholds_for(labels, probs, "sensitivity" if goal == "sensitivity" else "specificity", value)
-    lacking = "positive" if goal == "sensitivity" else "negative"
-    text = f"{goal} {value:g} on out-of-fold predictions; 0.5 where a class had no {lacking}"
-    return np.where(np.isnan(found), 0.5, found), text
-
-
-def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -> Values:
-    """The published six at the thresholds, the same at 0.5, and the AUC of classes with enough positives."""
-    aucs = figures.auc(labels, probabilities)
-    enough = (labels == 1).sum(axis=0) >= MIN_POSITIVES
-    frequent, count = figures.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
-    found = figures.headline(labels, probabilities, limits)
-    half = figures.headline(labels, probabilities, np.full(len(limits), 0.5))
-    return {
-        **found,
-        "at_0.5": half,
-        "frequent_auc": frequent,
-        "frequent_classes": count,
-        "frequent_min_positives": MIN_POSITIVES,
-    }
-
-
 def write_run(folder: Path, run: Values, configurations: Sequence[Trained]) -> None:
     """Write `run.json` and its tables into the folder."""
     write_json(folder / "run.json", run)
@@ -310,11 +278,12 @@ def _write_table(path: Path, rows: list[Values]) -> None:
 
 
 def write_predictions(folder: Path, data: Data, **arrays: np.ndarray) -> None:
-    """Write `predictions.npz`: labels, folds, image columns, `meta:` columns, and the given probabilities (raw)."""
+    """Write `predictions.npz`: class names, labels, folds, image columns, `meta:` columns, and the given probabilities
+    (raw)."""
     header, rows = data.header, data.rows
     columns = {"image": header.images, "group": header.groups, "study": header.studies, "view": header.views}
     arrays |= {name: np.array([values[i] for i in rows]) for name, values in columns.items()}
-    arrays |= {"labels": data.labels, "fold": data.assignment}
+    arrays |= {"classes": np.array(header.classes), "labels": data.labels, "fold": data.assignment}
     arrays["sha256"] = np.array([data.file.sha256[i] for i in rows])
     for name, values in data.file.meta.get("subgroups", {}).items():
         arrays[f"meta:{name}"] = np.array([values[i] for i in rows])

@@ -29,7 +29,7 @@ from ..models.tail import count_trainable
 from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
-from . import run_record
+from . import operating_points, run_record
 from .checkpoints import Journal, difference
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
@@ -115,6 +115,8 @@ class Sweep:
             require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
         self.labels_from = "the cache" if manifest is None else manifest.name
         self._choose_device(trainers)
+        dev = self.data.assignment >= 0
+        operating_points.require_reachable(self.data.labels[dev], spec.threshold_target, self.data.header.classes)
         for k in range(spec.folds):
             require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, options.weights)
@@ -253,9 +255,9 @@ class Sweep:
         step = seconds(some) / sum(b - a for a, b in some)
         few = fold.valid_rows[:64]
         inputs = self.search.inputs(train)
-        predict(fold.tail, inputs, few, kind=fold.kind)  # the first call warms up
+        predict(fold.tail, inputs, few)  # the first call warms up
         began = time.perf_counter()
-        predict(fold.tail, inputs, few, kind=fold.kind)
+        predict(fold.tail, inputs, few)
         score = time.perf_counter() - began
         epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
         trained = sum(len(data.train(k)) for k in folds)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast.errors import InputError
-from cxr_fast.metrics.figures import decisions
-from cxr_fast.metrics.thresholds import best_f1_thresholds, thresholds_for
+from cxr_fast.metrics.figures import Counts, decisions
+from cxr_fast.metrics.thresholds import best_f1_thresholds, predictive_values, thresholds_for
 
 from .drawn import Pair, known, pairs
 
@@ -82,3 +82,21 @@ def test_thresholds_lie_between_scores() -> None:
     assert (rising >= limit).sum() == 7
     with pytest.raises(InputError, match=r"\(0, 1\]"):
         thresholds_for(labels, probs, "sensitivity", 0.0)
+
+
+@given(*[st.integers(0, 40)] * 4)
+def test_predictive_values_at_the_prevalence_of_the_images_are_theirs(tp: int, fp: int, fn: int, tn: int) -> None:
+    table = Counts(*(np.array([count]) for count in (tp, fp, fn, tn)))
+    sensitivity, specificity = float(table.sensitivity()[0]), float(table.specificity()[0])
+    share = (tp + fn) / (tp + fp + fn + tn) if tp + fp + fn + tn else math.nan
+    found = predictive_values(sensitivity, specificity, share)
+    want = [table.ppv()[0], table.npv()[0]] if tp + fn and fp + tn else [math.nan, math.nan]
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
+
+
+def test_predictive_values_of_a_worked_example() -> None:
+    """Altman and Bland, BMJ 1994;309:102: liver scans, 231 of 258 abnormal and 54 of 86 normal livers called right; at
+    a prevalence of 0.25 the PPV is 0.45 and the NPV 0.95."""
+    assert predictive_values(231 / 258, 54 / 86, 0.25) == pytest.approx((0.45, 0.95), abs=0.005)
+    assert math.isnan(predictive_values(0.0, 1.0, 0.02)[0])
+    assert math.isnan(predictive_values(1.0, 0.0, 0.02)[1])

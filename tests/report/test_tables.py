@@ -8,6 +8,7 @@ import pytest
 
 from cxr_fast.report import comparison, settings, tables
 from cxr_fast.report.evaluation import csv_tables
+from cxr_fast.report.summary import ReportData
 from cxr_fast.system.text import to_csv
 
 BUDGETS = [
@@ -117,3 +118,12 @@ def test_csv_has_every_digit_and_an_empty_field_for_what_is_undefined() -> None:
         "curves.csv": 'class,curve,x,y\n"a, b",roc,0.0,0.5\n',
         "cooccurrence.csv": 'class,"a, b"\n"a, b",2\n',
     }
+
+
+def test_a_history_of_another_arithmetic_says_so() -> None:
+    """Only in a run of an earlier version, which validated in what it trained in."""
+    runs = [{"precision": "float32"}, {"precision": "bfloat16"}, {"precision": "bfloat16", "validated_in": "float32"}]
+    said = [ReportData(run=run, evaluation=None).old_validation for run in runs]
+    assert "validated in bfloat16" in said[1]
+    assert not said[0]
+    assert not said[2]

@@ -440,6 +440,8 @@ def only(arrays: dict[str, np.ndarray], rows: list[int], classes: slice) -> None
         kept = values[:, rows] if name == "out_of_fold" else None
         if name.startswith("holdout_"):
             kept = values
+        if name == "classes":
+            kept = values[classes]
         kept = values[rows] if kept is None else kept
         arrays[name] = kept[..., classes] if kept.ndim > 1 else kept
 

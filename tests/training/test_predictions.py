@@ -131,3 +131,48 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, damage: Any) -> None:
     path.unlink()
     with pytest.raises(InputError, match="is missing; run the sweep again"):
         predictions.read(tmp_path / "run", made.description(4))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([None, "platt", "isotonic"]), st.booleans())
+def test_films_are_a_plain_loop(seed: int, kind: str | None, holdout: bool) -> None:
+    """Each film once, by the model that did not train on it; decisions as the saved arrays give them."""
+    found = made.arrays(24, 3, seed=seed, holdout=holdout)
+    dev = found["fold"] >= 0
+    fitted = None if kind is None else calibrate.fit(found["labels"][dev], found["out_of_fold"][1][dev], kind)
+    run = read(found, calibration=fitted)
+    films, limits = run.films(as_text=False), run.run["thresholds"]
+    for i, fold in enumerate(found["fold"]):
+        raw = found["final"][i] if fold < 0 else found["out_of_fold"][1][i]
+        probs = calibrate.apply(fitted, raw[None])[0]
+        assert (films["image"][i], films["group"][i]) == (found["image"][i], found["group"][i])
+        assert (films["part"][i], films["fold"][i]) == (("holdout", None) if fold < 0 else ("out_of_fold", fold))
+        for c, name in enumerate(run.run["classes"]):
+            label = found["labels"][i, c]
+            assert films[f"{name}_label"][i] == (None if label < 0 else label)
+            assert films[f"{name}_probability"][i] == probs[c]
+            assert films[f"{name}_decision"][i] == int(probs[c] >= limits[c])
+    texts = run.films(as_text=True)
+    assert list(texts) == list(films)
+    for c, name in enumerate(run.run["classes"]):
+        read_back = np.array(list(map(float, texts[f"{name}_probability"])))
+        np.testing.assert_array_equal(read_back.astype(np.float32), films[f"{name}_probability"])
+        assert [str(int(p >= limits[c])) for p in read_back] == texts[f"{name}_decision"]
+        assert texts[f"{name}_label"] == ["" if y is None else str(y) for y in films[f"{name}_label"]]
+
+
+def test_a_film_without_a_number_has_no_decision() -> None:
+    found = made.arrays(24, 2)
+    found["final"][:] = np.nan
+    found["fold"][0] = -1
+    films = read(found).films(as_text=True)
+    assert (films["class 0_probability"][0], films["class 0_decision"][0]) == ("", "")
+    assert read(found).films(as_text=False)["class 0_decision"][0] is None
+
+
+def test_films_of_retrained_heads_are_theirs() -> None:
+    found = made.arrays(24, 2)
+    found["out_of_fold_retrained"] = found["out_of_fold"][1] / 2
+    films = read(found, final={"kind": "retrained"}).films(as_text=False)
+    dev = found["fold"] >= 0
+    np.testing.assert_array_equal(films["class 1_probability"][dev], found["out_of_fold_retrained"][dev, 1])

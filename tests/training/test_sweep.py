@@ -30,7 +30,7 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import calibration
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import Tail, head_parameters
-from cxr_fast.training import dataset, finish, run_record, sweep
+from cxr_fast.training import dataset, finish, operating_points, sweep
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.final_models import choose
 from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
@@ -300,7 +300,7 @@ def test_thresholds_reach_their_target_out_of_fold(target: str, toy_cache: Path,
     assert reached > 5
     assert run["calibration"]["kind"] == "platt"
     held = saved["fold"] == -1
-    found = run_record.compute_figures(
+    found = operating_points.compute_figures(
         saved["labels"][held], calibration.apply(run["calibration"], saved["final"][held]), np.array(run["thresholds"])
     )
     assert clean(found) == run["metrics"]["holdout"]

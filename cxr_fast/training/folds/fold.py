@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...activations.forward import autocast, precision, predict, probabilities, with_flipped
+from ...activations.forward import autocast, precision, predict, probabilities, sigmoid, with_flipped
 from ...activations.loader import Activations
 from ...config import TrainSpec
 from ...errors import InputError, Interrupted
@@ -152,6 +152,7 @@ class Fold:
         self.epoch, self.best, self.stale = 0, -math.inf, 0
         self.history: list[Epoch] = []
         self.taken: set[int] = set()
+        self.validated: np.ndarray | None = None  # what the latest validation found, (n_valid, C) float32
 
     def _make_optimizer(self) -> None:
         """AdamW with a group for each rate, and the scheduler."""
@@ -174,12 +175,18 @@ class Fold:
     @property
     def head_only(self) -> bool:
         """Whether the next epoch trains the head alone, on the embeddings of the blocks before training."""
-        return self.epoch < self.spec.head_first and len(self.tail.blocks) > 0
+        return self._head_only_after(self.epoch)
+
+    def _head_only_after(self, epochs: int) -> bool:
+        return epochs < self.spec.head_first and len(self.tail.blocks) > 0
 
     @property
     def source(self) -> Activations:
-        """What the next epoch trains on."""
-        if not self.head_only:
+        """What the next epoch trains on, and is validated on."""
+        return self._source_after(self.epoch)
+
+    def _source_after(self, epochs: int) -> Activations:
+        if not self._head_only_after(epochs):
             return self.activations
         assert self.embeddings is not None, "the epochs of --head-first need embeddings"
         return self.embeddings
@@ -313,11 +320,14 @@ class Fold:
         return self.history[-1]
 
     def validate(self) -> tuple[float, float, int]:
-        """Loss, macro AUC and the number of classes it is a mean of, on the validation rows."""
+        """Loss, macro AUC and the number of classes it is a mean of, on the validation rows; float32 arithmetic.
+
+        Also where training computes in bfloat16: on 54 films that moved a fold's AUC from 0.778 to 0.861, and the
+        budget, the fold, the plateau and early stopping all follow this figure.
+        """
         if not len(self.valid_rows):
             return math.nan, math.nan, 0
-        source, kind = self.source, self.arithmetic
-        logits = predict(self.scored, source, self.valid_rows, kind=kind)
+        logits = predict(self.scored, self.source, self.valid_rows)
         if not np.isfinite(logits).all():  # the last step of the epoch, which its own loss does not show
             raise InputError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
         labels = self.labels[torch.from_numpy(self.valid_rows)]
@@ -325,20 +335,20 @@ class Fold:
         terms = self.terms.map(lambda t: t.to(place))
         with torch.no_grad():
             loss = float(self.loss(torch.from_numpy(logits).to(place), labels.to(place), terms))
-        ranked = logits
-        if self.spec.tta == "flip":
-            ranked = with_flipped(logits, self.scored, source, self.valid_rows, kind=kind)
-        return loss, *macro(auc(labels.numpy(), ranked))
+        both = self.spec.tta == "flip"
+        self.validated = with_flipped(logits, self.scored, self.source, self.valid_rows) if both else sigmoid(logits)
+        return loss, *macro(auc(labels.numpy(), self.validated))
 
     def snapshot(self, budget: int) -> Snapshot:
-        """Weights as they are, and float32 validation probabilities: what the exported model would answer."""
+        """Weights as they are, and the float32 probabilities of their validation, whose AUC the history holds."""
         trained, scored = self.tail.state_dict(), self.scored.state_dict()
         # What is not averaged is the trained model's: frozen weights, batch norm's count of steps.
         kept = {name: scored[name] if name in self._averaged else tensor for name, tensor in trained.items()}
         state = {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
-        found = np.zeros((0, self.labels.shape[1]), np.float32)
-        if len(self.valid_rows):
-            found = probabilities(self.scored, self.activations, self.valid_rows, tta=self.spec.tta)
+        found = np.zeros((0, self.labels.shape[1]), np.float32) if self.validated is None else self.validated
+        if len(self.valid_rows) and self.validated is None:  # restored, and not trained since
+            source = self._source_after(max(self.epoch - 1, 0))
+            found = probabilities(self.scored, source, self.valid_rows, tta=self.spec.tta)
         return Snapshot(budget=budget, epoch=self.epoch, state=state, probabilities=found)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -370,7 +380,7 @@ class Fold:
         self.scheduler.load_state_dict(dict(values["scheduler"]))
         self._set_lr(values["lr"])
         self.epoch, self.best, self.stale = values["epoch"], values["best"], values["stale"]
-        self.history = [Epoch(**line) for line in values["history"]]
+        self.history, self.validated = [Epoch(**line) for line in values["history"]], None
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in the tail."""

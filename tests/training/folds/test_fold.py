@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cxr_fast.activations.forward import precision, predict, sigmoid
+from cxr_fast.activations.forward import precision, predict, probabilities, sigmoid
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import OPENAI_MEAN, OPENAI_STD, TrainSpec
 from cxr_fast.errors import InputError
@@ -329,6 +329,22 @@ def test_history_says_what_the_model_scored() -> None:
     logits = torch.from_numpy(predict(fold.tail, fold.activations, VALID))
     loss = plain_loss(logits, torch.from_numpy(labels()[VALID]), SPEC)
     assert history[-1].valid_loss == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tta": "flip"}, {"ema": 0.9}], ids=str)
+def test_what_chooses_is_float32_where_training_is_bfloat16(changes: dict[str, Any]) -> None:
+    """The history holds the AUC of the snapshot's own probabilities, and these are a float32 pass of its weights."""
+    fold = make(dataclasses.replace(SPEC, precision="bfloat16", **changes))
+    history, snapshots = run(fold, (1, 3))
+    for snapshot, epoch in zip(snapshots, (1, 3), strict=True):
+        assert history[epoch - 1].valid_auc == macro(auc(labels()[VALID], snapshot.probabilities))[0]
+        fold.tail.load_state_dict(snapshot.state)
+        again = probabilities(fold.tail, fold.activations, VALID, tta=fold.spec.tta)
+        np.testing.assert_array_equal(again, snapshot.probabilities)
+    x = fold.activations.gather(torch.from_numpy(VALID), torch.zeros(len(VALID), dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = fold.tail(x).float().detach().numpy()
+    assert np.abs(sigmoid(low) - sigmoid(predict(fold.tail, fold.activations, VALID))).max() > 1e-4, "shows nothing"
 
 
 def test_bfloat16_training_stays_near_float32() -> None:

@@ -17,6 +17,7 @@ from cxr_fast.activations.forward import probabilities, run_blocks
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.metrics.figures import auc, macro
 from cxr_fast.models.tail import Tail
 from cxr_fast.training.folds.draws import draw, sampling_weights
 from cxr_fast.training.folds.fold import Fold
@@ -242,6 +243,21 @@ def test_the_first_epochs_are_those_of_a_head_alone_on_the_embeddings() -> None:
     assert not first.head_only
     first.run_epoch()
     assert all(not torch.equal(first.named()[name], p) for name, p in before.items() if p.ndim >= 2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_snapshot_is_what_its_epoch_was_validated_on(precision: str) -> None:
+    """Of the embeddings while the head trains alone, then of the tokens; a restored fold gives the same bits."""
+    spec = change(head_first=1, head_lr=1e-3, precision=precision)
+    fold = make(spec)[0]
+    for inputs in (shared(), fold.activations):
+        line = fold.run_epoch()
+        found = fold.snapshot(line.epoch).probabilities
+        np.testing.assert_array_equal(found, probabilities(fold.tail, inputs, stacked.VALID))
+        assert line.valid_auc == macro(auc(stacked.labels()[stacked.VALID], found))[0]
+        other = make(spec)[0]
+        other.restore(*fold.state())
+        np.testing.assert_array_equal(other.snapshot(line.epoch).probabilities, found)
 
 
 def test_embeddings_are_the_tail_s_own() -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from cxr_fast.activations.forward import probabilities
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import TrainSpec
 from cxr_fast.errors import InputError, Interrupted
+from cxr_fast.metrics.figures import auc, macro
 from cxr_fast.models import backbone
 from cxr_fast.models.stacked_tail import batch_norm
 from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
@@ -235,6 +237,10 @@ def test_bfloat16_stays_near_the_fold_s_own_bfloat16() -> None:
         np.testing.assert_allclose(lines(one)[:, 1:3], lines(other)[:, 1:3], rtol=0.01)
         assert {p.dtype for p in one.tail.parameters()} == {torch.float32}
     assert not np.array_equal(lines(together[0]), lines(epochs(make(), 2)[0]))
+    for fold in together:  # trained in bfloat16, validated in float32: the history holds the snapshot's own AUC
+        found = fold.snapshot(2).probabilities
+        np.testing.assert_array_equal(found, probabilities(fold.tail, fold.activations, VALID))
+        assert fold.history[-1].valid_auc == macro(auc(labels()[VALID], found))[0]
 
 
 def everything(stack: Stack) -> list[torch.Tensor]:
