@@ -271,8 +271,8 @@ class TrainSpec:
 class SweepSpec:
     """The search around the fold: hold-out, folds, epoch budgets, the final model, thresholds.
 
-    `split_method` draws what `split` leaves open. `threshold_target` is `f1`, `sensitivity=0.9`, `specificity=0.9`, or a
-    JSON object of one for each class named (the others take f1); thresholds and calibration come from out-of-fold
+    `split_method` draws what `split` leaves open. `threshold_target` is `f1`, `sensitivity=0.9`, `specificity=0.9`, or
+    a JSON object of one for each class named (the others take f1); thresholds and calibration come from out-of-fold
     predictions. `retrain_head` is classifier re-training (Kang et al. 2020): fresh heads, at the chosen budget and the
     head's rate, on embeddings of each fold's trained blocks.
 
