@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import figures
-from .arrays import checked, mean_of_classes, number_groups, ratio, where
+from .arrays import checked, mean_of_classes, number_groups, ratio
 from .figures import BINS, Counts, Figures
 from .sparse import Sparse, by_entries
+from .student import widened_tail
 
 # Figures that lie higher in every resample than in the sample, see `bootstrap`.
 REVERSED = ("map",)
@@ -188,51 +187,9 @@ def tail_shares(labels: np.ndarray, ids: np.ndarray, level: float) -> dict[str, 
     Student's t says. Source: Hesterberg 2015, the expanded percentile interval.
     """
     return {
-        "of_class": _tail(_support(np.asarray(labels), ids), level),
-        "overall": _tail(ids.max() + 1, level),
+        "of_class": widened_tail(_support(np.asarray(labels), ids), level),
+        "overall": widened_tail(ids.max() + 1, level),
     }
-
-
-def _tail(groups: np.ndarray, level: float) -> np.ndarray:
-    n, share = np.maximum(groups, 2).astype(np.float64), (1 - level) / 2
-    try:
-        from scipy.special import ndtr, stdtrit
-    except ModuleNotFoundError:  # installed to predict alone: the same but for the last digits
-        each = [plain_tail(int(k), share) for k in np.ravel(n)]
-        return where(groups >= 2, np.reshape(each, n.shape))
-    return where(groups >= 2, ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, share)))
-
-
-def plain_tail(groups: int, share: float) -> float:
-    """Return the widened tail of `share` for a number of groups, at least 2, without SciPy."""
-    widened = math.sqrt(groups / (groups - 1)) * student_quantile(groups - 1, share)
-    return math.erfc(widened / math.sqrt(2)) / 2
-
-
-@functools.cache
-def student_quantile(freedom: int, tail: float) -> float:
-    """Return the value that Student's t with `freedom` degrees exceeds with probability `tail`, below one half.
-
-    With t = sqrt(freedom) tan(a) its density is a power of cos(a), which Gauss and Legendre's rule integrates to the
-    last digits; halving finds the end. As scipy.special.stdtrit, without 140 MB of SciPy where a model only predicts.
-    """
-    nodes, weights = _legendre()
-    last = min(math.pi / 2, 40 / math.sqrt(freedom))
-
-    def area(end: float) -> float:
-        sines = np.sin(end * (nodes + 1) / 2)
-        return float(end / 2 * (weights * np.exp((freedom - 1) / 2 * np.log1p(-(sines**2)))).sum())
-
-    wanted, low, high = (1 - 2 * tail) * area(last), 0.0, last
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if area(middle) < wanted else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-@functools.cache
-def _legendre() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(100)
 
 
 def _intervals(
