@@ -230,7 +230,7 @@ def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
 def describe_run(run: dict[str, Any]) -> list[Part]:
     """The folds, the epoch budgets, the grid, positives per fold, and the figures of the final model."""
     from ..metrics import calibration
-    from ..report import tables
+    from ..report import class_means, tables
 
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if len(run["grid"]) > 1:
@@ -238,6 +238,9 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     goal = run["spec"]["threshold_target"].replace("f1", "F1")
     figures = tables.run_figure_table(run, 4)
     parts += [tables.positives_table(run), "", replace(figures, notes=[f"thresholds from out-of-fold {goal}"])]
+    frequent = class_means.run_rarity_table(run, 4)
+    if frequent.rows:
+        parts += ["", frequent]
     if run["calibration"]:
         parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
@@ -318,6 +321,7 @@ def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json
 
 def describe_comparison(result: dict[str, Any]) -> list[Part]:
     """What was compared, the headline figures, and each class."""
+    from ..report.class_means import rarity_comparison_table
     from ..report.comparison import class_comparison_table, comparison_table
 
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
@@ -329,6 +333,8 @@ def describe_comparison(result: dict[str, Any]) -> list[Part]:
         f"{result['only_a']:,} only in A, {result['only_b']:,} only in B",
         "",
         comparison_table(result, "AB", 4),
+        "",
+        rarity_comparison_table(result, "AB", 4),
         "",
         class_comparison_table(shown, "AB", "auc", 4),
         "",

@@ -45,8 +45,3 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def where(defined: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Keep the values that are defined, NaN instead of the others."""
     return np.where(defined, values, np.nan)
-
-
-def mean_of_classes(values: np.ndarray) -> np.ndarray:
-    """Average (C, R) over the defined classes, (R,)."""
-    return ratio(np.nansum(values, axis=0), (~np.isnan(values)).sum(axis=0))

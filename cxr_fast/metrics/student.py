@@ -30,7 +30,7 @@ def plain_tail(groups: int, share: float) -> float:
     return math.erfc(widened / math.sqrt(2)) / 2
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def student_quantile(freedom: float, tail: float) -> float:
     """Return the value that Student's t with `freedom` degrees exceeds with probability `tail`, below one half.
 

@@ -17,7 +17,7 @@ from ..system.text import Table, to_csv
 from ..training import predictions
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
-from . import charts, comparison, evaluation, settings, tables
+from . import charts, class_means, comparison, evaluation, probabilities, settings, tables
 from .html import render_page
 from .model_card import render_card
 from .summary import FIGURES, Record, ReportData
@@ -35,6 +35,7 @@ PAGE, CARD, EVALUATION, COMPARISON = "report.html", "MODEL_CARD.md", "evaluation
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
+    *("recalibration.csv", "decision_curves.csv", "decision_curves.png"),
     *("epoch_search_plot.png", "training_plot.png", "evaluation_plot.png", "precision_plot.png"),
     *("confusion_matrices.png", "roc_curves.png", "pr_curves.png", "reliability_diagram.png", "cooccurrence_plot.png"),
 )
@@ -129,7 +130,13 @@ def write_report(
 def render_run(material: ReportData) -> bytes:
     """The page of one run."""
     return render_page(
-        "report.html.j2", material=material, tables=tables, settings=settings, confusions=_largest_confusions(material)
+        "report.html.j2",
+        material=material,
+        tables=tables,
+        means=class_means,
+        probabilities=probabilities,
+        settings=settings,
+        confusions=_largest_confusions(material),
     )
 
 
@@ -160,6 +167,7 @@ def render_comparison(
         missing=missing,
         plots=plots,
         comparison=comparison,
+        means=class_means,
         settings=settings,
     )
 

@@ -69,7 +69,7 @@ def decide(finals: FinalModels, kind: str) -> Decisions:
         thresholds=limits,
         source=source,
         out_of_fold=everywhere,
-        figures=run_record.compute_figures(labels, found, limits),
+        figures=run_record.compute_figures(labels, found, limits, data.labels),
     )
 
 
@@ -91,7 +91,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     for kind, values in raw.items():
         decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
         found = calibration.apply(decision.calibration, values)
-        scored[kind] = run_record.compute_figures(data.labels[held], found, decision.thresholds)
+        scored[kind] = run_record.compute_figures(data.labels[held], found, decision.thresholds, data.labels)
     everywhere = np.empty(data.labels.shape, np.float32)
     everywhere[~held] = finals.probabilities(spec.final, data.rows[~held])
     everywhere[held] = raw.get(spec.final, everywhere[held])

@@ -16,7 +16,7 @@ from ..config import CacheSpec, SweepSpec, from_dict, to_dict
 from ..data import splits
 from ..errors import InputError
 from ..metrics import figures
-from ..metrics.rarity import group_maps
+from ..metrics.rarity import class_groups, group_maps, group_means
 from ..metrics.thresholds import best_f1_thresholds, thresholds_for
 from ..recipes import NOT_RESTORED, recipe_differences
 from ..system import hardware
@@ -247,8 +247,9 @@ def choose_thresholds(labels: np.ndarray, probs: np.ndarray, spec: SweepSpec) ->
     return np.where(np.isnan(found), 0.5, found), text
 
 
-def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray) -> Values:
-    """The published six at the thresholds, the same at 0.5, and the AUC of classes with enough positives."""
+def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray, every: np.ndarray) -> Values:
+    """The published six at the thresholds, the same at 0.5, the AUC of classes with enough positives, and means over
+    head, medium and tail classes, which `every` label of the run (N, C) divides."""
     aucs = figures.auc(labels, probabilities)
     enough = (labels == 1).sum(axis=0) >= MIN_POSITIVES
     frequent, count = figures.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
@@ -260,6 +261,7 @@ def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.nd
         "frequent_auc": frequent,
         "frequent_classes": count,
         "frequent_min_positives": MIN_POSITIVES,
+        "rarity": group_means(labels, probabilities, class_groups(every)),
     }
 
 
