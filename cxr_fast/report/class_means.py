@@ -164,7 +164,7 @@ def rarity_notes(classes: Record | None) -> list[str]:
         borders = "; ".join(f"{name} classes: {border}" for name, border in BORDERS.items())
         return [f"{borders}, of the known labels of all images of the run."]
     texts = [
-        f"{name} ({found['border']}): {name_some(found['classes'])}, {_span(found['positives'])} positives"
+        f"{name.capitalize()} ({found['border']}): {name_some(found['classes'])}, {_span(found['positives'])} positives"
         for name, found in classes.items()
     ]
     return [f"By the share of positives among the known labels of all images of the run. {'; '.join(texts)}."]

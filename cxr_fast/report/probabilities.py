@@ -27,7 +27,7 @@ SLOPE_NOTE = (
 BENEFIT_NOTE = (
     "Net benefit an image, TP / n - FP / n × t / (1 - t), of calling a class positive from a probability t on (Vickers "
     "and Elkin 2006); in brackets that of calling every image positive. Calling none has 0. A model is of use where it "
-    "is above both. t is how many false positives a true one outweighs: 0.1 is nine."
+    "is above both. At t = 0.1 a true positive is worth nine false ones."
 )
 
 

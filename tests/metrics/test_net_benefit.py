@@ -47,5 +47,5 @@ def test_it_is_a_plain_loop(pair: Pair, seed: int) -> None:
 
 
 def test_scores_that_are_no_probabilities_are_refused() -> None:
-    with pytest.raises(InputError, match="outside 0..1"):
+    with pytest.raises(InputError, match="are outside 0"):
         net_benefit(np.array([[1], [0]]), np.array([[3.0], [-1.0]]))
