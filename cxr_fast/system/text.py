@@ -119,7 +119,7 @@ def to_markdown(table: Table) -> str:
     """As a Markdown table, its notes below it."""
     rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.texts()]
     lines = ["| " + " | ".join(_in_markdown(text) for text in row) + " |" for row in rows]
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
+    return "\n".join([*lines, *(f"\n{_in_markdown(note)}" for note in table.notes)])
 
 
 def _in_markdown(text: str) -> str:
