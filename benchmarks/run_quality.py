@@ -133,6 +133,12 @@ def describe(each: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def overall(found: figures.Figures, enough: np.ndarray) -> figures.Figures:
+    """The figures of KEYS in each resample, (R,), means over the classes (C,) that enough patients are behind."""
+    means = {key: np.nanmean(found[figures.MEANS[key]][enough], axis=0) for key in KEYS if key in figures.MEANS}
+    return means | {key: found[key] for key in KEYS if key not in figures.MEANS}
+
+
 def resampled(each: list[dict[str, Any]], resamples: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Figures of pooled out-of-fold predictions, means over seeds: as they are, and in each resample of patients."""
     values: list[dict[str, float]] = []
@@ -141,8 +147,9 @@ def resampled(each: list[dict[str, Any]], resamples: int) -> tuple[dict[str, flo
         figures_of = intervals.weighted_figures(one["labels"], one["probs"], 0.5)
         ids = number_groups(one["groups"], len(one["labels"]))
         how = intervals.Resampling(resamples=resamples, seed=seed)
-        drawn.append({key: value for key, value in intervals.resample(figures_of, ids, how).items() if key in KEYS})
-        whole = figures_of(np.ones((len(ids), 1), np.int32))
+        enough = intervals.support(one["labels"], one["groups"]) >= intervals.FEW
+        drawn.append(overall(intervals.resample(figures_of, ids, how), enough))
+        whole = overall(figures_of(np.ones((len(ids), 1), np.int32)), enough)
         values.append({key: float(whole[key][0]) for key in KEYS})
     mean = {key: float(np.mean([value[key] for value in values])) for key in KEYS}
     return mean, {key: np.mean([one[key] for one in drawn], axis=0) for key in KEYS}

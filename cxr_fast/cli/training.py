@@ -253,7 +253,7 @@ def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
 def describe_run(run: dict[str, Any]) -> list[Part]:
     """The folds, the epoch budgets, the grid, positives per fold, and the figures of the final model."""
     from ..metrics import calibration
-    from ..report import tables
+    from ..report import class_means, tables
     from ..report.shortcut_table import FIRST, shortcut_table
     from ..training.operating_points import describe_target, describe_two_means
 
@@ -266,6 +266,9 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     if both := run.get("out_of_fold_auc"):
         notes.append(describe_two_means(both))
     parts += [tables.positives_table(run), "", replace(figures, notes=notes)]
+    frequent = class_means.run_rarity_table(run, 4)
+    if frequent.rows:
+        parts += ["", frequent]
     if run["calibration"]:
         parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
     if run["finals"]:
@@ -358,6 +361,7 @@ def compare(run_a: Path, run_b: Path, json_out: Path | None, **flags: Any) -> No
 
 def describe_comparison(result: dict[str, Any]) -> list[Part]:
     """What was compared, the headline figures, and each class."""
+    from ..report.class_means import rarity_comparison_table
     from ..report.comparison import class_comparison_table, comparison_table
 
     part = result["part"].replace("holdout", "hold-out").replace("_", "-")
@@ -369,6 +373,8 @@ def describe_comparison(result: dict[str, Any]) -> list[Part]:
         f"{result['only_a']:,} only in A, {result['only_b']:,} only in B{left_out(result)}",
         "",
         comparison_table(result, "AB", 4),
+        "",
+        rarity_comparison_table(result, "AB", 4),
         "",
         class_comparison_table(shown, "AB", "auc", 4),
         "",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from .arrays import checked
 
 # Nearer to 0 or 1 than this a float32 probability rounds to it, and has no finite logit.
 EDGE = 1e-7
@@ -121,3 +124,66 @@ def _isotonic(labels: np.ndarray, probs: np.ndarray) -> tuple[list[float], list[
     centres = (np.bincount(block, probs) / np.bincount(block)).astype(np.float32)
     kept = np.concatenate([[True], np.diff(centres) > 0])
     return [float(x) for x in centres[kept]], [float(y) for y in values[kept]]
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """How logistic regression would correct probabilities, (C,) each: log odds of truth = intercept + slope logit(p).
+
+    A slope below 1 says that probabilities are too extreme. `in_the_large` is the intercept where the slope is held at
+    1: below 0 they are too high on the whole. `errors` (C, 3) are the standard errors of slope, intercept and
+    `in_the_large`. NaN where a class lacks a positive or a negative, or where these do not overlap.
+    """
+
+    slope: np.ndarray
+    intercept: np.ndarray
+    in_the_large: np.ndarray
+    errors: np.ndarray
+
+
+def recalibrate(labels: np.ndarray, probs: np.ndarray, groups: np.ndarray) -> Recalibration:
+    """Fit slope and intercept of each class by maximum likelihood; labels and probs (N, C), group numbers (N,).
+
+    The errors count groups, not images. Raises InputError as `figures.headline` does. Source: Cox 1958; Van Calster et
+    al. 2019, Calibration: the Achilles heel of predictive analytics; errors as in Liang and Zeger 1986.
+    """
+    labels, probs = checked(labels, probs, probabilities=True)
+    out = np.full((labels.shape[1], 6), np.nan)
+    for c in range(labels.shape[1]):
+        known = labels[:, c] >= 0
+        y, x, of = labels[known, c].astype(np.float64), logit(probs[known, c].astype(np.float64)), groups[known]
+        if 0 < y.sum() < len(y):
+            (out[c, 2],), (out[c, 5],) = _newton(y, np.ones((len(y), 1)), x, of)
+            # Where one threshold divides positives from negatives, no slope is steep enough.
+            if x[y == 1].min() < x[y == 0].max() and x[y == 0].min() < x[y == 1].max():
+                design = np.stack([x, np.ones(len(y))], axis=1)
+                out[c, :2], out[c, 3:5] = _newton(y, design, np.zeros(len(y)), of)
+    return Recalibration(out[:, 0], out[:, 1], out[:, 2], out[:, 3:])
+
+
+def _newton(y: np.ndarray, x: np.ndarray, offset: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (k,) of a logistic regression of y (n,) on x (n, k) and their errors over groups; NaN where Newton
+    does not arrive."""
+    weights, lacking = np.zeros(x.shape[1]), np.full(x.shape[1], np.nan)
+
+    def loss(at: np.ndarray) -> float:
+        scores = x @ at + offset
+        return float((np.logaddexp(0, scores) - y * scores).sum())
+
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights + offset, -700, 700)))
+        bend = (x * (p * (1 - p))[:, None]).T @ x
+        if not np.linalg.cond(bend) < 1e14:
+            return lacking, lacking
+        step, size = np.linalg.solve(bend, x.T @ (y - p)), 1.0
+        while loss(weights + size * step) > loss(weights) + 1e-12 and size > 1e-8:
+            size /= 2
+        weights = weights + size * step
+        if np.abs(size * step).max() < 1e-10 * (1 + np.abs(weights).max()):
+            break
+    else:
+        return lacking, lacking
+    by_group = np.stack([np.bincount(groups, (y - p) * column) for column in x.T])
+    count, inverse = len(np.unique(groups)), np.linalg.inv(bend)
+    spread = inverse @ (by_group @ by_group.T) @ inverse * count / max(count - 1, 1)
+    return weights, np.sqrt(np.diag(spread))

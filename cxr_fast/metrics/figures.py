@@ -8,7 +8,7 @@ two models scored on the same images are always averaged over the same classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,13 @@ HEADLINE = {
     "macro_npv": "macro NPV",
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
+}
+# Which figure of each class a figure over all classes is the mean of.
+MEANS = {
+    "macro_auc": "auc",
+    "map": "ap",
+    "class_jaccard": "jaccard",
+    **{f"macro_{name}": name for name in ("f1", "sensitivity", "specificity", "ppv", "npv")},
 }
 OF_CLASSES = ("auc", "ap", "jaccard", "f1", "sensitivity", "specificity", "ppv", "npv", "brier", "ece")
 # The first keys of `headline` in their order since the first run.json; the others follow in the order of HEADLINE.
@@ -329,20 +336,14 @@ def every_figure(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray |
         "pooled_brier": brier(*flat)[0],
         "pooled_ece": ece(*flat)[0][0],
     }
-    return of_classes | over_classes(of_classes, table, lambda values: np.array(macro(values)[0])) | alone
+    means = {name: np.array(macro(of_classes[each])[0]) for name, each in MEANS.items()}
+    return of_classes | pooled_counts(table) | means | alone
 
 
-def over_classes(of_classes: Figures, table: Counts, mean: Callable[[np.ndarray], np.ndarray]) -> Figures:
-    """Return what follows from the figures of each class: their means by `mean`, and the counts of all as one."""
+def pooled_counts(table: Counts) -> Figures:
+    """Return the figures that follow from the counts of all classes as one."""
     pooled = table.pooled()
-    return {
-        "label_accuracy": pooled.accuracy(),
-        "micro_f1": pooled.f1(),
-        "macro_auc": mean(of_classes["auc"]),
-        "map": mean(of_classes["ap"]),
-        "class_jaccard": mean(of_classes["jaccard"]),
-        **{f"macro_{name}": mean(of_classes[name]) for name in ("f1", "sensitivity", "specificity", "ppv", "npv")},
-    }
+    return {"label_accuracy": pooled.accuracy(), "micro_f1": pooled.f1()}
 
 
 def headline(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | float) -> dict[str, float | int]:

@@ -37,6 +37,8 @@ def all_plots(run: Row, history: Sequence[Row], evaluation: Row | None) -> dict[
             plots["pr_curves.png"] = lambda: curve_plot(known, "pr")
         if known["reliability"]:
             plots["reliability_diagram.png"] = lambda: reliability(known["reliability"])
+        if (known.get("decisions") or {}).get("curves"):
+            plots["decision_curves.png"] = lambda: decision_plot(known)
         if len(known["cooccurrence"]["classes"]) > 1:
             plots["cooccurrence_plot.png"] = lambda: cooccurrence(known["cooccurrence"])
     return {name: draw() for name, draw in plots.items()}
@@ -196,6 +198,30 @@ def reliability(table: Row) -> bytes:
     above.legend(frameon=False, fontsize=8, loc="upper left")
     below.bar(edges[:-1], np.maximum(count, 0.5), np.diff(edges), align="edge", color=ACCENT, alpha=0.6, ec="white")
     below.set(yscale="log", ylim=(0.5, max(count.max(), 1) * 3), xlabel="predicted probability", ylabel="labels")
+    return png(made)
+
+
+def decision_plot(evaluation: Row) -> bytes:
+    """Net benefit against the threshold probability: the mean over classes, and the largest classes in colour.
+
+    Dotted in the same colour: calling every image positive.
+    """
+    made, axes = figure(NARROW, 4.9)
+    curves, steps = evaluation["decisions"]["curves"], evaluation["decisions"]["thresholds"]
+    named = [row["class"] for row in largest(evaluation)]
+    drawn = [("mean over classes", INK), *zip(named, COLOURS, strict=False)]
+    top = 0.0
+    for name, colour in drawn:
+        if name in curves:
+            width = 2 if colour == INK else 1.3
+            axes.plot(steps, curves[name]["model"], color=colour, lw=width, label=label(name))
+            axes.plot(steps, curves[name]["everyone"], color=colour, lw=0.8, ls=":")
+            top = max(top, *curves[name]["model"], curves[name]["everyone"][0])
+    axes.axhline(0, color=GREY, lw=0.8, label="calling none")
+    axes.plot([], [], color=GREY, lw=0.8, ls=":", label="calling all")
+    axes.set(xlabel="threshold probability", ylabel="net benefit an image")
+    axes.set(xlim=(0, 1), ylim=(-0.25 * max(top, 0.01), 1.05 * max(top, 0.01)))
+    _legend_below(made, axes)
     return png(made)
 
 

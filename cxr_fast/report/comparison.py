@@ -11,20 +11,20 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import InputError
-from ..metrics.figures import HEADLINE, headline, overall_key, per_class
-from ..metrics.intervals import Interval, Resampling, paired_bootstrap
+from ..metrics.figures import HEADLINE, MEANS, headline, overall_key, per_class
+from ..metrics.intervals import Decided, Interval, Resampling, paired_bootstrap
+from ..metrics.rarity import class_groups
 from ..system.files import AnyPath
 from ..system.text import NONE, Cell, Figure, Table
 from ..training.predictions import PARTS, Scored, read
 from ..training.run_folder import clean, read_info
+from . import class_means
 from .charts import excludes_zero
 from .evaluation import LEVEL, enough_groups
-from .summary import FIGURES, Record, as_figure, of_classes
+from .summary import FIGURES, ROUNDING, Record, as_figure, of_classes
 
 SCHEMA = 1
 TABLED = ("auc", "ap")
-# The bootstrap sums in another order than `headline`.
-ROUNDING = 1e-12
 Part = Literal["holdout", "out_of_fold"]
 
 
@@ -39,10 +39,11 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Compare B with A on the images in this part of both runs, by paired bootstrap over A's groups; JSON-ready.
 
-    `figures` (those of HEADLINE) and the rows of `per_class` (auc, ap) hold a, b, difference, low, high; null where
-    undefined. Images are matched by their bytes; `trained_a` and `trained_b` count those of the other run's hold-out
-    that a run was trained on, which no figure holds. Raises InputError where there are such images, unless
-    `allow_trained`, and where the runs share no image, have other classes, or label an image differently.
+    `figures` (those of HEADLINE), `rarity` (auc, map) and the rows of `per_class` (auc, ap) hold a, b, difference, low,
+    high; null where undefined. Of a mean over classes `over` says which its interval is of. Images are matched by
+    their bytes; `trained_a` and `trained_b` count those of the other run's hold-out that a run was trained on, which no
+    figure holds. Raises InputError where there are such images, unless `allow_trained`, and where the runs share no
+    image, have other classes, or label an image differently.
 
         >>> found = compare_runs("exports/indiana", "exports/indiana", resamples=100)
         >>> found["figures"]["macro_auc"]["difference"]
@@ -51,6 +52,7 @@ def compare_runs(
     run_a, run_b = Path(run_a), Path(run_b)
     info_a, a, limits_a, trained_a = _side(run_a, part)
     info_b, b, limits_b, trained_b = _side(run_b, part)
+    every = read(run_a, info_a).arrays["labels"]
     classes, others = list(info_a["classes"]), list(info_b["classes"])
     _same_classes(run_a, classes, run_b, others)
     order = [others.index(name) for name in classes]
@@ -68,7 +70,10 @@ def compare_runs(
     probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
     _same_labels(both.labels, labels_b, run_a, run_b)
     resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
-    figures = _differences(both, limits_a, probs_b, limits_b[order], classes, resampling)
+    decided = ((both.probs, limits_a), (probs_b, limits_b[order]))
+    kinds = class_groups(every)
+    figures = _differences(both, decided, classes, kinds, resampling)
+    figures["rarity_classes"] = class_means.rarity_classes(every, kinds, classes)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= leaks | {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
@@ -141,20 +146,21 @@ def _keys(scored: Scored) -> list[tuple[str, int]]:
 
 
 def _differences(
-    a: Scored,
-    limits_a: np.ndarray,
-    probs_b: np.ndarray,
-    limits_b: np.ndarray,
-    classes: Sequence[str],
-    how: Resampling,
+    a: Scored, sides: tuple[Decided, Decided], classes: Sequence[str], kinds: np.ndarray, how: Resampling
 ) -> dict[str, Any]:
     groups = a.columns["group"]
     if len(set(groups.tolist())) < 2:
         raise InputError("the common images are all of one group: nothing can be resampled.")
-    sides = ((a.probs, limits_a), (probs_b, limits_b))
-    paired = paired_bootstrap(a.labels, *sides, groups.tolist(), how)
+    paired = paired_bootstrap(a.labels, *sides, groups.tolist(), how, class_means.rarity_subsets(kinds))
     one, two = (headline(a.labels, probs, limits) for probs, limits in sides)
-    figures = {name: _difference(one[name], two[name], paired[overall_key(name)]) for name in HEADLINE}
+    figures = {
+        name: class_means.mean_difference(one[name], two[name], paired[name], classes)
+        if name in MEANS
+        else _difference(one[name], two[name], paired[overall_key(name)])
+        for name in HEADLINE
+    }
+    probs = [probs for probs, _ in sides]
+    frequent = class_means.rarity_difference(a.labels, probs, kinds, paired, classes)
     tables = [per_class(a.labels, probs, limits, classes) for probs, limits in sides]
     enough = enough_groups(a.labels, groups)
     rows = []
@@ -164,11 +170,11 @@ def _differences(
             for name in TABLED
         }
         rows.append({"class": row_a["class"], "positives": row_a["positives"], **found})
-    return {"figures": figures, "per_class": rows}
+    return {"figures": figures, "rarity": frequent, "per_class": rows}
 
 
 def _difference(a: float, b: float, interval: Interval | None) -> dict[str, float]:
-    """An interval that does not hold its own difference is none (a figure that hangs on rare classes)."""
+    """An interval that does not hold its own difference is none."""
     low = high = float("nan")
     if interval is not None and float(interval.low) - ROUNDING <= b - a <= float(interval.high) + ROUNDING:
         low, high = float(interval.low), float(interval.high)
@@ -213,6 +219,7 @@ def comparison_table(pair: Record, names: Sequence[str], digits: int = 3) -> Tab
         rows=[[FIGURES[key], *_sides(each, digits)] for key, each in found.items()],
         chosen=[row for row, each in enumerate(found.values()) if excludes_zero(each)],
         mark="differs",
+        notes=[f"{note[0].upper()}{note[1:]}."] if (note := class_means.left_out(pair)) else [],
     )
 
 
@@ -249,4 +256,4 @@ def _sides(found: Record, digits: int) -> list[Figure]:
 
 def as_difference(found: Record, digits: int = 3) -> Figure:
     """The difference of two runs in a figure, with its interval."""
-    return Figure(value=found["difference"], low=found["low"], high=found["high"], digits=digits, signed=True)
+    return as_figure({**found, "value": found["difference"]}, digits, signed=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..data.disclosure import GROUPS
 from ..errors import InputError
-from ..metrics import curves, figures, subgroups
-from ..metrics.intervals import Interval, Resampling, bootstrap, support
+from ..metrics import curves, figures, rarity, subgroups
+from ..metrics.intervals import FEW, Interval, Resampling, bootstrap, support
 from ..metrics.subgroups import VIEW
 from ..metrics.thresholds import predictive_values
 from ..system.files import AnyPath
@@ -23,14 +23,12 @@ from ..training import operating_points
 from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_run_info
+from . import class_means, probabilities
+from .class_means import name_some
 from .summary import Record, as_figure
 
 SCHEMA = 1
 LEVEL = 0.95
-# A class with positives (or negatives) in fewer groups than this has no interval: however widened, it would hold the
-# truth in three of four cases and not in 19 of 20 (benchmarks/LOG.md).
-FEW = 5
-NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +37,18 @@ class _Job:
 
     classes: Sequence[str]
     limits: np.ndarray
-    resamples: int
-    seed: int
+    rarity: np.ndarray
+    how: Resampling
     missing: list[str] = field(default_factory=list)
     withheld: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def intervals(self, scored: Scored) -> dict[str, Interval]:
         """Of every figure, by group; none from a single group."""
         groups = scored.columns["group"]
-        if not self.resamples or len(set(groups.tolist())) < 2:
+        if not self.how.resamples or len(set(groups.tolist())) < 2:
             return {}
-        how = Resampling(resamples=self.resamples, seed=self.seed, level=LEVEL)
-        return bootstrap(scored.labels, scored.probs, groups.tolist(), self.limits, how)
+        subsets = class_means.rarity_subsets(self.rarity)
+        return bootstrap(scored.labels, scored.probs, groups.tolist(), self.limits, self.how, subsets)
 
     def part(self, title: str, scored: Scored, intervals: dict[str, Interval]) -> dict[str, Any]:
         """The figures of one set of images."""
@@ -58,12 +56,17 @@ class _Job:
         values = {}
         for name in figures.HEADLINE:
             interval = intervals.get(figures.overall_key(name))
-            values[name] = _figure(found[name], interval)
+            values[name] = (
+                class_means.mean_record(found[name], interval, self.classes)
+                if name in figures.MEANS
+                else _figure(found[name], interval)
+            )
             if interval is not None and found[name] == found[name] and values[name]["low"] is None:
                 self.withheld[name].append(title)
         counted = {key: found[key] for key in ("n", "classes_defined", "classes_total")}
         groups = len(set(scored.columns["group"].tolist()))
-        return {"of": scored.of, **counted, "groups": groups, "figures": values}
+        frequent = class_means.rarity_record((scored.labels, scored.probs), self.rarity, intervals, self.classes)
+        return {"of": scored.of, **counted, "groups": groups, "figures": values, "rarity": frequent}
 
 
 def evaluate(
@@ -89,11 +92,14 @@ def evaluate(
     folder = Path(folder)
     run = read_run_info(folder, logit_adjustment=logit_adjustment, point=point)
     saved, shown = _only_shown(read(folder, run))
-    job = _Job(classes=run["classes"], limits=np.array(run["thresholds"], float), resamples=resamples, seed=seed)
+    how, every = Resampling(resamples=resamples, seed=seed, level=LEVEL), saved.arrays["labels"]
+    limits, kinds = np.array(run["thresholds"], float), rarity.class_groups(every)
+    job = _Job(classes=run["classes"], limits=limits, rarity=kinds, how=how)
     scored = _parts(saved, job)
     intervals = {name: job.intervals(part) if name != "train" else {} for name, part in scored.items()}
     parts = {name: job.part(PARTS[name], part, intervals[name]) for name, part in scored.items()}
     chief = next((name for name in ("holdout", "out_of_fold", "train") if name in scored), None)
+    views, columns = _by(VIEW, scored.get(chief or ""), job), _subgroups(scored.get(chief or ""), job)
     result = {
         "schema": SCHEMA,
         "level": LEVEL,
@@ -103,14 +109,16 @@ def evaluate(
         "missing": job.missing,
         "parts": parts,
         "out_of_fold_auc": _two_means(saved, parts.get("out_of_fold")),
+        "rarity": class_means.rarity_classes(every, kinds, job.classes),
         "studies": {"pool": pool, "parts": _studies(scored, pool, job)},
-        "views": _by(VIEW, scored.get(chief or ""), job),
-        "subgroups": _subgroups(scored.get(chief or ""), job),
+        "views": views,
+        "subgroups": columns,
+        "gaps": _gaps(scored.get(chief or ""), views, columns, job),
         "columns_not_shown": len(shown.hidden),
         "shortcuts": run.get("shortcuts") or [],
         "per_class_of": chief,
         **(_details(scored[chief], intervals[chief], job) if chief else _NOTHING),
-        "cooccurrence": cooccurrence(saved.arrays["labels"], job.classes),
+        "cooccurrence": cooccurrence(every, job.classes),
     }
     if point.prevalence is not None:
         _state_prevalence(result["per_class"], read_prevalence(point.prevalence, job.classes))
@@ -136,7 +144,14 @@ def _state_prevalence(rows: Sequence[dict[str, Any]], shares: np.ndarray) -> Non
         row |= {"stated_prevalence": share, "ppv_at_stated_prevalence": ppv, "npv_at_stated_prevalence": npv}
 
 
-_NOTHING: dict[str, Any] = {"per_class": [], "curves": {}, "reliability": None, "confusion": []}
+_NOTHING: dict[str, Any] = {
+    "per_class": [],
+    "curves": {},
+    "reliability": None,
+    "recalibration": [],
+    "decisions": None,
+    "confusion": [],
+}
 
 
 def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
@@ -201,6 +216,26 @@ def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
     return out
 
 
+def _gaps(scored: Scored | None, views: Record, columns: Record, job: _Job) -> dict[str, Any]:
+    """The widest gaps between the values shown of each column; unknown is no value."""
+    out: dict[str, Any] = {}
+    for column, parts in {"view": views, **{META + name: parts for name, parts in columns.items()}}.items():
+        name, named = column.removeprefix(META), [value for value in parts if value != subgroups.UNKNOWN]
+        if scored is None or name in out or len(named) < 2 or not job.how.resamples:
+            continue
+        groups = scored.columns["group"]
+        rows, _ = subgroups.split(scored.columns[column], groups)
+        members = {value: rows[value] for value in named}
+        found = subgroups.widest_gaps(scored.labels, scored.probs, job.limits, groups.tolist(), members, job.how)
+        if found:
+            out[name] = {figure: class_means.gap_record(gap, job.classes) for figure, gap in found.items()}
+        else:
+            job.missing.append(
+                f"gap by {name}: no class has positives and negatives in {FEW} groups of two of its values"
+            )
+    return out
+
+
 def _details(scored: Scored, intervals: dict[str, Interval], job: _Job) -> dict[str, Any]:
     """Per-class table, curves, reliability and confusion counts of one part."""
     table = figures.counts(scored.labels, figures.decisions(scored.probs, job.limits))
@@ -209,6 +244,10 @@ def _details(scored: Scored, intervals: dict[str, Interval], job: _Job) -> dict[
         "per_class": _per_class(scored, intervals, job),
         "curves": _curves(scored, job.classes),
         "reliability": reliability(scored.labels, scored.probs),
+        "recalibration": probabilities.recalibration(
+            scored.labels, scored.probs, scored.columns["group"].tolist(), job.classes, LEVEL
+        ),
+        "decisions": probabilities.decision_curves(scored.labels, scored.probs, job.classes),
         "confusion": [
             {"class": name} | {cell: values[c] for cell, values in cells.items()} for c, name in enumerate(job.classes)
         ],
@@ -227,7 +266,7 @@ def _per_class(scored: Scored, intervals: dict[str, Interval], job: _Job) -> lis
         names = [name for name, ok in zip(job.classes, enough, strict=True) if not ok]
         job.missing.append(
             f"intervals of {len(names)} of {len(enough)} classes, with positives or negatives in fewer than {FEW} "
-            f"groups: {_some(names)}"
+            f"groups: {name_some(names)}"
         )
     return rows
 
@@ -250,7 +289,7 @@ def _figure(value: float, interval: Interval | None) -> dict[str, float | None]:
 
 def _tell_withheld(job: _Job) -> None:
     for name, titles in job.withheld.items():
-        job.missing.append(f"interval of {name}, which resampling cannot give here: {_some(titles)}")
+        job.missing.append(f"interval of {name}, which resampling cannot give here: {name_some(titles)}")
 
 
 def _curves(scored: Scored, classes: Sequence[str]) -> dict[str, Any]:
@@ -275,11 +314,6 @@ def cooccurrence(labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     return {"classes": list(classes), "counts": (yes.T @ yes).tolist()}
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def prevalence_table(rows: Sequence[Record]) -> Table:
     """PPV and NPV of every class at its stated prevalence; no row where none was stated."""
     keys = ("stated_prevalence", "ppv_at_stated_prevalence", "npv_at_stated_prevalence")
@@ -301,6 +335,8 @@ def csv_tables(evaluation: Record) -> dict[str, Table]:
         "confusion.csv": evaluation["confusion"],
         "curves.csv": _curve_records(evaluation["curves"]),
         "reliability.csv": _bin_records(evaluation["reliability"]),
+        "recalibration.csv": evaluation.get("recalibration", []),
+        "decision_curves.csv": probabilities.curve_records(evaluation.get("decisions")),
         "cooccurrence.csv": (
             {"class": name, **dict(zip(co["classes"], counts, strict=True))}
             for name, counts in zip(co["classes"], co["counts"], strict=True)
@@ -330,9 +366,17 @@ def _figure_records(evaluation: Record) -> Iterator[Record]:
         places += [(part, evaluation["per_class_of"], "image", by, group) for group, part in parts.items()]
     for part, *place in places:
         counts = {key: part[key] for key in ("n", "groups", "classes_defined", "classes_total")}
-        for name, figure in part["figures"].items():
+        frequent = {
+            f"{kind}_{name}": found[name]
+            for kind, found in part["rarity"].items()
+            for name in class_means.RARITY_FIGURES
+        }
+        for name, figure in {**part["figures"], **frequent}.items():
             ends = {key: figure[key] for key in ("value", "low", "high")}
-            yield {**dict(zip(("part", "level", "by", "group"), place, strict=True)), "figure": name, **ends, **counts}
+            over = figure.get("over") or {}
+            of = {"interval_classes": over.get("classes"), "interval_value": over.get("value")}
+            place_of = dict(zip(("part", "level", "by", "group"), place, strict=True))
+            yield {**place_of, "figure": name, **ends, **counts, **of}
 
 
 def _curve_records(curves: Record) -> Iterator[Record]:

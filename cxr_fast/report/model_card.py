@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import BIOMEDCLIP
 from ..data.labels import TRAPS
-from . import tables
+from . import class_means, tables
 from .html import render_markdown
 from .shortcut_table import shortcut_lines
 from .summary import FEW, FIGURES, Record, ReportData
@@ -32,6 +32,7 @@ def render_card(material: ReportData) -> bytes:
         material=material,
         run=run,
         tables=tables,
+        means=class_means,
         # BiomedCLIP is MIT; of other weights, and of what the data's owner allows, this program knows nothing.
         known_license=not run["random_weights"] and run["cache"]["weights"] in ("biomedclip", BIOMEDCLIP),
         base_model=BIOMEDCLIP.removeprefix("hf-hub:"),

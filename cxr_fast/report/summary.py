@@ -8,6 +8,7 @@ from typing import Any
 
 from ..metrics import calibration
 from ..metrics.figures import HEADLINE
+from ..metrics.intervals import FEW as BEHIND
 from ..system.text import Figure, counted
 from ..training.operating_points import describe_two_means
 
@@ -28,17 +29,38 @@ TIERS = {
     "insufficient data": "no positive or no negative",
 }
 LACKING = "insufficient data"
+# The bootstrap sums in another order than `headline`.
+ROUNDING = 1e-12
 
 
-def as_figure(found: Record | None, digits: int = 3) -> Figure:
-    """A figure of an evaluation (value, and perhaps low and high) as a cell of a table; None is undefined."""
+def as_figure(found: Record | None, digits: int = 3, *, signed: bool = False) -> Figure:
+    """A figure of an evaluation (value, and perhaps low and high) as a cell of a table; None is undefined.
+
+    Where the interval is over fewer classes than the value, the cell says over how many, and their mean.
+    """
     found = found or {"value": None}
-    return Figure(value=found["value"], low=found.get("low"), high=found.get("high"), digits=digits)
+    value, over = found["value"], found.get("over") or {"classes": None, "value": None}
+    other = value is not None and over["value"] is not None and abs(over["value"] - value) > ROUNDING
+    return Figure(
+        value=value,
+        low=found.get("low"),
+        high=found.get("high"),
+        digits=digits,
+        signed=signed,
+        over=over["classes"] if other else None,
+        over_value=over["value"] if other else None,
+    )
 
 
 def of_classes(part: Record) -> str:
     """`33 of 35`: how many classes a mean is taken over."""
     return f"{part['classes_defined']} of {part['classes_total']}"
+
+
+def behind_intervals(part: Record) -> str:
+    """`11 of 14`: how many classes the interval of a mean is over; empty where there is none."""
+    over = part["figures"].get("macro_auc", {}).get("over")
+    return f"{over['classes']} of {over['classes'] + len(over['left_out'])}" if over else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +159,11 @@ class ReportData:
         if made is None or not made["resamples"]:
             return ""
         return (
-            f"In brackets: {100 * made['level']:.0f} % intervals, percentiles of {made['resamples']:,} bootstrap "
-            f"resamples of {made['unit']}s (all images of a {made['unit']} together), widened for few {made['unit']}s "
-            f"and reversed for mAP (Hesterberg 2015); seed {made['seed']}."
+            f"In brackets: {100 * made['level']:.0f} % intervals of {made['resamples']:,} bootstrap resamples of "
+            f"{made['unit']}s (all images of a {made['unit']} together), widened for few {made['unit']}s (Hesterberg "
+            f"2015); seed {made['seed']}. The interval of a mean is over one set of classes, those with positives and "
+            f"negatives in at least {BEHIND} {made['unit']}s; where that leaves classes out, how many are left and "
+            "their mean stand before it."
         )
 
     def summary(self) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..metrics.rarity import HEAD, TAIL
 from ..system.text import NONE, Cell, Figure, Label, Table, counted, duration
-from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, of_classes
+from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, behind_intervals, of_classes
 
 FINAL_FIGURES = ("macro_auc", "map", "label_accuracy", "sample_jaccard", "class_jaccard", "macro_f1")
 GROUP_FIGURES = ("macro_auc", "micro_auc", "map", "macro_f1")
@@ -194,6 +194,8 @@ def figure_table(parts: Mapping[str, Record], title: str = "Figures of each part
     if any("groups" in part for part in parts.values()):
         rows.append(["Groups", *(part.get("groups") for part in parts.values())])
     rows.append(["Classes with an AUC", *map(of_classes, parts.values())])
+    if any(behind := [behind_intervals(part) for part in parts.values()]):
+        rows.append(["Classes behind intervals of means", *(found or NONE for found in behind)])
     for key, name in FIGURES.items():
         if any(key in part["figures"] for part in parts.values()):
             rows.append([name, *(as_figure(part["figures"].get(key), digits) for part in parts.values())])

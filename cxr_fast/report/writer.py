@@ -21,7 +21,7 @@ from ..training import predictions
 from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
-from . import charts, comparison, evaluation, settings, shortcut_table, tables
+from . import charts, class_means, comparison, evaluation, probabilities, settings, shortcut_table, tables
 from .html import render_page
 from .model_card import render_card
 from .summary import FIGURES, Record, ReportData
@@ -40,6 +40,7 @@ FILMS = ("predictions.csv", "predictions.parquet")
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
+    *("recalibration.csv", "decision_curves.csv", "decision_curves.png"),
     *("epoch_search_plot.png", "training_plot.png", "evaluation_plot.png", "precision_plot.png"),
     *("confusion_matrices.png", "roc_curves.png", "pr_curves.png", "reliability_diagram.png", "cooccurrence_plot.png"),
 )
@@ -146,6 +147,8 @@ def render_run(material: ReportData) -> bytes:
         "report.html.j2",
         material=material,
         tables=tables,
+        means=class_means,
+        probabilities=probabilities,
         settings=settings,
         confusions=_largest_confusions(material),
         shortcuts=shortcut_table.shortcut_table(material.run),
@@ -180,6 +183,7 @@ def render_comparison(
         missing=missing,
         plots=plots,
         comparison=comparison,
+        means=class_means,
         settings=settings,
     )
 

@@ -17,7 +17,8 @@ NONE = "–"  # a figure that is undefined, on a page and in Markdown
 class Figure:
     """A value with its interval, shown with `digits` decimals; None or NaN where it is undefined.
 
-    `signed` is for differences: a plus stands before what is not negative.
+    `signed` is for differences: a plus stands before what is not negative. Where the interval is of a mean over fewer
+    classes than the value is, `over` is how many, and `over_value` their mean.
     """
 
     value: float | None
@@ -25,6 +26,8 @@ class Figure:
     high: float | None = None
     digits: int = 3
     signed: bool = False
+    over: int | None = None
+    over_value: float | None = None
 
     def __str__(self) -> str:
         return f"{self.text} {self.interval}".strip()
@@ -41,10 +44,13 @@ class Figure:
 
     @property
     def interval(self) -> str:
-        """`[0.779, 0.843]`; empty where there is none."""
+        """`[0.779, 0.843]`, or `(11 classes: 0.806 [0.779, 0.843])`; empty where there is none."""
         if not self.defined or self.low is None or self.high is None:
             return ""
-        return f"[{self._shown(self.low)}, {self._shown(self.high)}]"
+        ends = f"[{self._shown(self.low)}, {self._shown(self.high)}]"
+        if self.over is None or self.over_value is None:
+            return ends
+        return f"({self.over} class{'es' * (self.over != 1)}: {self._shown(self.over_value)} {ends})"
 
     def _shown(self, value: float) -> str:
         return f"{value:{'+' if self.signed else ''}.{self.digits}f}"
@@ -113,7 +119,7 @@ def to_markdown(table: Table) -> str:
     """As a Markdown table, its notes below it."""
     rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.texts()]
     lines = ["| " + " | ".join(_in_markdown(text) for text in row) + " |" for row in rows]
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
+    return "\n".join([*lines, *(f"\n{_in_markdown(note)}" for note in table.notes)])
 
 
 def _in_markdown(text: str) -> str:

@@ -55,7 +55,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     decisions = {name: decide(finals, name) for name in ("folds", *finals.extra)}
     # The hold-out by itself for each, so that its figures do not hang on which model was asked for.
     raw = {kind: finals.probabilities(kind, data.rows[held]) for kind in finals.kinds if held.any()}
-    scored, limits = _score(raw, data.labels[held], decisions), decisions[own].thresholds
+    scored, limits = _score(raw, data, decisions), decisions[own].thresholds
     everywhere = np.empty(data.labels.shape, np.float32)
     everywhere[~held] = finals.probabilities(spec.final, data.rows[~held])
     everywhere[held] = raw.get(spec.final, everywhere[held])
@@ -104,13 +104,13 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     )
 
 
-def _score(raw: dict[str, np.ndarray], labels: np.ndarray, decisions: dict[str, Decisions]) -> dict[str, Any]:
-    """Figures of each kind of final model on the hold-out, from its raw probabilities (n, C) and labels (n, C)."""
-    scored = {}
+def _score(raw: dict[str, np.ndarray], data: Data, decisions: dict[str, Decisions]) -> dict[str, Any]:
+    """Figures of each kind of final model on the hold-out, from its raw probabilities (n, C)."""
+    scored, labels = {}, data.labels[data.assignment == -1]
     for kind, values in raw.items():
         decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
         found = calibration.apply(decision.calibration, values)
-        scored[kind] = operating_points.compute_figures(labels, found, decision.thresholds)
+        scored[kind] = operating_points.compute_figures(labels, found, decision.thresholds, data.labels)
     return scored
 
 

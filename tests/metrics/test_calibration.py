@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
+from cxr_fast.metrics import calibration
 from cxr_fast.metrics.calibration import EDGE, apply, describe, fit, logit
 from cxr_fast.metrics.figures import auc
 
@@ -215,3 +216,76 @@ def test_no_rows_are_no_rows() -> None:
 def test_the_logit_of_0_and_1_is_that_of_the_edge() -> None:
     np.testing.assert_allclose(logit(np.array([0.0, 0.5, 1.0])), [np.log(EDGE), 0, -np.log(EDGE)], atol=1e-6)
     assert np.finfo(np.float32).eps > EDGE
+
+
+# ------------------------------------------------------------------------------------- slope and intercept
+
+
+def plain_recalibration(
+    y: np.ndarray, x: np.ndarray, groups: np.ndarray, *, slope: bool
+) -> tuple[list[float], list[float]]:
+    """Weights by SciPy's minimiser and errors by sums over groups; slope and intercept, or the intercept alone."""
+    from scipy.optimize import minimize
+
+    design = np.stack([x, np.ones(len(x))], axis=1) if slope else np.ones((len(x), 1))
+    offset = np.zeros(len(x)) if slope else x
+
+    def loss(weights: np.ndarray) -> float:
+        scores = design @ weights + offset
+        return float((np.logaddexp(0, scores) - y * scores).sum())
+
+    def pull(weights: np.ndarray) -> np.ndarray:
+        return np.asarray(design.T @ (1 / (1 + np.exp(-design @ weights - offset)) - y))
+
+    found = minimize(loss, np.zeros(design.shape[1]), jac=pull, method="BFGS", options={"gtol": 1e-10}).x
+    p = 1 / (1 + np.exp(-(design @ found + offset)))
+    bread, meat = np.zeros((design.shape[1],) * 2), np.zeros((design.shape[1],) * 2)
+    for row, q in zip(design, p, strict=True):
+        bread += q * (1 - q) * np.outer(row, row)
+    for g in set(groups.tolist()):
+        total = sum((y[i] - p[i]) * design[i] for i in np.flatnonzero(groups == g))
+        meat += np.outer(total, total)
+    count = len(set(groups.tolist()))
+    spread = np.linalg.inv(bread) @ meat @ np.linalg.inv(bread) * count / (count - 1)
+    return found.tolist(), np.sqrt(np.diag(spread)).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slope_and_intercept_are_those_of_logistic_regression(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    groups, logits = np.repeat(np.arange(60), 2), random.normal(-1, 1.5, (120, 2))
+    labels = (random.random((120, 2)) < 1 / (1 + np.exp(-(0.6 * logits - 0.4)))).astype(np.int8)
+    labels[:10, 0] = -1
+    found = calibration.recalibrate(labels, 1 / (1 + np.exp(-logits)), groups)
+    for c in range(2):
+        known = labels[:, c] >= 0
+        args = (labels[known, c].astype(float), logits[known, c], groups[known])
+        (slope, intercept), errors = plain_recalibration(*args, slope=True)
+        (large,), (error,) = plain_recalibration(*args, slope=False)
+        got = [found.slope[c], found.intercept[c], found.in_the_large[c], *found.errors[c]]
+        assert got == pytest.approx([slope, intercept, large, *errors, error], rel=1e-5, abs=1e-6)
+
+
+def test_calibrated_probabilities_have_slope_one_and_others_say_what_is_wrong() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(-1, 1.5, (40_000, 1))
+    labels = (random.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.int8)
+    groups = np.arange(40_000)
+
+    def fit(scores: np.ndarray) -> calibration.Recalibration:
+        return calibration.recalibrate(labels, 1 / (1 + np.exp(-scores)), groups)
+
+    good, extreme, high = fit(logits), fit(2 * logits), fit(logits + 1)
+    for value, error in zip((good.slope[0] - 1, good.intercept[0], good.in_the_large[0]), good.errors[0], strict=True):
+        assert abs(value) < 4 * error < 0.15
+    assert extreme.slope[0] == pytest.approx(good.slope[0] / 2, rel=1e-6)
+    assert high.in_the_large[0] == pytest.approx(good.in_the_large[0] - 1, abs=1e-6)
+
+
+def test_what_cannot_be_recalibrated_is_nan_without_a_word() -> None:
+    labels = np.array([[0, 1, 0, 1], [0, 1, 0, 1], [0, 0, 1, -1], [0, 0, 1, -1]], dtype=np.int8)
+    probs = np.array([[0.1, 0.8, 0.4, 0.2]] * 2 + [[0.3, 0.2, 0.4, 0.1]] * 2)
+    with np.errstate(all="raise"):
+        found = calibration.recalibrate(labels, probs, np.arange(4))
+    assert np.isnan(found.slope).tolist() == [True, True, True, True], "one sign, apart, all alike, one sign"
+    assert np.isnan(found.in_the_large).tolist() == [True, False, False, True]

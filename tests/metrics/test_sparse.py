@@ -1,4 +1,4 @@
-"""What metrics compute where SciPy is not installed, against SciPy's: sparse products, and tails of intervals."""
+"""Sparse products where SciPy is not installed, against SciPy's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import stdtrit
 
 from cxr_fast.metrics import sparse
-from cxr_fast.metrics.intervals import plain_tail, student_quantile, tail_shares
 
 
 @settings(deadline=None, max_examples=60)
@@ -29,16 +27,3 @@ def test_our_product_is_scipys(seed: int, rows: int, width: int, entries: int, s
             assert not isinstance(theirs, sparse.Rows)
             np.testing.assert_allclose(ours @ weights, theirs @ weights, rtol=0, atol=1e-12)
     assert (sparse.Rows(np.ones(entries, np.int32)[order], columns[order], edges) @ weights).dtype == np.int32
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 30, 999, 10**6])
-@pytest.mark.parametrize("tail", [0.1, 0.025, 0.0005])
-def test_students_quantile_is_scipys(freedom: int, tail: float) -> None:
-    assert student_quantile(freedom, tail) == pytest.approx(-stdtrit(freedom, tail), rel=1e-11)
-
-
-@pytest.mark.parametrize("groups", [2, 3, 5, 60, 4000])
-def test_the_plain_tail_is_that_of_the_intervals(groups: int) -> None:
-    ids = np.arange(groups)
-    found = tail_shares((ids % 2)[:, None].astype(np.int8), ids, 0.95)
-    assert plain_tail(groups, 0.025) == pytest.approx(float(found["overall"]), rel=1e-11)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from cxr_fast.data.disclosure import GROUPS, VALUES
 from cxr_fast.errors import InputError
 from cxr_fast.metrics import subgroups
+from cxr_fast.metrics.figures import auc
+from cxr_fast.metrics.intervals import Resampling
 
 
 def rows(name: str, values: list[str], groups: list[str] | None = None) -> dict[str, list[int]]:
@@ -111,3 +113,53 @@ def test_every_image_is_in_one_and_every_subgroup_has_enough_groups(pairs: list[
     assert few or len(together) == len(values)
     for members in found.values():
         assert len({groups[row] for row in members}) >= GROUPS
+
+
+# ------------------------------------------------------------------------------------------------- gaps
+
+
+def patients(seed: int, unfair: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, np.ndarray]]:
+    """300 images of 150 patients in three subgroups, the first scored with `unfair` more skill."""
+    random = np.random.default_rng(seed)
+    of = np.repeat(np.arange(150), 2)
+    labels = np.repeat((random.random((150, 3)) < (0.4, 0.3, 0.01)).astype(np.int8), 2, axis=0)
+    skill = 1.0 + unfair * (of % 3 == 0)[:, None]
+    probs = 1 / (1 + np.exp(-skill * labels - random.normal(size=labels.shape)))
+    members = {name: np.flatnonzero(of % 3 == k) for k, name in enumerate("abc")}
+    return labels, probs, [str(g) for g in of], members
+
+
+def test_a_gap_is_the_difference_of_two_macro_figures_on_the_same_resamples() -> None:
+    labels, probs, groups, members = patients(0, unfair=3.0)
+    found = subgroups.widest_gaps(labels, probs, 0.6, groups, members, Resampling(resamples=100))
+    assert list(found) == list(subgroups.GAPS)
+    gap = found["macro_auc"]
+    assert gap.classes.tolist() == [True, True, False]
+    assert (gap.higher, gap.pairs) == ("a", 3)
+    each = {name: auc(labels[rows, :2], probs[rows, :2]).mean() for name, rows in members.items()}
+    assert gap.value == pytest.approx(max(each.values()) - min(each.values()), abs=1e-12)
+    assert 0 < gap.low < gap.value < gap.high
+    two = {name: members[name] for name in ("a", gap.lower)}
+    alone = subgroups.widest_gaps(labels, probs, 0.6, groups, two, Resampling(resamples=100))["macro_auc"]
+    assert alone.value == gap.value
+    assert alone.pairs == 1
+    assert alone.high - alone.low < gap.high - gap.low, "the widest of three is less sure than one asked for"
+
+
+def test_the_widest_gap_of_equals_holds_zero_about_as_often_as_it_says() -> None:
+    hit = 0
+    for seed in range(60):
+        labels, probs, groups, members = patients(seed)
+        gap = subgroups.widest_gaps(labels, probs, 0.6, groups, members, Resampling(resamples=60, seed=seed))[
+            "macro_auc"
+        ]
+        hit += gap.low <= 0 <= gap.high
+    assert hit >= 53
+
+
+def test_subgroups_without_a_common_class_have_no_gap() -> None:
+    labels, probs, groups, members = patients(0)
+    labels[members["a"]] = 0
+    assert (
+        subgroups.widest_gaps(labels, probs, 0.6, groups, {k: members[k] for k in "ab"}, Resampling(resamples=9)) == {}
+    )

@@ -30,7 +30,8 @@ from cxr_fast.system.text import Figure, duration
 from cxr_fast.training.run_folder import read_info
 from tests.helpers.pages import Page, browse
 
-SECTIONS = ["figures", "classes", "curves", "calibration", "cooccurrence", "views", "shortcuts", "search", "data"]
+SECTIONS = ["figures", "classes", "curves", "calibration", "decisions", "cooccurrence", "views", "shortcuts", "search"]
+SECTIONS += ["data"]
 SECTIONS += ["recipe", "made"]
 FEW = {"resamples": 40}
 
@@ -177,7 +178,10 @@ def test_the_main_table_is_evaluation_json_figures_csv_and_run_json(made: Path, 
         of_run = run["metrics"][part]
         for key, figure in found["parts"][part]["figures"].items():
             line = by_name[part, key]
-            assert [line[end] for end in figure] == [csv_text(value) for value in figure.values()]
+            over = figure.get("over") or {"classes": None, "value": None}
+            of = {"interval_classes": over["classes"], "interval_value": over["value"]}
+            shown = {**{end: figure[end] for end in ("value", "low", "high")}, **of}
+            assert [line[end] for end in shown] == [csv_text(value) for value in shown.values()]
             if key in of_run:
                 assert figure["value"] == pytest.approx(of_run[key], abs=1e-12)
         assert found["parts"][part]["n"] == of_run["n"] == int(by_name[part, "map"]["n"])

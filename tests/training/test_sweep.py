@@ -301,7 +301,10 @@ def test_thresholds_reach_their_target_out_of_fold(target: str, toy_cache: Path,
     assert run["calibration"]["kind"] == "platt"
     held = saved["fold"] == -1
     found = operating_points.compute_figures(
-        saved["labels"][held], calibration.apply(run["calibration"], saved["final"][held]), np.array(run["thresholds"])
+        saved["labels"][held],
+        calibration.apply(run["calibration"], saved["final"][held]),
+        np.array(run["thresholds"]),
+        saved["labels"],
     )
     assert clean(found) == run["metrics"]["holdout"]
 
