@@ -323,10 +323,10 @@ def threshold_table(rows: Sequence[Record]) -> Table:
 
 
 def confusion_table(rows: Sequence[Record], title: str) -> Table:
-    """Counts of right and wrong decisions of each class."""
+    """Count the decisions of each class against the reference standard."""
     return Table(
         title=title,
-        columns=["class", "true pos.", "false pos.", "false neg.", "true neg."],
+        columns=["class", "true positive", "false positive", "false negative", "true negative"],
         rows=[[str(row["class"]), *(row[key] for key in ("tp", "fp", "fn", "tn"))] for row in rows],
     )
 

@@ -1,4 +1,4 @@
-"""A run's saved files (never a model) to its page, its model card, and the same figures as JSON, CSV and PNG."""
+"""A run's saved files (never a model) to its page, its model card, and the same figures as JSON, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ PAGE, CARD, EVALUATION, COMPARISON = "report.html", "MODEL_CARD.md", "evaluation
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
-    *("epoch_search_plot.png", "training_plot.png", "evaluation_plot.png", "precision_plot.png"),
-    *("confusion_matrices.png", "roc_curves.png", "pr_curves.png", "reliability_diagram.png", "cooccurrence_plot.png"),
+    *(f"{picture}.{kind}" for picture in charts.PICTURES for kind in charts.FORMATS),
 )
 
 
@@ -148,7 +147,7 @@ def render_comparison(
     """The page of several runs, by their names; `pairs` holds what `compare` says of each other run and the first."""
     first = next(iter(runs))
     plots = {
-        name: charts.differences(pair["per_class"], (first, name))
+        name: charts.png(charts.differences(pair["per_class"], (first, name)))
         for name, pair in pairs.items()
         if any(row["auc"]["difference"] is not None for row in pair["per_class"])
     }
