@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,38 @@ def describe_manifest(manifest: Any) -> list[Part]:
     ]
     if total["skipped_missing"]:
         parts.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
-    rows: list[list[Any]] = [
-        [r.name, r.positives, f"{r.percent:.2f}", r.unknown, r.groups] for r in class_table(manifest)
-    ]
-    parts += ["", Table(columns=["class", "positives", "% of images", "unknown", "groups"], rows=rows)]
+    found = class_table(manifest)
+    rows: list[list[Any]] = [[r.name, r.positives, f"{r.percent:.2f}", r.negatives, r.unknown, r.groups] for r in found]
+    parts += ["", Table(columns=["class", "positives", "% of images", "negatives", "unknown", "groups"], rows=rows)]
+    parts += describe_labels(manifest, [r.name for r in found if r.positives and not r.negatives])
     if manifest.info.get("kind") in ("indiana", "openi"):
         from ..data.labels import TRAPS
 
         known = set(manifest.classes)
         notes = [f"  {name}: {text}" for name, text in TRAPS if name in known or not name]
         parts += ["", "Know before you trust a class of this label set:", *notes]
+    return parts
+
+
+def describe_labels(manifest: Any, one_sided: Sequence[str]) -> list[Part]:
+    """How blank and uncertain labels counted, and which classes, `one_sided`, that leaves without a negative."""
+    from ..data.labels import RULED, SOFT, describe_rules
+    from ..data.manifest import summary
+
+    parts: list[Part] = []
+    if said := describe_rules(manifest.info):
+        ruled = manifest.info["kind"] in RULED
+        parts += ["", f"{said} --blank and --uncertain change this." if ruled else said]
+    elif soft := summary(manifest)["uncertain"]:
+        parts += ["", f"{soft:,} uncertain labels are targets of {SOFT:g} in training and unknown in every figure."]
+    if one_sided:
+        named = ", ".join(one_sided[:5]) + (", ..." if len(one_sided) > 5 else "")
+        mend = (
+            "; --blank negative gives them some"
+            if manifest.info.get("label_rules", {}).get("blank") == "unknown"
+            else ""
+        )
+        parts.append(f"No negatives, so no AUC and nothing to learn from: {named}{mend}.")
     return parts
 
 
@@ -203,6 +225,8 @@ class CacheProgress:
 
 def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
     """What a cache run will do, before it starts."""
+    from ..data.labels import describe_rules
+
     skipped = manifest.info["skipped_missing"]
     show_plan(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
@@ -213,6 +237,8 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
         + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
         + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
     )
+    if said := describe_rules(manifest.info):
+        click.echo(said)
 
 
 def echo_outcome(outcome: Any, path: Path) -> None:

@@ -79,6 +79,7 @@ def _activations(said: dict[str, str], header: Header, state: np.ndarray, absmax
         | {
             "state": f"{done:,} of {len(state):,} images encoded, {failed:,} failed",
             "data": f"{meta['dataset']['name']}, {len(set(header.groups)):,} groups, {len(header.classes)} classes",
+            "labels": _labels(header),
             "array": f"{header.shape} {header.dtype}, {size / 1e6:,.0f} MB, largest value {peak}",
             "weights": meta["weights"] + (" (RANDOM, not BiomedCLIP)" if meta["random_weights"] else ""),
             "cut": f"{parts['cut']} ({meta['spec']['unfreeze_blocks']} block(s) left to train), views "
@@ -90,7 +91,20 @@ def _activations(said: dict[str, str], header: Header, state: np.ndarray, absmax
     )
 
 
+def _labels(header: Header) -> str:
+    """Counts over all images, and how blank and uncertain labels counted."""
+    from ..data.labels import describe_rules
+
+    counts = [int((header.labels == value).sum()) for value in (1, 0)]
+    unknown = header.labels.size - sum(counts)
+    said = (
+        f"{counts[0]:,} positive, {counts[1]:,} negative, {unknown:,} unknown. {describe_rules(header.meta['dataset'])}"
+    )
+    return said.strip()
+
+
 def _run(path: Path) -> str:
+    from ..data.labels import describe_rules
     from ..training.run_folder import read_info
 
     run = read_info(path)
@@ -108,6 +122,7 @@ def _run(path: Path) -> str:
             "note": run["provenance"].upper(),
             "data": f"{run['cache']['dataset']['name']}, {run['images']['used']:,} images, "
             f"{run['images']['groups']:,} groups, {len(run['classes'])} classes",
+            "labels": describe_rules(run["cache"]["dataset"]),
             "cache": f"{run['cache']['path']} ({run['cache']['fingerprint'][:16]})",
             "trained": f"{run['trainable']['total']:,} parameters: blocks {run['trainable']['blocks']:,}, "
             f"head {run['trainable']['head']:,}",

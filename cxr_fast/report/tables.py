@@ -262,7 +262,7 @@ def class_table(rows: Sequence[Record]) -> Table:
     ranks = {name: place for place, name in enumerate(reversed(TIERS))}
     return Table(
         title="All classes",
-        columns=["class", "AUC", "AP", "prevalence", "Jaccard", "F1", "threshold", "positives", "tier"],
+        columns=["class", "AUC", "AP", "prevalence", "Jaccard", "F1", "threshold", "positives", "negatives", "tier"],
         rows=[
             [
                 str(row["class"]),
@@ -273,6 +273,7 @@ def class_table(rows: Sequence[Record]) -> Table:
                 Figure(value=row["f1"]["value"]),
                 Figure(value=row["threshold"]),
                 row["positives"],
+                row["negatives"],
                 Label(text=str(row["tier"]), value=ranks.get(row["tier"])),
             ]
             for row in rows
