@@ -48,6 +48,9 @@ class LabelRules:
     `negative` for blanks is how the authors of both data sets train. An uncertain label may be left out (`unknown`),
     count as `positive` or `negative` in training and in every figure, or be `soft`: a target of SOFT in training, and
     unknown in every figure. Raises InputError for another word.
+
+        >>> LabelRules(blank="negative", uncertain="soft").uncertain
+        'soft'
     """
 
     blank: Blank = "unknown"
