@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .activations.cache import Cache as Cache, open_cache as open_cache
     from .config import CacheSpec as CacheSpec, PreprocessSpec as PreprocessSpec
     from .config import SweepOptions as SweepOptions, SweepSpec as SweepSpec, TrainSpec as TrainSpec
+    from .data.labels import LabelRules as LabelRules
     from .data.manifest import Manifest as Manifest, read_dataset as read_dataset, write_manifest as write_manifest
     from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
     from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _MODULE = {
     **dict.fromkeys(("Cache", "open_cache"), "activations.cache"),
     **dict.fromkeys(("CacheSpec", "PreprocessSpec", "SweepOptions", "SweepSpec", "TrainSpec"), "config"),
+    "LabelRules": "data.labels",
     **dict.fromkeys(("Manifest", "read_dataset", "write_manifest"), "data.manifest"),
     **dict.fromkeys(("CxrFastError", "DeviceError", "ImageError", "InputError"), "errors"),
     **dict.fromkeys(("Interrupted", "ParityError", "SchemaError"), "errors"),

@@ -176,7 +176,7 @@ def _listed(source: Path, count: int, classes: Sequence[str]) -> tuple[list[str]
     rows = spread_evenly(len(read), count)
     labels = np.full((len(rows), len(classes)), -1, np.int8)
     for name in shared:
-        labels[:, list(classes).index(name)] = read.labels[rows, read.classes.index(name)]
+        labels[:, list(classes).index(name)] = np.maximum(read.labels[rows, read.classes.index(name)], -1)
     return [str(read.path(row)) for row in rows], labels
 
 

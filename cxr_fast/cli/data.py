@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..inference.hub import is_address
 from ..models import device as cpu
 from ..system.files import write_json
-from ..system.text import Table, duration, file_name, gigabytes
-from .console import Part, ProgressBar, echo_notes, show, show_plan, took
+from ..system.text import duration, file_name, gigabytes
+from .console import ProgressBar, echo_notes, show, show_plan, took
+from .dataset import choose_columns, describe_manifest
 from .options import (
     PATH,
     cluster_option,
@@ -47,56 +48,13 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     """
     manifest = read_source(source, flags)
     show(describe_manifest(manifest))
-    if warning := _columns(manifest).warning():
+    if warning := choose_columns(manifest).warning():
         echo_notes([warning])
     if out is not None:
         from ..data.manifest import write_manifest
 
         write_manifest(manifest, out)
         click.echo(f"\nwrote {out}")
-
-
-def describe_words(counts: dict[str, int]) -> str:
-    """How many images the column split gives to training and hold-out, and how many it leaves to be drawn."""
-    words = {"train": "training", "holdout": "hold-out", "": "to be drawn"}
-    return ", ".join(f"{text} {counts[word]:,}" for word, text in words.items() if word in counts)
-
-
-def _columns(manifest: Any) -> Any:
-    """Which columns of a dataset a report may show."""
-    from ..metrics import subgroups
-
-    columns = {subgroups.VIEW: manifest.views} | {f"meta:{name}": v for name, v in manifest.subgroups.items()}
-    return subgroups.choose(columns, manifest.groups)
-
-
-def describe_manifest(manifest: Any) -> list[Part]:
-    """The counts of a dataset, its class table, and what to know of its label set."""
-    from ..data.manifest import class_table, summary
-    from ..metrics.subgroups import count_views
-
-    total = summary(manifest)
-    views = ", ".join(f"{name} {n:,}" for name, n in count_views(manifest.views, manifest.groups).items())
-    parts: list[Part] = [
-        f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
-        f"{total['studies']:,} studies, {total['groups']:,} groups",
-        f"views: {views}",
-        *([f"split: {describe_words(total['splits'])}"] if total["splits"] else []),
-        f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels per image",
-    ]
-    if total["skipped_missing"]:
-        parts.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
-    rows: list[list[Any]] = [
-        [r.name, r.positives, f"{r.percent:.2f}", r.unknown, r.groups] for r in class_table(manifest)
-    ]
-    parts += ["", Table(columns=["class", "positives", "% of images", "unknown", "groups"], rows=rows)]
-    if manifest.info.get("kind") in ("indiana", "openi"):
-        from ..data.labels import TRAPS
-
-        known = set(manifest.classes)
-        notes = [f"  {name}: {text}" for name, text in TRAPS if name in known or not name]
-        parts += ["", "Know before you trust a class of this label set:", *notes]
-    return parts
 
 
 @click.command()
@@ -224,6 +182,8 @@ class CacheProgress:
 
 def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
     """What a cache run will do, before it starts."""
+    from ..data.labels import describe_rules
+
     skipped = manifest.info["skipped_missing"]
     show_plan(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
@@ -234,6 +194,8 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
         + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
         + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
     )
+    if said := describe_rules(manifest.info):
+        click.echo(said)
 
 
 def echo_outcome(outcome: Any, path: Path) -> None:

@@ -9,7 +9,8 @@ from .bench import bench
 from .data import cache, info, phantom, prepare, verify
 from .models import doctor, explain, export, predict, push
 from .options import Group
-from .training import compare, report, sweep
+from .report import compare, report
+from .training import sweep
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

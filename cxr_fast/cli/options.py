@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..data.labels import SOFT, Blank, LabelRules, Uncertain
 from ..errors import CxrFastError, InputError
 from ..recipes import RECIPES
 from ..system import extras
@@ -193,8 +194,27 @@ split_option = click.option(
 )
 
 
+blank_option = click.option(
+    "--blank",
+    type=click.Choice(typing.get_args(Blank)),
+    default=LabelRules.blank,
+    show_default=True,
+    help="How blank labels of CheXpert and MIMIC-CXR count; their authors train with negative.",
+)
+
+uncertain_option = click.option(
+    "--uncertain",
+    type=click.Choice(typing.get_args(Uncertain)),
+    default=LabelRules.uncertain,
+    show_default=True,
+    help=f"How uncertain (-1) labels of CheXpert and MIMIC-CXR count; soft is a target of {SOFT:g} in training, and "
+    "unknown in every figure.",
+)
+
+
 def dataset_options(command: Any) -> Any:
     """The options of `read_source`."""
+    command = blank_option(uncertain_option(command))
     skip = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not found.")
     return images_option(skip(unindexed_option(command)))
 
@@ -205,11 +225,12 @@ def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = N
 
     missing: Any = "unchecked" if flags.get("labels_only") else "skip" if flags["skip_missing"] else "refuse"
     named = {name: flags[name] for name in ("images", "unindexed")}
+    rules = LabelRules(blank=flags["blank"], uncertain=flags["uncertain"])
     if flags.get("split") == "published":
         from ..data.splits.published import read_published
 
-        return read_published(source, missing=missing, limit=limit, **named)
-    return read_dataset(source, missing=missing, limit=limit, **named)
+        return read_published(source, missing=missing, limit=limit, rules=rules, **named)
+    return read_dataset(source, missing=missing, limit=limit, rules=rules, **named)
 
 
 def with_recipe(ctx: click.Context, recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Recognise which dataset a folder or file holds, by names and table headers; no image is opened."""
+"""Recognise which dataset a folder or file holds, by names and table headers, and read its card; no image is opened."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..system.files import write_bytes
 from ..system.tables import read_header
 from .labels import CHEXPERT_CLASSES
 
@@ -27,7 +29,7 @@ SUFFIXES = re.compile(r"(\.(png|jpe?g|dcm|dicom))+$", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class ListedImages:
-    """The images a dataset lists (N), as its files name them, with labels (N, C) int8: 1, 0, -1 unknown.
+    """The images a dataset lists (N), as its files name them, with labels (N, C) int8: 1, 0, UNKNOWN or UNCERTAIN.
 
     `file` is what an error names. `key` makes a listed name and a path below the dataset comparable;
     None where the listed name is itself a path from the folder of `file`.
@@ -134,3 +136,42 @@ def recognise(source: Path) -> tuple[str, Path]:
     if not found:
         raise InputError(f"{source} holds no dataset. Looked for: {LOOKED_FOR}.")
     return found[0]
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """`dataset.json` beside the data: {"name": ..., "synthetic": true}; both optional, so is the file."""
+    file = folder / CARD
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise InputError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(about, dict) or not isinstance(about.get("synthetic", False), bool):
+        raise InputError(f'{file} must look like {{"name": "my set", "synthetic": false}}.')
+    rules = about.get("label_rules", {})
+    whole = isinstance(rules, dict) and all(isinstance(each, dict) for each in rules.values())
+    if not whole or not all({"blank", "uncertain"} <= set(each) for each in rules.values()):
+        raise InputError(f"{file}: label_rules must hold blank and uncertain for each table; write the table again.")
+    return about
+
+
+def mark_synthetic(name: str, folder: Path) -> None:
+    """Carry the mark of a drawn data set to where its manifest goes: it must not pass for a real one there."""
+    about = folder / CARD
+    if about.is_file() and not read_card(folder).get("synthetic"):
+        raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
+    if not about.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps({"name": name, "synthetic": True}) + "\n", encoding="utf-8")
+
+
+def note_rules(table: Path, rules: Mapping[str, Any] | None) -> None:
+    """Note in the card beside a table how its blank and uncertain labels counted; a cache of it records that."""
+    about = read_card(table.parent)
+    noted = about.get("label_rules", {})
+    kept = {name: words for name, words in noted.items() if name != table.name}
+    if rules:
+        kept[table.name] = {name: rules[name] for name in ("blank", "uncertain")}
+    if kept != noted:
+        write_bytes(table.parent / CARD, (json.dumps(about | {"label_rules": kept}) + "\n").encode())

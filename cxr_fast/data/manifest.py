@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,23 +27,26 @@ from ..system.tables import (
 from . import indiana, public_tables
 from .disclosure import META, differ_everywhere, why_hidden
 from .indiana import Unindexed
-from .layouts import CARD, ListedImages, recognise
+from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules
+from .layouts import ListedImages, mark_synthetic, note_rules, read_card, recognise
 from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
 
 RESERVED = ("image", "group", "view", "study", "split")
+# What a class column of a manifest takes.
+CODES = KNOWN_OR_NOT | {f"{SOFT:g}": UNCERTAIN}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
     """What is known of every image of a dataset (N images, C classes), in the order of its file.
 
-    `images` are POSIX paths relative to `root` (absolute ones stay so); `labels` is (N, C) int8 with 1, 0
-    and -1 for unknown; `views` keeps the dataset's own word, "" where unknown; `studies` equals `groups`
-    where the dataset has none; `splits` is empty, or says for each image `train`, `holdout`, or "" (drawn);
-    `subgroups` are further columns (N values each) to break figures down by.
-    `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
+    `images` are POSIX paths relative to `root` (absolute ones stay so); `labels` is (N, C) int8 with 1, 0, -1 for
+    unknown and -2 for uncertain (a target of 0.7 in training, unknown in every figure); `views` keeps the dataset's
+    own word, "" where unknown; `studies` equals `groups` where the dataset has none; `splits` is empty, or says for
+    each image `train`, `holdout`, or "" (drawn); `subgroups` are further columns (N values each) to break figures down
+    by. `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
 
         >>> manifest = read_dataset("indiana")
         >>> manifest.labels.shape == (len(manifest), len(manifest.classes))
@@ -91,7 +93,7 @@ def _read_own(file: Path, _: Unindexed) -> ListedImages:
     if not classes:
         raise InputError(f"{file} has no class column: after image and group, one column a class with 1, 0 or blank.")
     try:
-        values = coded(cells, classes, KNOWN_OR_NOT, file)
+        values = coded(cells, classes, CODES, file)
     except InputError as error:
         mend = f"{error} A column that is no class is named '{META}...'."
         raise InputError(_no_class(cells, classes, file) or mend) from None
@@ -190,20 +192,6 @@ def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: P
     )
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """`dataset.json` beside the data: {"name": ..., "synthetic": true}; both optional, so is the file."""
-    file = folder / CARD
-    if not file.is_file():
-        return {}
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
-        raise InputError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(about, dict) or not isinstance(about.get("synthetic", False), bool):
-        raise InputError(f'{file} must look like {{"name": "my set", "synthetic": false}}.')
-    return about
-
-
 def read_dataset(
     source: AnyPath,
     *,
@@ -211,6 +199,7 @@ def read_dataset(
     missing: Missing = "refuse",
     unindexed: Unindexed = "normal",
     limit: int | None = None,
+    rules: LabelRules | None = None,
 ) -> Manifest:
     """Read a dataset folder, one of its tables, a manifest file or OpenI's archive, recognised by its content.
 
@@ -218,8 +207,9 @@ def read_dataset(
     images that are not found there: `refuse` raises, `skip` leaves them out, `keep` keeps the names as listed (also
     those that two files match), and `unchecked` looks for no image and keeps every name as listed.
     `unindexed="unknown"` masks what the Indiana headings do not say: every label of a study that nobody indexed, and
-    Normal where only devices and the like are named. `limit` keeps the first images. Raises InputError, one or two
-    lines, for a source that is not recognised or not whole, and for an image that is listed twice or missing.
+    Normal where only devices and the like are named. `limit` keeps the first images.
+    `rules` say how blank and uncertain labels of CheXpert and MIMIC-CXR count. Raises InputError, one or two lines, for
+    a source that is not recognised or not whole, and for an image that is listed twice or missing.
 
         >>> manifest = read_dataset("indiana")
         >>> len(manifest), len(manifest.classes)
@@ -231,6 +221,9 @@ def read_dataset(
         raise InputError(f"--limit: {limit} must be at least 1.")
     source = Path(source)
     kind, file = recognise(source)
+    rules = rules or LabelRules()
+    if kind not in RULED and (wrong := [name for name, word in asdict(rules).items() if word != "unknown"]):
+        raise InputError(f"--{wrong[0]} is for the tables of CheXpert and MIMIC-CXR; {file} is none of them.")
     rows = READERS[kind](file, unindexed)
     _refuse_twice(rows)
     folder = source if source.is_dir() else source.parent
@@ -249,11 +242,20 @@ def read_dataset(
     if lost and (missing == "refuse" or len(lost) == len(wanted)):
         _refuse_missing(rows, lost, len(wanted), root)
     placed = [(row, path) for row, path in zip(keep, found, strict=True) if path is not None][:limit]
-    about = _about(folder)
+    about = read_card(folder)
     stem = file.name.partition(".")[0]
     plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
     info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(lost), **rows.info}
-    return _manifest(rows, placed, str(about.get("name", plain)), root, info)
+    if kind == "manifest" and (noted := about.get("label_rules", {}).get(file.name)):
+        info["label_rules"] = noted
+    manifest = _manifest(rows, placed, str(about.get("name", plain)), root, info)
+    return _apply(rules, manifest) if kind in RULED else manifest
+
+
+def _apply(rules: LabelRules, manifest: Manifest) -> Manifest:
+    values, said = rules.apply(manifest.labels)
+    values.setflags(write=False)
+    return replace(manifest, labels=values, info={**manifest.info, "label_rules": said})
 
 
 def _manifest(
@@ -282,16 +284,6 @@ def _manifest(
 
 
 # ------------------------------------------------------------------------------------- write, describe
-
-
-def _mark_synthetic(manifest: Manifest, folder: Path) -> None:
-    """Carry the mark to where the manifest goes: a drawn data set must not pass for a real one there."""
-    about = folder / CARD
-    if about.is_file() and not _about(folder).get("synthetic"):
-        raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
-    if not about.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps({"name": manifest.name, "synthetic": True}) + "\n", encoding="utf-8")
 
 
 def write_manifest(manifest: Manifest, out: AnyPath) -> None:
@@ -326,12 +318,13 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     if manifest.splits:
         columns["split"] = manifest.splits
     columns |= {META + name: values for name, values in manifest.subgroups.items()}
-    code = {1: 1, 0: 0, -1: None}
+    code = {1: 1, 0: 0, UNKNOWN: None, UNCERTAIN: SOFT}
     for name, values in zip(manifest.classes, manifest.labels.T, strict=True):
         columns[name] = [code[int(value)] for value in values]
     write_table(columns, out)
     if manifest.info.get("synthetic"):
-        _mark_synthetic(manifest, out.parent)
+        mark_synthetic(manifest.name, out.parent)
+    note_rules(out, manifest.info.get("label_rules"))
 
 
 def _join(folder: str, name: str) -> str:
@@ -339,13 +332,15 @@ def _join(folder: str, name: str) -> str:
 
 
 class ClassRow(NamedTuple):
-    """One class: images with 1, their percentage of all images, images with -1, groups with a 1."""
+    """One class: images with 1, their percentage of all images, images that are neither 1 nor 0, groups with a 1, and
+    images with 0."""
 
     name: str
     positives: int
     percent: float
     unknown: int
     groups: int
+    negatives: int
 
 
 def class_table(manifest: Manifest) -> list[ClassRow]:
@@ -357,8 +352,9 @@ def class_table(manifest: Manifest) -> list[ClassRow]:
             name,
             int(positive[:, c].sum()),
             100 * float(positive[:, c].sum()) / n,
-            int((manifest.labels[:, c] == -1).sum()),
+            int((manifest.labels[:, c] < 0).sum()),
             len(np.unique(group[positive[:, c]])),
+            int((manifest.labels[:, c] == 0).sum()),
         )
         for c, name in enumerate(manifest.classes)
     ]
@@ -380,7 +376,8 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "splits": dict(Counter(manifest.splits).most_common()),
         "positives": positives,
         "labels_an_image": positives / max(len(manifest), 1),
-        "unknown": int((manifest.labels == -1).sum()),
+        "unknown": int((manifest.labels < 0).sum()),
+        "uncertain": int((manifest.labels == UNCERTAIN).sum()),
         "images_a_study": {"min": min(images_a_study, default=0), "max": max(images_a_study, default=0)},
         "skipped_missing": manifest.info.get("skipped_missing", 0),
     }

@@ -9,10 +9,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..system.tables import KNOWN_OR_NOT, Cells, coded, filled, multi_hot, need, read_csv
-from .labels import CHEXPERT_CLASSES, NIH_FINDINGS
+from .labels import CHEXPERT_CLASSES, NIH_FINDINGS, UNCERTAIN
 from .layouts import ListedImages, by_name, by_stem, by_study
 
-CHEXPERT_CODES = KNOWN_OR_NOT | {"-1": -1, "-1.0": -1}
+CHEXPERT_CODES = KNOWN_OR_NOT | {"-1": UNCERTAIN, "-1.0": UNCERTAIN}
 
 
 def decade(age: str) -> str:
@@ -60,7 +60,7 @@ def read_nih(file: Path) -> ListedImages:
 
 
 def read_chexpert(file: Path) -> ListedImages:
-    """CheXpert: `Path` names patient, study and view; uncertain (-1) and unmentioned labels are both unknown."""
+    """CheXpert: `Path` names patient, study and view; a label of -1 is UNCERTAIN, a blank one UNKNOWN."""
     cells = read_csv(file)
     need(cells, ["Path", *CHEXPERT_CLASSES], file)
     parts = [path.split("/") for path in filled(cells, "Path", file)]
@@ -81,7 +81,10 @@ def read_chexpert(file: Path) -> ListedImages:
 
 
 def read_mimic(file: Path) -> ListedImages:
-    """MIMIC-CXR: one table with `dicom_id` and labels, or its labels a study beside `*metadata.csv*`."""
+    """MIMIC-CXR: one table with `dicom_id` and labels, or its labels of each study beside `*metadata.csv*`.
+
+    A label of -1 is UNCERTAIN, a blank one UNKNOWN.
+    """
     cells = read_csv(file)
     need(cells, ["subject_id", "study_id", *CHEXPERT_CLASSES], file)
     values = coded(cells, CHEXPERT_CLASSES, CHEXPERT_CODES, file)

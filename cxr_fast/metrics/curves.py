@@ -36,16 +36,21 @@ def roc(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
 
 
 def precision_recall(labels: np.ndarray, scores: np.ndarray, most: int = MOST) -> Points:
-    """Return [recall, precision] from recall 0, where precision is 1 by convention, to 1; same arguments as `roc`."""
+    """Return [recall, precision] by rising recall, the last at recall 1, at most `most` points; arguments as `roc`.
+
+    The curve is steps: between two points precision is that of the higher recall, so that the area below all of them
+    is the average precision. Only thresholds at which recall rises are points, and none is at recall 0, where no image
+    is called and precision does not exist. Of neighbours with one precision the last is kept.
+    Source: sum over thresholds of (R_n - R_n-1) P_n, as in sklearn.metrics.average_precision_score.
+    """
     true, called = count_steps(labels, scores)
     positive, negative = int(true[-1]), int(called[-1] - true[-1])
     if not positive or not negative:
         return []
-    # Of the points of one recall, the ends: the line between them is upright.
-    moved = np.diff(true) > 0
-    kept = np.concatenate([[True], moved[:-1] | moved[1:], [True]])
-    points = np.stack([true / positive, np.divide(true, called, out=np.ones(len(true)), where=called > 0)], axis=1)
-    return _thinned(points[kept], most)
+    rises = np.flatnonzero(np.diff(true)) + 1
+    true, called = true[rises], called[rises]
+    ends = np.append(true[:-1] * called[1:] != true[1:] * called[:-1], True)
+    return _thinned(np.stack([true / positive, true / called], axis=1)[ends], most)
 
 
 def count_steps(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

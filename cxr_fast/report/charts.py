@@ -1,10 +1,11 @@
-"""Every picture of a report as PNG bytes, from the dicts the page shows and nothing else."""
+"""Every picture of a report as PNG, SVG and PDF, from the dicts the page shows and nothing else."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,32 +17,43 @@ DPI = 160
 # Inches. One column of a phone: what is drawn no wider stays readable there.
 NARROW = 4.4
 LARGEST = 6
+PICTURES = (
+    *("epoch_search_plot", "training_plot", "evaluation_plot", "precision_plot", "confusion_matrices"),
+    *("roc_curves", "pr_curves", "reliability_diagram", "decision_curves", "cooccurrence_plot"),
+)
+# A file each: the page and slides take PNG, papers SVG or PDF.
+FORMATS = ("png", "svg", "pdf")
+# Text stays text, for editors and searches, and no file names a day: the same figures are the same bytes.
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "cxr-fast", "pdf.fonttype": 42}
+# The cells of a confusion matrix, rows by the reference standard and columns as predicted, as journals print them.
+CELLS = (("tp", "fn"), ("fp", "tn"))
+CELL_NAMES = {"tp": "true positive", "fp": "false positive", "fn": "false negative", "tn": "true negative"}
 
 Row = dict[str, Any]
 
 
 def all_plots(run: Row, history: Sequence[Row], evaluation: Row | None) -> dict[str, bytes]:
-    """The pictures of a run by file name; those whose data is missing are left out."""
-    plots: dict[str, Callable[[], bytes]] = {"epoch_search_plot.png": lambda: epoch_search(run)}
+    """The pictures of a run by file name, each in every one of FORMATS; those whose data is missing are left out."""
+    plots: dict[str, Callable[[], Any]] = {"epoch_search_plot": lambda: epoch_search(run)}
     if history:
-        plots["training_plot.png"] = lambda: training(history)
+        plots["training_plot"] = lambda: training(history)
     if evaluation is not None:
         known, curves = evaluation, evaluation["curves"]
         if any(row["auc"]["value"] is not None for row in known["per_class"]):
-            plots["evaluation_plot.png"] = lambda: class_intervals(known["per_class"], "auc", "AUC")
-            plots["precision_plot.png"] = lambda: class_intervals(known["per_class"], "ap", "average precision")
+            plots["evaluation_plot"] = lambda: class_intervals(known["per_class"], "auc", "AUC")
+            plots["precision_plot"] = lambda: class_intervals(known["per_class"], "ap", "average precision")
         if known["confusion"]:
-            plots["confusion_matrices.png"] = lambda: confusion(largest(known))
+            plots["confusion_matrices"] = lambda: confusion(largest(known))
         if curves:
-            plots["roc_curves.png"] = lambda: curve_plot(known, "roc")
-            plots["pr_curves.png"] = lambda: curve_plot(known, "pr")
+            plots["roc_curves"] = lambda: curve_plot(known, "roc")
+            plots["pr_curves"] = lambda: curve_plot(known, "pr")
         if known["reliability"]:
-            plots["reliability_diagram.png"] = lambda: reliability(known["reliability"])
+            plots["reliability_diagram"] = lambda: reliability(known["reliability"])
         if (known.get("decisions") or {}).get("curves"):
-            plots["decision_curves.png"] = lambda: decision_plot(known)
+            plots["decision_curves"] = lambda: decision_plot(known)
         if len(known["cooccurrence"]["classes"]) > 1:
-            plots["cooccurrence_plot.png"] = lambda: cooccurrence(known["cooccurrence"])
-    return {name: draw() for name, draw in plots.items()}
+            plots["cooccurrence_plot"] = lambda: cooccurrence(known["cooccurrence"])
+    return {f"{name}.{kind}": data for name, draw in plots.items() for kind, data in render(draw()).items()}
 
 
 def largest(evaluation: Row) -> list[Row]:
@@ -67,12 +79,32 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **named
 
 
 def png(made: Any) -> bytes:
-    """The figure's bytes; a script the font lacks is drawn as boxes without a word on the terminal."""
+    """The figure as PNG; a script the font lacks is drawn as boxes without a word on the terminal."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _quiet():
         made.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def render(made: Any) -> dict[str, bytes]:
+    """The figure in every one of FORMATS, all with the layout of the PNG."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    raster, svg, pdf = png(made), io.BytesIO(), io.BytesIO()
+    made.set_layout_engine("none")  # keeps the places found; finding them again takes as long as drawing
+    with _quiet(), rc_context(SETTINGS):
+        FigureCanvasSVG(made).print_svg(svg, metadata={"Date": None})
+        FigureCanvasPdf(made).print_pdf(pdf, metadata={"CreationDate": None})
+    return dict(zip(FORMATS, (raster, svg.getvalue(), pdf.getvalue()), strict=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def label(name: str, length: int = 26) -> str:
@@ -81,7 +113,7 @@ def label(name: str, length: int = 26) -> str:
     return short.replace("$", r"\$")
 
 
-def epoch_search(run: Row) -> bytes:
+def epoch_search(run: Row) -> Any:
     """Validation macro AUC against the epoch budget: each fold, and their mean with its spread."""
     made, axes = figure(NARROW, 3.2)
     epochs = [b["epochs"] for b in run["budgets"]]
@@ -96,10 +128,10 @@ def epoch_search(run: Row) -> bytes:
     axes.plot([], [], color=GREY, marker=".", lw=0.9, label="other folds")
     axes.set(xlabel="epochs", ylabel="validation macro AUC", xticks=epochs)
     _legend_below(made, axes)
-    return png(made)
+    return made
 
 
-def training(history: Sequence[Row]) -> bytes:
+def training(history: Sequence[Row]) -> Any:
     """Training loss and validation macro AUC of each fold, epoch by epoch."""
     made, (above, below) = figure(NARROW, 4.2, 2, 1, sharex=True)
     for k, colour in zip(sorted({row["fold"] for row in history}), COLOURS * 20, strict=False):
@@ -112,10 +144,10 @@ def training(history: Sequence[Row]) -> bytes:
     above.set_ylabel("training loss")
     below.set(xlabel="epoch", ylabel="validation macro AUC")
     _legend_below(made, below, columns=5)
-    return png(made)
+    return made
 
 
-def class_intervals(rows: Sequence[Row], key: str, name: str) -> bytes:
+def class_intervals(rows: Sequence[Row], key: str, name: str) -> Any:
     """One line per class, best above: the figure as a dot, its interval as a bar, chance where it is known."""
     known = sorted((row for row in rows if row[key]["value"] is not None), key=lambda row: row[key]["value"])
     made, axes = figure(NARROW, 0.9 + 0.19 * max(len(known), 2))
@@ -136,57 +168,87 @@ def class_intervals(rows: Sequence[Row], key: str, name: str) -> bytes:
     axes.set(xlabel=name, xlim=(-0.02, 1.02), ylim=(-0.7, len(known) - 0.3))
     axes.grid(axis="x", color=FAINT, lw=0.5)
     axes.set_axisbelow(True)
-    return png(made)
+    return made
 
 
-def confusion(rows: Sequence[Row]) -> bytes:
-    """Two by two counts of the largest classes, shaded by the share of the true row."""
+def confusion(rows: Sequence[Row]) -> Any:
+    """Two by two counts of the largest classes against the reference standard, shaded by the share of their row."""
     lines = -(-len(rows) // 2)
-    made, axes = figure(NARROW, 2.15 * lines, lines, 2, squeeze=False)
+    made, axes = figure(NARROW, 2.45 * lines, lines, 2, squeeze=False)
     for place, row in zip(axes.flat, rows, strict=False):
-        counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]], float)
+        counts = np.array([[row[key] for key in line] for line in CELLS], float)
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        place.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        _squares(place, share)
         for (i, j), value in np.ndenumerate(counts):
-            colour = "white" if share[i, j] > 0.48 else INK
-            words = f"{value:,.0f}\n{100 * share[i, j]:.0f} %"
-            place.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
+            colour = "white" if share[i, j] > 0.6 else INK
+            words = f"{CELL_NAMES[CELLS[i][j]]}\nn = {value:,.0f}\n({100 * share[i, j]:.0f} %)"
+            place.text(j, i, words, ha="center", va="center", fontsize=7, color=colour, linespacing=1.3)
         place.set_title(label(row["class"]), fontsize=9)
-        place.set_xticks([0, 1], ["called no", "called yes"])
-        place.set_yticks([0, 1], ["is no", "is yes"], rotation=90, va="center")
-        place.spines[:].set_visible(False)
+        place.set_xticks([0, 1], ["positive", "negative"])
+        place.set_yticks([0, 1], ["positive", "negative"], rotation=90, va="center")
+        place.set(xlabel="predicted", ylabel="reference standard")
         place.tick_params(length=0, labelsize=8)
     for place in axes.flat[len(rows) :]:
         place.set_visible(False)
-    return png(made)
+    return made
 
 
-def curve_plot(evaluation: Row, kind: str) -> bytes:
+def _squares(axes: Any, share: np.ndarray) -> Any:
+    """Draw a matrix of shares as squares, the first row on top: shapes, which stay sharp in SVG and PDF."""
+    rows, columns = (np.arange(size) for size in share.shape)
+    drawn = axes.pcolormesh(columns, rows, share, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    return drawn
+
+
+def curve_plot(evaluation: Row, kind: str) -> Any:
     """ROC or precision against recall: all labels pooled in black, the largest classes in colour, others in grey."""
-    made, axes = figure(NARROW, 4.9)
     named = [row["class"] for row in largest(evaluation)]
-    figures = {row["class"]: row["auc" if kind == "roc" else "ap"]["value"] for row in evaluation["per_class"]}
+    made, axes = figure(NARROW, 4.55 + 0.215 * len(named))
+    found = {row["class"]: row["auc" if kind == "roc" else "ap"] for row in evaluation["per_class"]}
     for name, curve in evaluation["curves"].items():
         if name != "micro" and name not in named and curve.get(kind):
-            axes.plot(*np.array(curve[kind], float).T, color=FAINT, lw=0.7)
+            _curve(axes, kind, curve[kind], color=FAINT, lw=0.7)
     for name, colour in zip(named, COLOURS, strict=False):
-        points = evaluation["curves"].get(name, {}).get(kind)
-        if points:
-            said = f"{label(name)} {_short(figures.get(name))}"
-            axes.plot(*np.array(points, float).T, color=colour, lw=1.4, label=said)
-    if pooled := evaluation["curves"].get("micro", {}).get(kind):
-        axes.plot(*np.array(pooled, float).T, color=INK, lw=2, ls="--", label="all labels pooled (micro)")
+        if points := evaluation["curves"].get(name, {}).get(kind):
+            _curve(axes, kind, points, color=colour, lw=1.4, label=f"{label(name)}: {_score(kind, found.get(name))}")
+    if points := evaluation["curves"].get("micro", {}).get(kind):
+        pooled = evaluation["parts"][evaluation["per_class_of"]]["figures"]["micro_auc"] if kind == "roc" else None
+        said = f": {_score(kind, pooled)}" if pooled else ""
+        _curve(axes, kind, points, color=INK, lw=2, ls="--", label=f"all labels pooled (micro){said}")
     if kind == "roc":
         axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=":")
         axes.set(xlabel="1 − specificity", ylabel="sensitivity")
     else:
         axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    _legend_below(made, axes)
-    return png(made)
+    # Of the axes, so that it keeps clear of their label; its lines are too long for two columns.
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.11), frameon=False, fontsize=8)
+    return made
 
 
-def reliability(table: Row) -> bytes:
+def _curve(axes: Any, kind: str, points: Sequence[Sequence[float]], **style: Any) -> None:
+    """Draw a curve: ROC from point to point, precision as steps, each as high as at the recall it ends at."""
+    x, y = np.array(points, float).T
+    if kind == "roc":
+        axes.plot(x, y, **style)
+    else:
+        # From recall 0 the first step is as high as its end: average precision counts it so.
+        axes.plot([0, *x], [y[0], *y], drawstyle="steps-pre", **style)
+
+
+def _score(kind: str, found: Row | None) -> str:
+    """`AUC 0.86 (0.79–0.92)`, without brackets where there is no interval."""
+    found, name = found or {"value": None}, "AUC" if kind == "roc" else "AP"
+    if found["value"] is None:
+        return f"{name} undefined"
+    ends = f" ({found['low']:.2f}–{found['high']:.2f})" if found.get("low") is not None else ""
+    return f"{name} {found['value']:.2f}{ends}"
+
+
+def reliability(table: Row) -> Any:
     """Observed frequency against predicted probability, and how many predictions each bin holds."""
     made, (above, below) = figure(NARROW, 4.9, 2, 1, sharex=True, height_ratios=[3, 1])
     edges, count = np.array(table["edges"]), np.array(table["count"], float)
@@ -198,10 +260,10 @@ def reliability(table: Row) -> bytes:
     above.legend(frameon=False, fontsize=8, loc="upper left")
     below.bar(edges[:-1], np.maximum(count, 0.5), np.diff(edges), align="edge", color=ACCENT, alpha=0.6, ec="white")
     below.set(yscale="log", ylim=(0.5, max(count.max(), 1) * 3), xlabel="predicted probability", ylabel="labels")
-    return png(made)
+    return made
 
 
-def decision_plot(evaluation: Row) -> bytes:
+def decision_plot(evaluation: Row) -> Any:
     """Net benefit against the threshold probability: the mean over classes, and the largest classes in colour.
 
     Dotted in the same colour: calling every image positive.
@@ -222,30 +284,29 @@ def decision_plot(evaluation: Row) -> bytes:
     axes.set(xlabel="threshold probability", ylabel="net benefit an image")
     axes.set(xlim=(0, 1), ylim=(-0.25 * max(top, 0.01), 1.05 * max(top, 0.01)))
     _legend_below(made, axes)
-    return png(made)
+    return made
 
 
-def cooccurrence(table: Row) -> bytes:
+def cooccurrence(table: Row) -> Any:
     """Share of the images with one finding (row) that have another (column) as well."""
     names, counts = table["classes"], np.array(table["counts"], float)
-    side = 1.9 + 0.155 * len(names)
+    side = max(1.9 + 0.155 * len(names), 3.6)
     made, axes = figure(side, side)
     own = np.diag(counts)[:, None]
     share = np.divide(counts, own, out=np.full_like(counts, np.nan), where=own > 0)
     np.fill_diagonal(share, np.nan)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = _squares(axes, share)
     size = 7 if len(names) > 12 else 8
     axes.set_xticks(range(len(names)), [label(name, 22) for name in names], rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), [label(name, 22) for name in names], fontsize=size)
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     axes.set(xlabel="… also have this one", ylabel="of the images with this finding …")
     bar = made.colorbar(image, ax=axes, shrink=0.5, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
-    return png(made)
+    return made
 
 
-def differences(rows: Sequence[Row], names: Sequence[str]) -> bytes:
+def differences(rows: Sequence[Row], names: Sequence[str]) -> Any:
     """One line per class, largest gain above: the AUC of the second run minus that of the first, with its interval."""
     known = [row for row in rows if row["auc"]["difference"] is not None]
     known.sort(key=lambda row: row["auc"]["difference"])
@@ -261,7 +322,7 @@ def differences(rows: Sequence[Row], names: Sequence[str]) -> bytes:
     axes.set(xlabel=f"AUC: {label(names[1], 18)} minus {label(names[0], 18)}", ylim=(-0.7, len(known) - 0.3))
     axes.grid(axis="x", color=FAINT, lw=0.5)
     axes.set_axisbelow(True)
-    return png(made)
+    return made
 
 
 def excludes_zero(found: Row) -> bool:
@@ -271,10 +332,6 @@ def excludes_zero(found: Row) -> bool:
 
 def _floats(values: Any) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _legend_below(made: Any, axes: Any, columns: int = 2) -> None:

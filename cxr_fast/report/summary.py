@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.labels import describe_rules
 from ..metrics import calibration
 from ..metrics.figures import HEADLINE
 from ..metrics.intervals import FEW as BEHIND
@@ -78,6 +79,11 @@ class ReportData:
     unknown_labels: int | None = None
     plots: Mapping[str, bytes] = field(default_factory=dict)
     title: str = ""
+
+    @property
+    def label_rules(self) -> str:
+        """How blank and uncertain labels counted, as a sentence; empty where the data set had no such choice."""
+        return describe_rules(self.run["cache"]["dataset"])
 
     @property
     def name(self) -> str:

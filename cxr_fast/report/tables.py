@@ -264,7 +264,7 @@ def class_table(rows: Sequence[Record]) -> Table:
     ranks = {name: place for place, name in enumerate(reversed(TIERS))}
     return Table(
         title="All classes",
-        columns=["class", "AUC", "AP", "prevalence", "Jaccard", "F1", "threshold", "positives", "tier"],
+        columns=["class", "AUC", "AP", "prevalence", "Jaccard", "F1", "threshold", "positives", "negatives", "tier"],
         rows=[
             [
                 str(row["class"]),
@@ -275,6 +275,7 @@ def class_table(rows: Sequence[Record]) -> Table:
                 Figure(value=row["f1"]["value"]),
                 Figure(value=row["threshold"]),
                 row["positives"],
+                row["negatives"],
                 Label(text=str(row["tier"]), value=ranks.get(row["tier"])),
             ]
             for row in rows
@@ -325,10 +326,10 @@ def threshold_table(rows: Sequence[Record]) -> Table:
 
 
 def confusion_table(rows: Sequence[Record], title: str) -> Table:
-    """Counts of right and wrong decisions of each class."""
+    """Count the decisions of each class against the reference standard."""
     return Table(
         title=title,
-        columns=["class", "true pos.", "false pos.", "false neg.", "true neg."],
+        columns=["class", "true positive", "false positive", "false negative", "true negative"],
         rows=[[str(row["class"]), *(row[key] for key in ("tp", "fp", "fn", "tn"))] for row in rows],
     )
 

@@ -1,4 +1,4 @@
-"""A run's saved files (never a model) to its page, its model card, and the same figures as JSON, CSV and PNG."""
+"""A run's saved files (never a model) to its page, its model card, and the same figures as JSON, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ FILMS = ("predictions.csv", "predictions.parquet")
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
-    *("recalibration.csv", "decision_curves.csv", "decision_curves.png"),
-    *("epoch_search_plot.png", "training_plot.png", "evaluation_plot.png", "precision_plot.png"),
-    *("confusion_matrices.png", "roc_curves.png", "pr_curves.png", "reliability_diagram.png", "cooccurrence_plot.png"),
+    *("recalibration.csv", "decision_curves.csv"),
+    *(f"{picture}.{kind}" for picture in charts.PICTURES for kind in charts.FORMATS),
 )
 
 
@@ -171,7 +170,7 @@ def render_comparison(
     """The page of several runs, by their names; `pairs` holds what `compare` says of each other run and the first."""
     first = next(iter(runs))
     plots = {
-        name: charts.differences(pair["per_class"], (first, name))
+        name: charts.png(charts.differences(pair["per_class"], (first, name)))
         for name, pair in pairs.items()
         if any(row["auc"]["difference"] is not None for row in pair["per_class"])
     }

@@ -18,6 +18,7 @@ from ..activations.file import Header
 from ..activations.reuse import hash_image
 from ..config import SweepOptions, SweepSpec
 from ..data import duplicates
+from ..data.labels import UNKNOWN
 from ..data.manifest import Manifest
 from ..data.splits import given
 from ..data.splits.assign import SplitSpec, one_sided, split
@@ -32,6 +33,8 @@ NAMED = 5
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The usable rows of an activation file and where each goes: fold number, or -1 for the hold-out.
+
+    `labels` are those of the rows for every figure, where uncertain ones are unknown; in `header` they are as cached.
 
     `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see; `split`
     is what `run.json` says of the split: the method, and how many images of the parts were given by what.
@@ -75,7 +78,7 @@ def read(
     file = open_cache(cache)
     header, kept, by_name = (file.header, file.ok, 0) if manifest is None else relabel(file, manifest, threads=threads)
     rows = np.flatnonzero(kept)
-    labels = header.labels[rows]
+    labels = np.maximum(header.labels[rows], UNKNOWN)  # an uncertain label is unknown in every figure
     groups = [header.groups[i] for i in rows]
     data = Data(file=file, header=header, rows=rows, labels=labels, assignment=np.empty(0), by_name=by_name)
     data = _divide(data, manifest, spec, options)
@@ -229,7 +232,7 @@ def relabel(file: Cache, manifest: Manifest, *, threads: int | None = None) -> t
     if len(at) < len(found):
         raise InputError(f"--manifest: {len(found) - len(at):,} of {len(found):,} images are named twice.")
     by_name = _refuse_others(file, manifest, {i: cast(int, found[i]) for i in named}, threads)
-    labels = np.full((len(file.ok), len(manifest.classes)), -1, np.int8)
+    labels = np.full((len(file.ok), len(manifest.classes)), UNKNOWN, np.int8)
     labels[list(at)] = manifest.labels[list(at.values())]
 
     def column(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -237,6 +240,7 @@ def relabel(file: Cache, manifest: Manifest, *, threads: int | None = None) -> t
 
     header = replace(
         file.header,
+        meta={**file.meta, "dataset": {**file.meta["dataset"], "label_rules": manifest.info.get("label_rules")}},
         classes=manifest.classes,
         labels=labels,
         groups=column(manifest.groups),

@@ -162,7 +162,7 @@ def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
     header, meta = data.header, data.file.meta
     groups = [header.groups[i] for i in data.rows]
     keys = ("spec", "fingerprint", "fingerprint_parts", "weights", "tower_sha256", "dataset")
-    cache = {key: meta[key] for key in keys}
+    cache = {key: meta[key] for key in keys} | {"dataset": header.meta["dataset"]}
     return {
         "written_by": f"cxr-fast {__version__}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -185,7 +185,7 @@ class Sweep:
     def request(self) -> dict[str, Any]:
         """All that decides the result, as JSON: an unfinished run of the same request may be continued."""
         data, hasher = self.data, hashlib.sha256()
-        for part in (data.rows, data.labels, data.assignment):
+        for part in (data.rows, data.header.labels[data.rows], data.assignment):
             hasher.update(np.ascontiguousarray(part).data)
         hasher.update("\0".join((*data.header.groups, *data.header.classes)).encode())
         return {

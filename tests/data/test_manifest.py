@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -299,6 +300,84 @@ def test_chexpert(tmp_path: Path) -> None:
     put(tmp_path / "valid.csv", text)
     refuses(tmp_path, "several datasets", "train.csv, valid.csv")
     assert len(read_dataset(tmp_path / "train.csv")) == 3
+
+
+RULED = HEAD + "".join(
+    chexpert_row(f"p{i}/s/v.jpg", *values)
+    for i, values in enumerate(
+        (
+            ("1.0", "", "", "", "", "", "", "", "", "", "", "", "", "1.0"),  # nothing found; a device
+            ("", "0.0", "1.0", "-1.0"),  # findings: the labeller leaves "No Finding" blank
+            ("", "", "", "-1.0"),  # uncertain alone: "No Finding" is blank too
+            (),  # never labelled
+        )
+    )
+)
+
+
+@pytest.mark.parametrize("blank", ["unknown", "negative"])
+@pytest.mark.parametrize(
+    ("uncertain", "code"), [("unknown", -1), ("positive", 1), ("negative", 0), ("soft", labels.UNCERTAIN)]
+)
+def test_blank_and_uncertain_labels_count_as_the_rules_say(
+    tmp_path: Path, blank: Any, uncertain: Any, code: int
+) -> None:
+    file = put(tmp_path / "train.csv", RULED)
+    m = read_dataset(file, missing="unchecked", rules=labels.LabelRules(blank=blank, uncertain=uncertain))
+    empty = -1 if blank == "unknown" else 0
+    # The slow way: cell by cell.
+    for row, line in enumerate(RULED.splitlines()[1:]):
+        cells = line.split(",")[5:]
+        for c, cell in enumerate(cells):
+            words = {"1.0": 1, "0.0": 0, "-1.0": code, "": empty if any(cells) else -1}
+            assert m.labels[row, c] == words[cell], (row, c)
+    counts = {"blank_labels": 36, "uncertain_labels": 2, "unlabelled_images": 1}
+    assert m.info["label_rules"] == {"blank": blank, "uncertain": uncertain} | counts
+    positive, negative, unknown = ((m.labels == value).sum(axis=0) for value in (1, 0, -1))
+    for c, row in enumerate(class_table(m)):
+        assert (row.positives, row.negatives) == (positive[c], negative[c])
+        assert row.unknown == unknown[c] + (m.labels[:, c] == labels.UNCERTAIN).sum()
+    assert class_table(m)[0].negatives == (0 if blank == "unknown" else 2), "No Finding"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_uncertain_labels_and_their_rules_go_with_a_manifest(tmp_path: Path, suffix: str) -> None:
+    rules = labels.LabelRules(blank="negative", uncertain="soft")
+    m = read_dataset(put(tmp_path / "a/train.csv", RULED), missing="unchecked", rules=rules)
+    out = tmp_path / "b" / f"m.{suffix}"
+    write_manifest(m, out)
+    back = read_dataset(out, missing="unchecked")
+    np.testing.assert_array_equal(back.labels, m.labels)
+    assert back.info["label_rules"] == {"blank": "negative", "uncertain": "soft"}
+    assert back.name == "m"
+    assert "negative" in labels.describe_rules(back.info)
+    write_manifest(read_dataset(tmp_path / "a/train.csv", missing="unchecked"), tmp_path / "b" / "other.csv")
+    assert read_dataset(out, missing="unchecked").info["label_rules"]["blank"] == "negative", "each table has its own"
+    write_manifest(read_dataset(own(tmp_path / "c")), out)
+    assert "label_rules" not in read_dataset(out, missing="unchecked").info, "another table of that name has none"
+    assert read_dataset(tmp_path / "b" / "other.csv", missing="unchecked").info["label_rules"]["blank"] == "unknown"
+
+
+def test_rules_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    for rules in ({"blank": "negative"}, {"uncertain": "soft"}):
+        with pytest.raises(InputError, match=f"^--{next(iter(rules))} is for the tables of CheXpert and MIMIC-CXR"):
+            read_dataset(own(tmp_path), rules=labels.LabelRules(**rules))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^--blank: 'zero' is none of unknown, negative"):
+        labels.LabelRules(blank="zero")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^--uncertain: 'ones' is none of unknown, positive, negative, soft"):
+        labels.LabelRules(uncertain="ones")  # type: ignore[arg-type]
+    for wrong in ("[]", '{"m.csv": 3}', '{"m.csv": {"blank": "unknown"}}'):
+        put(tmp_path / "dataset.json", f'{{"label_rules": {wrong}}}')
+        refuses(own(tmp_path), "dataset.json", "label_rules must hold blank and uncertain")
+
+
+def test_a_study_without_labels_stays_unknown(tmp_path: Path) -> None:
+    put(tmp_path / "mimic-cxr-2.0.0-chexpert.csv", f"subject_id,study_id,{FOURTEEN}\n100,500,,1.0" + "," * 12 + "\n")
+    meta = "dicom_id,subject_id,study_id\na,100,500\nb,102,777\n"
+    put(tmp_path / "mimic-cxr-2.0.0-metadata.csv", meta)
+    m = read_dataset(tmp_path, missing="unchecked", rules=labels.LabelRules(blank="negative"))
+    assert m.labels[0].tolist() == [0, 1] + [0] * 12
+    assert (m.labels[1] == -1).all()
 
 
 def test_chexpert_bad(tmp_path: Path) -> None:
@@ -614,9 +693,9 @@ def test_class_table_and_summary(tmp_path: Path) -> None:
     m = read_dataset(own(tmp_path))
     rows = class_table(m)
     assert [tuple(row) for row in rows] == [
-        ("A", 2, pytest.approx(200 / 3), 1, 1),
-        ("B", 0, 0.0, 1, 0),
-        ("C c", 1, pytest.approx(100 / 3), 1, 1),
+        ("A", 2, pytest.approx(200 / 3), 1, 1, 0),
+        ("B", 0, 0.0, 1, 0, 2),
+        ("C c", 1, pytest.approx(100 / 3), 1, 1, 1),
     ]
     told = summary(m)
     assert json.loads(json.dumps(told)) == told

@@ -178,7 +178,8 @@ def of_image(path: Path, here: str) -> Any:
 
 KINDS: dict[str, Callable[[Path, str], Any]] = {
     ".h5": of_hdf5, ".onnx": of_model, ".safetensors": of_safetensors, ".npz": of_npz, ".csv": of_csv,
-    ".parquet": of_parquet, ".json": of_json, ".png": of_image, ".npy": lambda path, here: of_array(np.load(path)),
+    ".parquet": of_parquet, ".json": of_json, ".png": of_image, ".svg": of_image, ".pdf": of_image,
+    ".npy": lambda path, here: of_array(np.load(path)),
 }  # fmt: skip
 PAGES = (".html", ".md")
 

@@ -28,6 +28,16 @@ def pairs(draw: st.DrawFn) -> Pair:
     return labels, scores
 
 
+def area_of_steps(points: curves.Points) -> float:
+    """The area below steps that are, up to each recall, as high as its precision."""
+    return sum((b - a) * height for (a, _), (b, height) in pairwise([[0, 0], *points]))
+
+
+def area_of_lines(points: curves.Points) -> float:
+    """The area below straight lines."""
+    return float(np.trapezoid([y for _, y in points], [x for x, _ in points]))
+
+
 def both(labels: np.ndarray) -> bool:
     return bool((labels == 1).any() and (labels == 0).any())
 
@@ -60,26 +70,25 @@ def test_precision_recall_is_scikit_learns(pair: Pair) -> None:
     known = labels >= 0
     precision, recall, _ = sk.precision_recall_curve(labels[known], scores[known])
     assert {tuple(p) for p in points} <= set(zip(recall.tolist(), precision.tolist(), strict=True))
-    # The steps that average precision sums stand on the first point of each recall.
-    first = {point[0]: point[1] for point in reversed(points)}
-    steps = sorted(first)
-    total = sum((b - a) * first[b] for a, b in pairwise(steps))
-    assert total == pytest.approx(sk.average_precision_score(labels[known], scores[known]), abs=1e-12)
-    assert (points[0], points[-1][0]) == ([0, 1], 1)
+    assert area_of_steps(points) == pytest.approx(sk.average_precision_score(labels[known], scores[known]), abs=1e-12)
+    assert points[0][0] > 0, "at recall 0 nothing is called, and precision does not exist"
+    assert points[-1][0] == 1
+    recalls = [x for x, _ in points]
+    assert recalls == sorted(set(recalls))
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_area() -> None:
     random = np.random.default_rng(0)
     labels = (random.random(20000) < 0.3).astype(np.int8)
     scores = random.normal(labels, 1)
-    for make in (curves.roc, curves.precision_recall):
+    for make, area in ((curves.roc, area_of_lines), (curves.precision_recall, area_of_steps)):
         whole, few = make(labels, scores, 10**6), make(labels, scores)
         assert len(whole) > 5000
         assert 100 < len(few) <= curves.MOST
         assert few[0] == whole[0]
         assert few[-1] == whole[-1]
         assert {tuple(p) for p in few} <= {tuple(p) for p in whole}
-        areas = [np.trapezoid([y for _, y in points], [x for x, _ in points]) for points in (whole, few)]
+        areas = [area(points) for points in (whole, few)]
         assert areas[1] == pytest.approx(areas[0], abs=5e-3)
 
 
@@ -87,4 +96,5 @@ def test_by_hand() -> None:
     labels = np.array([1, 0, -1, 1, 0], np.int8)
     scores = np.array([0.9, 0.8, 0.85, 0.3, 0.3])
     assert curves.roc(labels, scores) == [[0, 0], [0, 0.5], [0.5, 0.5], [1, 1]]
-    assert curves.precision_recall(labels, scores) == [[0, 1], [0.5, 1], [0.5, 0.5], [1, 0.5]]
+    assert curves.precision_recall(labels, scores) == [[0.5, 1], [1, 0.5]]
+    assert curves.precision_recall(labels, -scores) == [[1, 0.5]], "two steps of one height are one"

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_fast.cli.main import main
-from cxr_fast.cli.training import describe_comparison
+from cxr_fast.cli.report import describe_comparison
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.metrics import figures
 from cxr_fast.metrics.intervals import Resampling, paired_bootstrap

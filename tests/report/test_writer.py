@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -151,6 +152,69 @@ def test_the_pictures_are_the_files(made: Path, parsed: Page) -> None:
             image.load()
             assert image.width > 400
     assert all(a["alt"] for tag, a in parsed.tags if tag == "img")
+
+
+def test_pictures_for_papers_lie_beside(made: Path) -> None:
+    names = {path.stem for path in made.glob("*.png")}
+    assert names == set(charts.PICTURES)
+    for name in names:
+        svg, pdf = (made / f"{name}.svg").read_bytes(), (made / f"{name}.pdf").read_bytes()
+        ElementTree.fromstring(svg)
+        assert b"<text" in svg, "text is text"
+        assert b"<dc:date>" not in svg
+        assert pdf.startswith(b"%PDF-")
+        assert b"/FontFile2" in pdf, "a TrueType font, which journals take, and no Type 3"
+        assert b"/Type3" not in pdf
+        assert b"/CreationDate" not in pdf
+        assert str(made).encode() not in svg + pdf
+
+
+def test_a_picture_is_the_same_bytes_again(made: Path) -> None:
+    found = json.loads((made / "evaluation.json").read_bytes())
+    again = charts.render(charts.curve_plot(found, "pr"))
+    assert again == {kind: (made / f"pr_curves.{kind}").read_bytes() for kind in charts.FORMATS}
+
+
+def texts(figure: Any) -> list[str]:
+    """Every text that a figure shows, but for numbers on axes."""
+    from matplotlib.text import Text
+
+    return [found.get_text() for found in figure.findobj(Text) if found.get_text()]
+
+
+def test_curves_name_their_figure_and_its_interval(made: Path) -> None:
+    found = json.loads((made / "evaluation.json").read_bytes())
+    for kind, key, word in (("roc", "auc", "AUC"), ("pr", "ap", "AP")):
+        said = texts(charts.curve_plot(found, kind))
+        for name in (row["class"] for row in charts.largest(found)):
+            figure = next(row[key] for row in found["per_class"] if row["class"] == name)
+            ends = "" if figure["low"] is None else f" ({figure['low']:.2f}–{figure['high']:.2f})"
+            assert f"{charts.label(name)}: {word} {figure['value']:.2f}{ends}" in said
+    micro = found["parts"][found["per_class_of"]]["figures"]["micro_auc"]
+    pooled = f"all labels pooled (micro): AUC {micro['value']:.2f} ({micro['low']:.2f}–{micro['high']:.2f})"
+    assert pooled in texts(charts.curve_plot(found, "roc"))
+
+
+def test_precision_is_drawn_as_the_steps_that_average_precision_sums(made: Path) -> None:
+    found = json.loads((made / "evaluation.json").read_bytes())
+    (axes,) = charts.curve_plot(found, "pr").axes
+    name = charts.largest(found)[0]["class"]
+    line = next(each for each in axes.lines if each.get_label().startswith(charts.label(name)))
+    assert line.get_drawstyle() == "steps-pre", "each step as high as at the recall it ends at"
+    x, y = line.get_data()
+    assert (x[0], y[0]) == (0, y[1])
+    area = float((np.diff(x) * y[1:]).sum())
+    assert area == pytest.approx(next(row["ap"]["value"] for row in found["per_class"] if row["class"] == name))
+
+
+def test_confusion_matrices_have_the_words_that_journals_print(made: Path) -> None:
+    found = json.loads((made / "evaluation.json").read_bytes())
+    row = charts.largest(found)[0]
+    said = texts(charts.confusion([row]))
+    assert {"predicted", "reference standard", "positive", "negative"} <= set(said)
+    positives = max(row["tp"] + row["fn"], 1)
+    assert f"true positive\nn = {row['tp']:,}\n({100 * row['tp'] / positives:.0f} %)" in said
+    assert f"false negative\nn = {row['fn']:,}\n({100 * row['fn'] / positives:.0f} %)" in said
 
 
 def test_every_table_scrolls_by_keyboard_and_has_heads(parsed: Page) -> None:
@@ -413,9 +477,10 @@ def test_names_in_plots_are_no_formulas(made: Path, name: str) -> None:
     """matplotlib reads what stands between two dollars as mathematics, and fails where it is none."""
     text = (made / "evaluation.json").read_text(encoding="utf-8")
     found = json.loads(text.replace('"Normal"', json.dumps(name)))
-    assert charts.class_intervals(found["per_class"], "auc", "AUC")
-    assert charts.curve_plot(found, "roc")
-    assert charts.confusion(charts.largest(found))
+    assert charts.png(charts.class_intervals(found["per_class"], "auc", "AUC"))
+    assert charts.png(charts.curve_plot(found, "roc"))
+    for data in charts.render(charts.confusion(charts.largest(found))).values():
+        assert data
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -726,7 +791,7 @@ def test_runs_are_named_as_briefly_as_they_differ() -> None:
 
 def test_a_difference_plot(folder: Path, other: Path) -> None:
     found = comparison.compare_runs(folder, other, resamples=40)
-    assert charts.differences(found["per_class"], ("a", "b")).startswith(b"\x89PNG")
+    assert charts.png(charts.differences(found["per_class"], ("a", "b"))).startswith(b"\x89PNG")
 
 
 # In a browser.

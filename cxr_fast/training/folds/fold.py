@@ -21,6 +21,7 @@ from torch import nn
 from ...activations.forward import autocast, precision, predict, probabilities, sigmoid, with_flipped
 from ...activations.loader import Activations
 from ...config import TrainSpec
+from ...data.labels import UNKNOWN
 from ...errors import InputError, Interrupted
 from ...metrics.figures import auc, macro
 from ...models.heads import NOTHING_OWN, Custom
@@ -126,10 +127,16 @@ class Fold:
         self.number, self.spec, self.rates = data.number, spec, rates
         self.name, self.custom = data.name or f"fold{data.number}", data.custom
         draws, head = (int(s) for s in np.random.SeedSequence([seed, data.number]).generate_state(2))
-        self.labels = torch.from_numpy(labels.astype(np.int8))
-        self.device_labels = self.labels.to(self.device)
+        self.targets = torch.from_numpy(labels.astype(np.int8))  # uncertain labels are trained on, and never scored
+        self.labels = self.targets.clamp(min=UNKNOWN)
+        self.device_labels = self.targets.to(self.device)
         self.train_rows, self.valid_rows = torch.from_numpy(train_rows), data.valid_rows
         self.terms = class_terms(labels[train_rows], spec).map(lambda t: t.to(self.device))
+        if self.custom.loss is not None and self.terms.soft:
+            raise InputError(
+                "loss: these labels hold uncertain ones with a soft target, which a loss of your own does not know; "
+                "read them with --uncertain unknown, positive or negative."
+            )
         self.sampling = sampling_weights(labels[train_rows], spec)
         self.generator = torch.Generator().manual_seed(draws)
         self.tail = Tail(

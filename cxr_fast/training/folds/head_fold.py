@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from ...config import TrainSpec
+from ...data.labels import UNCERTAIN, UNKNOWN
 from ...errors import Interrupted
 from ...models.tail import HEAD_WIDTHS, Tail
 from .draws import Draws
 from .fold import Fold
 from .loop import Recorder, finished, require_moved, take_snapshots, weights_before
-from .losses import JACCARD_SHARE, SMOOTH, ClassTerms
+from .losses import JACCARD_SHARE, SMOOTH, ClassTerms, other_share
 
 # Steps between two looks at whether to stop, and gathered at once.
 CHUNK = 256
@@ -76,7 +77,7 @@ class HeadFold(Fold):
         # Embeddings are cached as the projection leaves them; the tail takes their length out, and so must this.
         x = F.normalize(x, dim=-1)
         masks = draws.masks[part].float().div_(1 - self.spec.dropout).split(HEAD_WIDTHS, dim=1)
-        targets = _targets(self.labels[draws.rows[part]], sizes, self.spec, self.terms)
+        targets = _targets(self.targets[draws.rows[part]], sizes, self.spec, self.terms)
         loss, spec = _Loss.of(self.spec), self.spec
         total: torch.Tensor = _compiled()(
             self.parts,
@@ -126,14 +127,16 @@ class _Loss(NamedTuple):
 
 
 def _targets(labels: torch.Tensor, sizes: list[int], spec: TrainSpec, terms: ClassTerms) -> tuple[torch.Tensor, ...]:
-    """What the loss needs of the labels (n, C), made once for many steps; with label smoothing of the labels and of
-    their opposites, (2, n, C).
+    """What the loss needs of the labels (n, C), made once for many steps; with label smoothing or uncertain labels, of
+    the labels and of their opposites, (2, n, C).
 
     sign: +1 for a positive, else -1. weight: an entry's factor in its step's mean loss, 0 where unknown. shift: what is
     added to its logit. jaccard (n, C): an image's factor in the mean soft Jaccard at its known classes, else 0.
     """
-    known, positive = labels >= 0, labels > 0
-    has_label, parts = known.any(1), torch.tensor(sizes)
+    known, positive, certain = labels != UNKNOWN, labels > 0, labels >= 0
+    if terms.soft:
+        positive |= labels == UNCERTAIN
+    has_label, parts = certain.any(1), torch.tensor(sizes)
     step = torch.repeat_interleave(torch.arange(len(sizes)), parts)
     entries, images = (
         torch.zeros(len(sizes), dtype=torch.long).index_add_(0, step, t).clamp_(min=1)
@@ -142,7 +145,9 @@ def _targets(labels: torch.Tensor, sizes: list[int], spec: TrainSpec, terms: Cla
     share = JACCARD_SHARE if spec.loss == "focal+jaccard" else 0.0
     factor = ((1 - share) / entries[step])[:, None]
 
-    def of(positive: torch.Tensor, portion: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def of(
+        positive: torch.Tensor, portion: torch.Tensor | float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight = known.float()
         if spec.loss in ("focal", "focal+jaccard"):
             weight *= torch.where(positive, spec.focal_alpha, 1 - spec.focal_alpha)
@@ -154,13 +159,15 @@ def _targets(labels: torch.Tensor, sizes: list[int], spec: TrainSpec, terms: Cla
             shift += terms.prior
         if terms.margin is not None:
             shift -= positive * terms.margin
-        return positive.float().mul_(2).sub_(1), weight if portion == 1 else weight * portion, shift
+        return positive.float().mul_(2).sub_(1), weight if portion is None else weight * portion, shift
 
-    sign, weight, shift = of(positive, 1 - spec.label_smoothing / 2)
-    if spec.label_smoothing:
-        both = zip((sign, weight, shift), of(~positive, spec.label_smoothing / 2), strict=True)
-        sign, weight, shift = (torch.stack(pair) for pair in both)
-    return sign, weight, shift, known * (share / images[step])[:, None]
+    jaccard = certain * (share / images[step])[:, None]
+    if not (spec.label_smoothing or terms.soft):
+        return *of(positive, None), jaccard
+    portion = other_share(labels, spec, terms)
+    both = zip(of(positive, 1 - portion), of(~positive, portion), strict=True)
+    sign, weight, shift = (torch.stack(pair) for pair in both)
+    return sign, weight, shift, jaccard
 
 
 def _entry_losses(
@@ -249,7 +256,8 @@ def _steps(
         if smooth > 0.0:
             share = jaccards[i]
             known = (share > 0).float()
-            p, y = torch.sigmoid(logits) * known, (sign > 0).float()
+            own = sign[0] if sign.dim() == 3 else sign
+            p, y = torch.sigmoid(logits) * known, (own > 0).float() * known
             both = (p * y).sum(1, keepdim=True) + smooth
             union = p.sum(1, keepdim=True) + y.sum(1, keepdim=True) - both + 2 * smooth
             loss = loss + (share.amax(1, keepdim=True) * (1 - both / union)).sum()

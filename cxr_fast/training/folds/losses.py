@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ...config import TrainSpec
+from ...data.labels import SOFT, UNCERTAIN, UNKNOWN
 from ...metrics.calibration import prior_log_odds
 
 # Of `focal+jaccard`: 0.7 focal, 0.3 soft Jaccard.
@@ -23,18 +24,19 @@ class ClassTerms:
     """What a loss takes from the training labels: a tensor (C,) each, or (K, 1, C) of K folds; None where unused.
 
     `weights` multiply a class's entries. `prior` is added to its logits. `margin` is taken from the logit of a
-    positive.
+    positive. `soft` says whether any label is uncertain, so that its loss is a mixture.
     """
 
     weights: torch.Tensor | None = None
     prior: torch.Tensor | None = None
     margin: torch.Tensor | None = None
+    soft: bool = False
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ClassTerms:
         """The same terms with each tensor changed."""
         each = (self.weights, self.prior, self.margin)
         weights, prior, margin = (None if t is None else change(t) for t in each)
-        return ClassTerms(weights=weights, prior=prior, margin=margin)
+        return ClassTerms(weights=weights, prior=prior, margin=margin, soft=self.soft)
 
     @staticmethod
     def stack(terms: Sequence[ClassTerms]) -> ClassTerms:
@@ -44,7 +46,8 @@ class ClassTerms:
             own = [getattr(each, name) for each in terms]
             return None if own[0] is None else torch.stack(own)[:, None]
 
-        return ClassTerms(weights=joined("weights"), prior=joined("prior"), margin=joined("margin"))
+        soft = any(each.soft for each in terms)
+        return ClassTerms(weights=joined("weights"), prior=joined("prior"), margin=joined("margin"), soft=soft)
 
 
 NO_TERMS = ClassTerms()
@@ -54,7 +57,8 @@ def class_terms(labels: np.ndarray, spec: TrainSpec) -> ClassTerms:
     """What the spec's loss takes from training labels (N, C), on the CPU."""
     found = (class_weights(labels, spec), class_priors(labels, spec), class_margins(labels, spec))
     weights, prior, margin = (None if values is None else torch.from_numpy(values) for values in found)
-    return ClassTerms(weights=weights, prior=prior, margin=margin)
+    soft = bool((labels == UNCERTAIN).any())
+    return ClassTerms(weights=weights, prior=prior, margin=margin, soft=soft)
 
 
 def class_weights(labels: np.ndarray, spec: TrainSpec) -> np.ndarray | None:
@@ -93,25 +97,39 @@ def class_margins(labels: np.ndarray, spec: TrainSpec) -> np.ndarray | None:
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor, spec: TrainSpec, terms: ClassTerms = NO_TERMS) -> torch.Tensor:
-    """Loss over known labels, () for `logits` (B, C) or (K,) for (K, B, C); `labels` with 1, 0, -1 unknown.
+    """Loss over known labels, () for `logits` (B, C) or (K,) for (K, B, C); `labels` with 1, 0,
+    UNKNOWN and, where `terms.soft` says so, UNCERTAIN.
 
     The mean over known entries of `entry_losses`, weighted by class. With label smoothing s an entry costs 1 - s / 2
-    of its own label's loss and s / 2 of the other's, which for cross entropy is smoothing of its target. An
-    all-unknown batch costs 0.
+    of its own label's loss and s / 2 of the other's, which for cross entropy is smoothing of its target. An uncertain
+    entry costs SOFT of a positive's loss and the rest of a negative's; the soft Jaccard leaves it out. An all-unknown
+    batch costs 0.
     """
-    known, positive = labels >= 0, labels > 0
+    known, positive = labels != UNKNOWN, labels > 0
     if terms.prior is not None:
         logits = logits + terms.prior
+    if terms.soft:
+        positive = positive | (labels == UNCERTAIN)
     each = entry_losses(logits, positive, spec, terms.margin)
-    if spec.label_smoothing:
+    if terms.soft or spec.label_smoothing:
         other = entry_losses(logits, ~positive, spec, terms.margin)
-        each = torch.lerp(each, other, spec.label_smoothing / 2)
+        each = torch.lerp(each, other, other_share(labels, spec, terms))
     if terms.weights is not None:
         each = each * terms.weights
     loss = (each * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
     if spec.loss == "focal+jaccard":
         loss = (1 - JACCARD_SHARE) * loss + JACCARD_SHARE * soft_jaccard(logits, labels)
     return loss
+
+
+def other_share(labels: torch.Tensor, spec: TrainSpec, terms: ClassTerms) -> torch.Tensor | float:
+    """The share of the opposite label's loss in an entry's: s / 2 with label smoothing s, and of an uncertain label,
+    which counts as positive otherwise, 1 - SOFT smoothed alike."""
+    half = spec.label_smoothing / 2
+    if not terms.soft:
+        return half
+    soft = (1 - SOFT) * (1 - spec.label_smoothing) + half
+    return torch.where(labels == UNCERTAIN, soft, half)
 
 
 def entry_losses(

@@ -16,8 +16,9 @@ import torch
 from cxr_fast.activations.forward import predict
 from cxr_fast.activations.loader import Activations
 from cxr_fast.errors import InputError, Interrupted
+from cxr_fast.models.heads import Custom
 from cxr_fast.training.folds import head_fold
-from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
+from cxr_fast.training.folds.fold import Epoch, Fold, FoldData, Snapshot
 from cxr_fast.training.folds.head_fold import HeadFold, fit_side_by_side
 from cxr_fast.training.folds.loop import Recorder, fit
 from tests.helpers import toys
@@ -174,6 +175,51 @@ def test_the_number_of_steps_taken_at_once_changes_nothing(monkeypatch: pytest.M
 
 
 # TorchScript.
+
+
+def uncertain() -> np.ndarray:
+    """The toys' labels, some of which are uncertain."""
+    out = toys.labels().copy()
+    out[(np.random.default_rng(9).random(out.shape) < 0.3) & (out >= 0)] = -2
+    for part in (TRAIN, VALID):
+        out[part[0]], out[part[1]] = 1, 0
+    return out
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("loss", ["focal", "bce", "focal+jaccard", "asl", "ldam"])
+def test_a_head_fold_trains_on_uncertain_labels_as_autograd_does(loss: str, smoothing: float) -> None:
+    changes: dict[str, Any] = {"loss": loss, "label_smoothing": 0.0 if loss == "focal+jaccard" else smoothing}
+    spec = dataclasses.replace(SPEC, class_weights="sqrt", **changes)
+    fast, slow = make(HeadFold, spec, labels=uncertain()), without_rounding(make(Fold, spec, labels=uncertain()))
+    for _ in range(2):
+        ours, theirs = fast.run_epoch(), slow.run_epoch()
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-4, abs=1e-7)
+    agree(fast, slow, lr=spec.lr, steps=6)
+    unknown = make(HeadFold, spec, labels=np.maximum(uncertain(), -1))
+    assert unknown.run_epoch().train_loss != fast.history[0].train_loss, "an uncertain label is trained on"
+
+
+def test_an_uncertain_label_is_unknown_in_validation() -> None:
+    marked, masked = toys.labels().copy(), toys.labels().copy()
+    rows = VALID[2:6]
+    marked[rows], masked[rows] = -2, -1
+    one, other = make(Fold, labels=marked), make(Fold, labels=masked)
+    ours, theirs = one.run_epoch(), other.run_epoch()
+    assert (ours.valid_auc, ours.valid_loss) == (theirs.valid_auc, theirs.valid_loss)
+    assert same(one, other), "validation rows are not trained on"
+
+
+def test_a_loss_of_one_s_own_is_given_no_soft_targets() -> None:
+    data = FoldData(
+        activations=Activations(toys.embeddings(), CPU),
+        labels=uncertain(),
+        train_rows=TRAIN,
+        valid_rows=VALID,
+        custom=Custom(loss=lambda logits, labels: logits.mean()),
+    )
+    with pytest.raises(InputError, match=r"^loss: .*--uncertain unknown, positive or negative\.$"):
+        Fold(toys.bare(), data, SPEC, unfreeze_blocks=0, seed=0)
 
 
 @pytest.mark.parametrize("loss", ["focal", "bce", "focal+jaccard"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_fast.config import TrainSpec
+from cxr_fast.data.labels import SOFT
 from cxr_fast.training.folds.losses import (
     JACCARD_SHARE,
     ClassTerms,
     class_margins,
     class_priors,
+    class_terms,
     class_weights,
     losses,
     soft_jaccard,
@@ -63,10 +66,11 @@ def plain(logits: list[list[float]], labels: Table, spec: TrainSpec, terms: dict
     shifted = [[z + terms.get("prior", [0.0] * len(zs))[c] for c, z in enumerate(zs)] for zs in logits]
     for zs, ys in zip(shifted, labels, strict=True):
         for c, (z, y) in enumerate(zip(zs, ys, strict=True)):
-            if y < 0:
+            if y == -1:
                 continue
             margin = terms.get("margin", [0.0] * len(zs))[c]
-            cost = (1 - smooth) * plain_entry(z, y == 1, spec, margin) + smooth * plain_entry(z, y == 0, spec, margin)
+            target = {1: 1.0, 0: 0.0, -2: 0.7}[y] * (1 - 2 * smooth) + smooth
+            cost = target * plain_entry(z, True, spec, margin) + (1 - target) * plain_entry(z, False, spec, margin)
             total += cost * terms.get("weights", [1.0] * len(zs))[c]
             known += 1
     mean = total / max(known, 1)
@@ -77,10 +81,11 @@ def plain(logits: list[list[float]], labels: Table, spec: TrainSpec, terms: dict
 
 @st.composite
 def stacks(draw: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (K, B, C) in -12..12 and labels of the same shape."""
+    """Logits (K, B, C) in -12..12 and labels of the same shape, with and without uncertain ones (-2)."""
     shape = tuple(draw(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4))))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    labels = random.choice([-1, 0, 1], size=shape, p=draw(st.sampled_from([(0.2, 0.4, 0.4), (0.9, 0.05, 0.05)])))
+    shares = draw(st.sampled_from([(0.2, 0.4, 0.4, 0.0), (0.9, 0.05, 0.05, 0.0), (0.2, 0.2, 0.2, 0.4)]))
+    labels = random.choice([-1, 0, 1, -2], size=shape, p=shares)
     return random.uniform(-12, 12, shape).astype(np.float32), labels.astype(np.int8)
 
 
@@ -103,6 +108,7 @@ def test_a_loss_is_the_plain_loop_over_its_known_entries_one_by_one_and_stacked(
     if loss != "ldam":
         own.pop("margin", None)
         terms = ClassTerms(weights=terms.weights, prior=terms.prior)
+    terms = dataclasses.replace(terms, soft=bool((labels == -2).any()))
     stacked = losses(torch.from_numpy(logits), torch.from_numpy(labels), spec, terms)
     assert stacked.shape == (len(logits),)
     for k in range(len(logits)):
@@ -132,6 +138,29 @@ def test_smoothing_cross_entropy_is_cross_entropy_with_a_smooth_target() -> None
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]], dtype=torch.int8)
     want = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels * 0.8 + 0.1)
     torch.testing.assert_close(losses(logits, labels, TrainSpec(loss="bce", label_smoothing=0.2)), want)
+
+
+def test_the_cross_entropy_of_an_uncertain_label_is_that_of_its_soft_target() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0, 0.5, 3.0]]), torch.tensor([[1, -2, 0, -1]], dtype=torch.int8)
+    target = torch.tensor([1.0, SOFT, 0.0])
+    want = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, :3], target)
+    terms = class_terms(labels.numpy(), TrainSpec(loss="bce"))
+    assert terms.soft
+    torch.testing.assert_close(losses(logits, labels, TrainSpec(loss="bce"), terms), want)
+    # The mean over targets drawn from the published range is the same: a loss is linear in its target.
+    drawn = torch.linspace(0.55, 0.85, 1001)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(torch.full((1001,), -1.0), drawn)
+    torch.testing.assert_close(
+        each, torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 1:2], torch.tensor([SOFT]))
+    )
+
+
+def test_weights_priors_and_margins_count_an_uncertain_label_as_neither() -> None:
+    known = np.array([[1], [0], [0], [1], [0]], np.int8)
+    mixed = np.concatenate([known, np.full((7, 1), -2, np.int8)])
+    for spec in (TrainSpec(class_weights="sqrt", logit_adjustment=1.0), TrainSpec(loss="ldam")):
+        for found in (class_weights, class_priors, class_margins):
+            np.testing.assert_array_equal(found(known, spec), found(mixed, spec))
 
 
 @settings(max_examples=100, deadline=None)

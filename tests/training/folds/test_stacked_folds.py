@@ -98,10 +98,9 @@ def make(
     folds = [
         build(
             *(Fold, tower(source), shared or activations(k)),
-            labels=labels(),
             train_rows=np.arange(*ends),
             valid_rows=VALID,
-            **{"spec": spec, "unfreeze_blocks": k, "seed": 0, "fold": i, **changes},
+            **{"labels": labels(), "spec": spec, "unfreeze_blocks": k, "seed": 0, "fold": i, **changes},
         )
         for i, ends in enumerate(ranges)
     ]
@@ -209,6 +208,17 @@ def change(**fields: Any) -> TrainSpec:
 )
 def test_folds_together_equal_folds_one_by_one(spec: TrainSpec, named: dict[str, Any]) -> None:
     alike(epochs(make(spec, **named), 2), separately(make(spec, **named), 2))
+
+
+def test_folds_together_train_on_uncertain_labels_as_one_by_one() -> None:
+    marked = labels().copy()
+    marked[(np.random.default_rng(4).random(marked.shape) < 0.3) & (marked >= 0)] = -2
+    marked[VALID[0]], marked[VALID[1]] = 1, 0
+    together, alone = make(labels=marked), make(labels=marked)
+    epochs(together, 1)
+    for fold in alone:
+        fold.run_epoch()
+    alike(together, alone)
 
 
 def test_the_sizes_are_those_the_cases_are_meant_to_be() -> None:

@@ -1,0 +1,74 @@
+"""What the screen says of a data set: its counts, its class table, what to know of its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..system.text import Table
+from .console import Part
+
+
+def describe_words(counts: dict[str, int]) -> str:
+    """How many images the column split gives to training and hold-out, and how many it leaves to be drawn."""
+    words = {"train": "training", "holdout": "hold-out", "": "to be drawn"}
+    return ", ".join(f"{text} {counts[word]:,}" for word, text in words.items() if word in counts)
+
+
+def choose_columns(manifest: Any) -> Any:
+    """Which columns of a dataset a report may show."""
+    from ..metrics import subgroups
+
+    columns = {subgroups.VIEW: manifest.views} | {f"meta:{name}": v for name, v in manifest.subgroups.items()}
+    return subgroups.choose(columns, manifest.groups)
+
+
+def describe_manifest(manifest: Any) -> list[Part]:
+    """The counts of a dataset, its class table, and what to know of its label set."""
+    from ..data.manifest import class_table, summary
+    from ..metrics.subgroups import count_views
+
+    total = summary(manifest)
+    views = ", ".join(f"{name} {n:,}" for name, n in count_views(manifest.views, manifest.groups).items())
+    parts: list[Part] = [
+        f"{manifest.name} ({manifest.info.get('kind', 'manifest')}): {total['images']:,} images, "
+        f"{total['studies']:,} studies, {total['groups']:,} groups",
+        f"views: {views}",
+        *([f"split: {describe_words(total['splits'])}"] if total["splits"] else []),
+        f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels per image",
+    ]
+    if total["skipped_missing"]:
+        parts.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
+    found = class_table(manifest)
+    rows: list[list[Any]] = [[r.name, r.positives, f"{r.percent:.2f}", r.negatives, r.unknown, r.groups] for r in found]
+    parts += ["", Table(columns=["class", "positives", "% of images", "negatives", "unknown", "groups"], rows=rows)]
+    parts += describe_labels(manifest, [r.name for r in found if r.positives and not r.negatives])
+    if manifest.info.get("kind") in ("indiana", "openi"):
+        from ..data.labels import TRAPS
+
+        known = set(manifest.classes)
+        notes = [f"  {name}: {text}" for name, text in TRAPS if name in known or not name]
+        parts += ["", "Know before you trust a class of this label set:", *notes]
+    return parts
+
+
+def describe_labels(manifest: Any, one_sided: Sequence[str]) -> list[Part]:
+    """How blank and uncertain labels counted, and which classes, `one_sided`, that leaves without a negative."""
+    from ..data.labels import RULED, SOFT, describe_rules
+    from ..data.manifest import summary
+
+    parts: list[Part] = []
+    if said := describe_rules(manifest.info):
+        ruled = manifest.info["kind"] in RULED
+        parts += ["", f"{said} --blank and --uncertain change this." if ruled else said]
+    elif soft := summary(manifest)["uncertain"]:
+        parts += ["", f"{soft:,} uncertain labels are targets of {SOFT:g} in training and unknown in every figure."]
+    if one_sided:
+        named = ", ".join(one_sided[:5]) + (", ..." if len(one_sided) > 5 else "")
+        mend = (
+            "; --blank negative gives them some"
+            if manifest.info.get("label_rules", {}).get("blank") == "unknown"
+            else ""
+        )
+        parts.append(f"No negatives, so no AUC and nothing to learn from: {named}{mend}.")
+    return parts

@@ -1,0 +1,141 @@
+"""Commands that report and compare finished runs: parse, call one function, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import NOTICE
+from ..errors import InputError
+from ..system.files import write_json
+from .console import Part, show
+from .options import PATH, adjustment_option, point_options
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="The comparison of several runs.  [default: FIRST_RUN/comparison.html]")
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "max"]),
+    default="mean",
+    show_default=True,
+    help="How the views of a study become one probability a class.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@adjustment_option
+@point_options
+@click.option(
+    "--prevalence",
+    metavar="SHARE",
+    help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
+)
+def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
+    """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
+
+    Exit 1 where a saved file is missing or damaged: the page then says what it lacks.
+    """
+    if out is not None and len(runs) < 2:
+        raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
+    if len(runs) > 1 and flags["resamples"] < 1:
+        raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
+    for name in ("logit_adjustment", "threshold_target", "calibration"):
+        if len(runs) > 1 and flags[name]:
+            raise InputError(f"--{name.replace('_', '-')}: of one run; a comparison takes runs as they are.")
+    from ..report.writer import write_all
+    from ..training.operating_points import OperatingPoint
+
+    point = OperatingPoint(**{name: flags.pop(name) for name in ("threshold_target", "calibration", "prevalence")})
+    pages = write_all(runs, out, point=point, **flags)
+    for written in pages:
+        click.echo(written.page)
+        for line in written.missing if not written.whole else ():
+            click.echo(f"  missing: {line}", err=True)
+    sys.exit(0 if all(written.whole for written in pages) else 1)
+
+
+@click.command()
+@click.argument("run_a", type=PATH)
+@click.argument("run_b", type=PATH)
+@click.option(
+    "--part",
+    type=click.Choice(["holdout", "out_of_fold"]),
+    default="holdout",
+    show_default=True,
+    help="Which images of the runs.",
+)
+@click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Of the groups.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--allow-trained", is_flag=True, help="Compare even where one run was trained on the other's hold-out.")
+@click.option("--json", "json_out", type=PATH, help="Write the result here.")
+def compare(run_a: Path, run_b: Path, json_out: Path | None, **flags: Any) -> None:
+    """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
+    from ..report import comparison
+
+    result = comparison.compare_runs(run_a, run_b, **flags)
+    show(describe_comparison(result))
+    if json_out is not None:
+        write_json(json_out, result, "--json")
+        click.echo(f"wrote {json_out}")
+
+
+def describe_comparison(result: dict[str, Any]) -> list[Part]:
+    """What was compared, the headline figures, and each class."""
+    from ..report.class_means import rarity_comparison_table
+    from ..report.comparison import class_comparison_table, comparison_table
+
+    part = result["part"].replace("holdout", "hold-out").replace("_", "-")
+    said = {side: f" ({text.upper()})" if (text := result[f"provenance_{side}"]) else "" for side in "ab"}
+    shown = [row for row in result["per_class"] if row["auc"]["difference"] is not None]
+    return [
+        f"A: {result['a']}{said['a']}\nB: {result['b']}{said['b']}",
+        f"{result['images']:,} {part} images of {result['groups']:,} groups in common; "
+        f"{result['only_a']:,} only in A, {result['only_b']:,} only in B{left_out(result)}",
+        "",
+        comparison_table(result, "AB", 4),
+        "",
+        rarity_comparison_table(result, "AB", 4),
+        "",
+        class_comparison_table(shown, "AB", "auc", 4),
+        "",
+        class_comparison_table(shown, "AB", "ap", 4),
+        "",
+        *comparison_notes(result, shown),
+        NOTICE,
+    ]
+
+
+def left_out(result: dict[str, Any]) -> str:
+    """How many images the comparison leaves out, and how many of them the other run was trained on."""
+    if not (count := result["only_a"] + result["only_b"]):
+        return ""
+    leaks = [(side, result.get(f"trained_{side.lower()}", 0)) for side in "AB"]
+    said = " and ".join(f"{side} on {number:,}" for side, number in leaks if number)
+    return f": {count:,} left out" + (f"; of these {said} of the other's hold-out was trained" if said else "")
+
+
+def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> list[str]:
+    """What is left out, and what a marked row is worth."""
+    total, sure = len(result["per_class"]), sum(r["auc"]["low"] is not None for r in shown)
+    notes = []
+    if left := total - len(shown):
+        notes.append(f"{left} of {total} classes have no positive or no negative among these images and are left out.")
+    if few := len(shown) - sure:
+        notes.append(f"{few} of {total} classes are in too few groups for an interval.")
+    level, resamples = f"{result['level']:.0%}", f"{result['resamples']:,}"
+    mark = (
+        f"<- differs: the {level} interval holds no 0; {resamples} paired resamples of groups, seed {result['seed']}."
+    )
+    chance = f"about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
+    notes.append(f"{mark} Where nothing differs, {chance}" if sure else mark)
+    return notes
