@@ -11,6 +11,10 @@ EXTRAS := train,cpu,dev
 TORCH :=
 UV_TORCH := --torch-backend=cpu
 endif
+# The stamp names the extras, so that other ones are installed; `.installed` alone is of an older Makefile.
+COMMA := ,
+STAMP := $(VENV)/.installed-$(subst $(COMMA),-,$(EXTRAS))
+OTHERS = $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
 UV := $(shell command -v uv 2>/dev/null)
 ifdef NO_UV
 UV :=
@@ -28,10 +32,12 @@ CXR := $(BIN)/cxrfast
 
 .PHONY: install demo test test-ray lint docs bench clean
 
-install: $(VENV)/.installed
+install: $(STAMP)
 
-$(VENV)/.installed: pyproject.toml
+$(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
+# Of other extras: made anew, for pip would keep the torch that is there, and both builds of ONNX Runtime.
+	$(if $(OTHERS),rm -rf $(VENV))
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	uv pip install --quiet --python $(BIN)/python $(UV_TORCH) $(TORCH) -e '.[$(EXTRAS)]'

@@ -12,12 +12,14 @@ trap 'rm -rf "$work"' EXIT
 
 if [ -n "$uv" ]; then
   "$uv" build --quiet --wheel --out-dir "$work/dist"
+  wheels=("$work"/dist/*.whl)
   "$uv" venv --quiet --python "$python" "$work/venv"
-  "$uv" pip install --quiet --python "$work/venv/bin/python" "$(echo "$work"/dist/*.whl)[cpu,dicom]"
+  "$uv" pip install --quiet --python "$work/venv/bin/python" "${wheels[0]}[cpu,dicom]"
 else
   "$python" -m venv "$work/venv"
   "$work/venv/bin/python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir "$work/dist" .
-  "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet "$(echo "$work"/dist/*.whl)[cpu,dicom]"
+  wheels=("$work"/dist/*.whl)
+  "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet "${wheels[0]}[cpu,dicom]"
 fi
 "$work/venv/bin/python" - <<'EOF'
 import importlib.util
@@ -46,14 +48,21 @@ films="$demo/data/images"
 "$cxr" compare run run >compare.txt
 "$cxr" bench latency run/model.fp32.onnx --images "$films" --repeats 10 --device cpu
 cmp <(cut -d, -f2- predictions.csv) <(cut -d, -f2- "$demo/predictions.csv") # the same to the last digit
-for command in "cache $demo/data" "sweep" "export run" "explain run $films --out o.png" "info $demo/phantom.h5" \
-  "bench cache $demo/data" "bench train x.h5" "bench compare run/model.fp32.onnx --against torch" "verify $demo/phantom.h5"; do
-  code=0
-  # shellcheck disable=SC2086
-  said=$("$cxr" $command 2>&1) || code=$?
+needs_train() { # the words of a command that must end with one line naming the extra
+  local code=0 said
+  said=$("$cxr" "$@" 2>&1) || code=$?
   if [ "$code" -ne 2 ] || [ "$(printf '%s\n' "$said" | wc -l)" -ne 1 ] || ! grep -q "the extra train brings it" <<<"$said"; then
-    echo "cxrfast $command: exit $code, and not one line that names the extra: $said"
+    echo "cxrfast $*: exit $code, and not one line that names the extra: $said"
     exit 1
   fi
-done
+}
+needs_train cache "$demo/data"
+needs_train sweep
+needs_train export run
+needs_train explain run "$films" --out o.png
+needs_train info "$demo/phantom.h5"
+needs_train bench cache "$demo/data"
+needs_train bench train x.h5
+needs_train bench compare run/model.fp32.onnx --against torch
+needs_train verify "$demo/phantom.h5"
 echo "small install: predicts, verifies, reports and measures; the rest names its extra"

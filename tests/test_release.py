@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -116,3 +118,21 @@ def test_whole_archives_pass_and_what_is_planted_is_found(check_dist: ModuleType
     assert check_dist.problems(sdist, [*wheel, "tests/x.py"]) == ["the wheel holds tests/x.py"]
     without = [name for name in wheel if not name.endswith("py.typed")]
     assert "the wheel lacks cxr_fast/py.typed" in check_dist.problems(sdist, without)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_install_follows_the_extras(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").mkdir()
+
+    def plan(*flags: str) -> str:
+        words = ["make", "-n", "install", "NO_UV=1", *flags]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "-e '.[train,gpu,dev]'" in plan()
+    assert "rm -rf" not in plan(), "nothing is there to be made anew"
+    (tmp_path / ".venv" / ".installed-train-gpu-dev").touch()
+    assert "[train" not in plan()
+    assert "-e '.[train,cpu,dev]'" in (again := plan("CPU=1"))
+    assert "rm -rf .venv" in again, "pip would keep torch with CUDA, and both builds of ONNX Runtime"

@@ -268,10 +268,12 @@ def describe_noise(result: BenchResult) -> list[str]:
         return ["how much other processes used the machine is unknown on this system"]
     if not noise["noisy"]:
         return []
+    over = f"over {noise['threshold']:.0%}"
+    if noise["noisy_samples"]:  # none where only the whole run was watched
+        over += f" while {noise['noisy_samples']} of {noise['samples']} samples were taken"
     return [
         f"NOISY: other processes took {noise['share']:.0%} of the machine during the run, up to {noise['worst']:.0%}; "
-        f"over {noise['threshold']:.0%} while {noise['noisy_samples']} of {noise['samples']} samples were taken: run "
-        "it again on a quiet machine"
+        f"{over}: run it again on a quiet machine"
     ]
 
 

@@ -15,6 +15,7 @@ from ..models import device as cpu
 from .console import ProgressBar
 from .options import (
     PATH,
+    FiniteFloat,
     Group,
     dataset_options,
     device_option,
@@ -29,7 +30,7 @@ json_option = click.option("--json", "json_out", type=PATH, help="Write the resu
 plot_option = click.option("--plot", type=PATH, help="Write a picture of it here, NAME.png.")
 budget_option = click.option(
     "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     default=100.0,
     show_default=True,
     help="Milliseconds from file to probabilities.",
@@ -51,7 +52,7 @@ def bench() -> None:
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Untimed images first.")
 @click.option(
     "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     help="Give a verdict: milliseconds from file to probabilities that the percentile must keep.",
 )
 @click.option(
@@ -110,7 +111,7 @@ def latency(
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Largest batch size.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     default=60.0,
     show_default=True,
     help="How long to measure; offline never less than three calls a batch size.",

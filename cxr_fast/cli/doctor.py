@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import InputError
 from ..system import hardware
 from ..system.extras import install
+from ..system.huggingface import without_login
 
 SCHEMA = 1
 OK, ABSENT, WRONG = "ok", "--", "!!"
@@ -296,7 +297,7 @@ def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         text = "HF_HUB_OFFLINE is set: only weights already fetched, or a folder"
         return Finding(name="Hugging Face hub", state=ABSENT, text=text, mend=f"unset it, or {folder}")
-    address = os.environ.get("HF_ENDPOINT") or HUB
+    address = without_login(os.environ.get("HF_ENDPOINT") or HUB)
     if trouble := reach(address):
         return Finding(name="Hugging Face hub", state=ABSENT, text=f"{address}: {trouble}", mend=folder)
     return Finding(name="Hugging Face hub", state=OK, text=f"{address} answers")

@@ -11,6 +11,7 @@ import numpy as np
 from ..config import PARTIAL, SHARDS
 from ..errors import InputError
 from ..inference import hub
+from ..system import extras
 from ..system.text import counted
 
 if TYPE_CHECKING:
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 def describe(path: Path) -> str:
     """A description of the file or folder, or of a model on the hub. Raises InputError when it is none of ours."""
     if hub.is_address(path):
-        from ..inference.session import locate_for
-
-        place = locate_for(path)
-        with hub.named_by_address(place.source, place.path):
-            return _model(place.path, place.source)
+        file, source = _fetch(path)
+        with hub.named_by_address(source, file):
+            return _model(file, source)
     if path.is_dir():
         return _run(path)
     if not path.exists():
@@ -42,6 +41,23 @@ def describe(path: Path) -> str:
     if path.suffix == ".h5" or path.name.endswith(PARTIAL):
         return _cache(path)
     raise InputError(f"{path}: not a cache (.h5 or {SHARDS}), a run folder, a model (.onnx) or a benchmark (.json).")
+
+
+def _fetch(path: Path) -> tuple[Path, str]:
+    """Fetch the file of an address that this machine runs best: without ONNX Runtime, which knows that, the first."""
+    try:
+        from ..inference.session import locate_for
+    except ModuleNotFoundError as error:
+        if extras.missing(error) != "onnxruntime":
+            raise
+        from ..inference.model_file import VARIANTS, file_name
+
+        address = hub.parse_address(path)
+        found = hub.list_files(address, [address.file] if address.file else list(map(file_name, VARIANTS)))
+        file, taken = hub.download(found, found.names[0])
+        return file, str(taken)
+    place = locate_for(path)
+    return place.path, place.source
 
 
 def _cache(path: Path) -> str:

@@ -290,6 +290,13 @@ def describe_upload(plan: Any, spec: Any) -> list[Part]:
         Table(columns=["file", "size"], rows=rows, notes=notes),
         f"the data set's name goes with them: {plan.data}",
     ]
+    if spec.dry_run:
+        parts.append(
+            "files of these names that the hub holds already, README.md too, will be replaced, and model files and "
+            "tables of an earlier model removed; a push says which"
+        )
+    if plan.replaced:
+        parts.append(f"replaced there: {', '.join(plan.replaced)}")
     if plan.removed:
         parts.append(f"removed there, of an earlier model: {', '.join(plan.removed)}")
     return [*parts, f"stays here: {', '.join(plan.stays) or 'nothing'}", NOTICE]

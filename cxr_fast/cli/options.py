@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number within a range; `nan` and `inf`, which click takes and no limit refuses, are none."""
+
+    name = "float range"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the float. Fails as click's own types do."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class Group(click.Group):
@@ -137,7 +151,7 @@ recipe_option = click.option(
 
 adjustment_option = click.option(
     "--logit-adjustment",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=0.0,
     show_default=True,
     help="Take this times each class's log odds in training from its logit, after training; thresholds move along.",

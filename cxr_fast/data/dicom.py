@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from ..system.extras import install
 
 MAX_BITS = 16  # every table below has one entry a stored value: 65,536 at most
 _BLOCK = 1 << 22  # pixels a histogram step; bincount widens each to 8 bytes
@@ -53,7 +52,9 @@ def decode(data: bytes, policy: str, check_size: Callable[[int, int], None], max
     try:
         import pydicom
     except ImportError:
-        raise ImageError("needs_pydicom", f"a DICOM file needs pydicom: {install('dicom')}") from None
+        # A row of predictions holds this text, and such a file may leave the machine: no path of the installation.
+        message = "a DICOM file needs pydicom, which the extra dicom brings; `cxrfast doctor` says how to install it"
+        raise ImageError("needs_pydicom", message) from None
     _check_deflated(data, max_bytes)
     ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
     if "Rows" not in ds or not any(key in ds for key in _PIXELS):
@@ -107,7 +108,8 @@ def _stored(ds: Any, check_size: Callable[[int, int], None]) -> tuple[np.ndarray
         if syntax == JPEGExtended12Bit and int(ds.BitsStored) > 8:
             available.discard("pillow")  # it says that it can, and cannot
         if not available:
-            raise ImageError("needs_plugin", f"{syntax.name} needs pylibjpeg and its plugins: {install('dicom')}")
+            message = f"{syntax.name} needs pylibjpeg and its plugins, of the extra dicom; see `cxrfast doctor`"
+            raise ImageError("needs_plugin", message)
         # The same pixels as from a .jpg, whatever else is installed; and pylibjpeg's RLE panics on broken files,
         # past every `except Exception`.
         plugin = {JPEGBaseline8Bit: "pillow", RLELossless: "pydicom"}.get(syntax, "")

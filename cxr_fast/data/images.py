@@ -24,7 +24,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..config import PreprocessSpec, choices
 from ..errors import ImageError
-from ..system.extras import install
 from . import dicom
 
 # 80 megapixels is twice the largest detector. It is below the size at which Pillow itself would warn, so that
@@ -47,8 +46,8 @@ REASONS: dict[str, str] = {
     "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
     "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
     "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
-    "needs_pydicom": f"DICOM files need the optional extra: {install('dicom')}",
-    "needs_plugin": f"this DICOM compression needs pylibjpeg and its plugins: {install('dicom')}",
+    "needs_pydicom": "DICOM files need pydicom, which the extra dicom brings; `cxrfast doctor` says how to install it",
+    "needs_plugin": "this DICOM compression needs pylibjpeg and its plugins, of the extra dicom; see `cxrfast doctor`",
     "no_pixels": "a DICOM file without an image (report, directory, header); leave it out",
     "bad_array": "an array that is not uint8 (H, W) or (H, W, 3), nor uint16 (H, W)",
 }

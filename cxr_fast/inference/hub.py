@@ -70,7 +70,7 @@ def list_files(address: HubAddress, names: Sequence[str]) -> HubFiles:
     """List which of some files, the preferred one first, a repository has, or the cache where the hub does not answer.
 
     The hub is not asked where the address names a commit of which the first is in the cache: a commit never changes.
-    Raises InputError for a repository or revision that does not exist or may not be read.
+    Raises InputError for a repository or revision that does not exist, may not be read, or has none of the files.
     """
     if COMMIT.fullmatch(address.revision) and _in_cache(address, names[0]):
         return HubFiles(address=address, names=(names[0],))
@@ -78,9 +78,12 @@ def list_files(address: HubAddress, names: Sequence[str]) -> HubFiles:
     offline = "the name of the hub does not resolve"
     if huggingface.hub_resolves():
         try:
-            found = hub.HfApi().model_info(address.repo, revision=address.revision)
-            there = {each.rfilename for each in found.siblings or ()}
-            return HubFiles(address=address, names=tuple(name for name in names if name in there))
+            there = huggingface.read_repository(hub, address.repo, address.revision).files
+            held = tuple(name for name in names if name in there)
+            if not held:
+                wanted = " or ".join(sorted(names))
+                raise InputError(f"{address}: it holds no {wanted}; `cxrfast push RUN` writes them.")
+            return HubFiles(address=address, names=held)
         except huggingface.hub_errors() as error:
             if not huggingface.is_network_error(error):
                 raise InputError(f"{address}: {explain(error)}.") from error

@@ -22,6 +22,7 @@ from . import operations
 from .protobuf import BYTES, NotOnnx, Record, records
 
 SCHEMA = 2
+VARIANTS = ("fp32", "fp16", "int8")
 PREFIX = "cxr."
 SEAL = "content_sha256"
 NEEDED = (SEAL, "labels", "labels_sha256", "thresholds", "preprocess")
@@ -37,6 +38,11 @@ class Entry(NamedTuple):
     key: str
     value: str
     record: Record
+
+
+def file_name(variant: str) -> str:
+    """Return the name that an export gives a variant's file."""
+    return f"model.{variant}.onnx"
 
 
 def read(path: Path, *, check: bool = True) -> dict[str, Any]:

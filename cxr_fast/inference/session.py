@@ -13,10 +13,10 @@ from ..errors import DeviceError, InputError
 from ..system import hardware
 from ..system.extras import install
 from . import hub, model_file, runtime
+from .model_file import VARIANTS, file_name
 from .runtime import PROVIDERS, SAID, onnxruntime
 
 CPU = PROVIDERS["cpu"]
-VARIANTS = ("fp32", "fp16", "int8")
 # Which files a device may run, the fastest first. Dynamic int8 has no CUDA kernels, float16 no fast ones on a CPU.
 RUNS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32"), "tensorrt": ("fp16", "fp32")}
 # What the variants of one model have in common, all that decides an answer or its name.
@@ -151,8 +151,6 @@ def _fetch(address: hub.HubAddress, target: str, *, explicit: bool) -> ModelPlac
     wanted = list(dict.fromkeys([*_preference(target)[0], *VARIANTS]))
     names = [address.file] if address.file else [file_name(variant) for variant in wanted]
     found = hub.list_files(address, names)
-    if not found.names:
-        raise InputError(f"{address}: it holds no {' or '.join(sorted(names))}; `cxrfast push RUN` writes them.")
     why = ""
     name = found.names[0]
     if not address.file:
@@ -206,11 +204,6 @@ def require_one_model(folder: Path, there: Sequence[str]) -> None:
             raise InputError(
                 f"{folder}: model.{variant}.onnx {what} model.{there[0]}.onnx; export the run again, or name one file."
             )
-
-
-def file_name(variant: str) -> str:
-    """Return the name that an export gives a variant's file."""
-    return f"model.{variant}.onnx"
 
 
 def _wrong_pair(model: ModelPlace, variant: str, target: str, reason: str) -> str:

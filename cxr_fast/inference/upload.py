@@ -24,7 +24,8 @@ from ..errors import InputError
 from ..system import huggingface
 from ..system.huggingface import explain
 from . import hub, model_file, verify
-from .session import VARIANTS, file_name, require_one_model
+from .model_file import VARIANTS, file_name
+from .session import require_one_model
 
 CARD, README = "MODEL_CARD.md", "README.md"
 # Sums over all images of a part. Not among them: curves.csv and reliability.csv, a point of which may be one image's
@@ -77,9 +78,13 @@ class UploadFile:
 
 @dataclass(frozen=True, kw_only=True)
 class UploadPlan:
-    """What goes, what is removed on the hub because it is of an earlier model, what of the run's folder stays here."""
+    """What goes, and what of the run's folder stays here.
+
+    Of what is on the hub: the files that are replaced, and those removed because they are of an earlier model.
+    """
 
     files: tuple[UploadFile, ...]
+    replaced: tuple[str, ...]
     removed: tuple[str, ...]
     stays: tuple[str, ...]
     data: str
@@ -115,6 +120,7 @@ def push(run: Path, spec: UploadSpec, on_plan: Callable[[UploadPlan], None]) -> 
     ours = [*map(file_name, VARIANTS), *TABLES]
     plan = UploadPlan(
         files=tuple(files),
+        replaced=tuple(file.name for file in files if file.name in there),
         removed=tuple(name for name in ours if name in there and name not in names),
         stays=tuple(sorted(path.name for path in run.iterdir() if path.name not in {*names, CARD})),
         data=str(info["data"]["name"]),
@@ -281,6 +287,10 @@ def _is_figure(column: str, cell: str, labels: Sequence[str]) -> bool:
 
 def _check_name(spec: UploadSpec) -> None:
     """Refuse a name of a repository or branch that the hub does not allow, before anything is read."""
+    bare, _, revision = spec.repo.removeprefix(hub.PREFIX).partition("@")
+    if bare != spec.repo:
+        write = "/".join(bare.split("/")[:2]) + (f" --revision {revision}" if revision else "")
+        raise InputError(f"{spec.repo!r} is the address to take a model from; to push there, write {write}.")
     if spec.repo.count("/") != 1:
         raise InputError(f"{spec.repo!r} is no repository of the hub; write owner/name.")
     from huggingface_hub.utils import validate_repo_id
@@ -289,8 +299,20 @@ def _check_name(spec: UploadSpec) -> None:
         validate_repo_id(spec.repo)
     except ValueError as error:
         raise InputError(f"{spec.repo!r} is no repository of the hub: {explain(error)}.") from error
-    if hub.COMMIT.fullmatch(spec.revision) or not re.fullmatch(r"\w[\w./-]*", spec.revision):
+    if hub.COMMIT.fullmatch(spec.revision) or not _is_branch(spec.revision):
         raise InputError(f"--revision: {spec.revision!r} is no name of a branch.")
+
+
+def _is_branch(name: str) -> bool:
+    """Whether git takes a name for a branch (git-check-ref-format), of those that need no quoting in a shell."""
+    parts = name.split("/")
+    return (
+        re.fullmatch(r"\w[\w./-]*", name) is not None
+        and all(part and not part.startswith(".") and not part.endswith(".lock") for part in parts)
+        and ".." not in name
+        and not name.endswith(".")
+        and name != "HEAD"
+    )
 
 
 def _look(library: Any, spec: UploadSpec) -> tuple[bool, tuple[str, ...]]:
@@ -301,12 +323,11 @@ def _look(library: Any, spec: UploadSpec) -> tuple[bool, tuple[str, ...]]:
         raise InputError(f"{spec.repo}: the hub does not answer, its name does not resolve.")
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    api = library.HfApi()
     try:
-        found = api.model_info(spec.repo)
-        _require_same_visibility(spec, bool(found.private))
+        found = huggingface.read_repository(library, spec.repo)
+        _require_same_visibility(spec, found.private)
         if spec.revision != hub.MAIN:
-            found = api.model_info(spec.repo, revision=spec.revision)
+            found = huggingface.read_repository(library, spec.repo, spec.revision)
     except RevisionNotFoundError:
         pass  # a new branch begins with the files of main
     except RepositoryNotFoundError as error:
@@ -315,7 +336,7 @@ def _look(library: Any, spec: UploadSpec) -> tuple[bool, tuple[str, ...]]:
         return False, ()
     except huggingface.hub_errors() as error:
         raise InputError(f"{spec.repo}: {explain(error)}.") from error
-    return True, tuple(each.rfilename for each in found.siblings or ())
+    return True, found.files
 
 
 def _require_same_visibility(spec: UploadSpec, private: bool) -> None:
@@ -328,12 +349,13 @@ def _require_same_visibility(spec: UploadSpec, private: bool) -> None:
 def _send(library: Any, spec: UploadSpec, plan: UploadPlan, model_sha256: str) -> Pushed:
     """Make the repository and the branch where they are new, and upload all in one commit."""
     api = library.HfApi()
+    huggingface.limit_waiting(library)
     operations = [
         library.CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in plan.files
     ]
     operations += [library.CommitOperationDelete(path_in_repo=name) for name in plan.removed]
     try:
-        with warnings.catch_warnings(record=True) as remarks:
+        with warnings.catch_warnings(record=True) as remarks, huggingface.answers_of_the_hub():
             warnings.simplefilter("always")
             if plan.is_new:
                 api.create_repo(spec.repo, private=spec.private, exist_ok=True)
@@ -349,6 +371,6 @@ def _send(library: Any, spec: UploadSpec, plan: UploadPlan, model_sha256: str) -
         raise InputError(f"{spec.repo}: the upload failed: {explain(error)}.") from error
     return Pushed(
         address=hub.HubAddress(repo=spec.repo, revision=commit.oid),
-        page=f"{api.endpoint}/{spec.repo}/tree/{commit.oid}",
+        page=f"{huggingface.without_login(api.endpoint)}/{spec.repo}/tree/{commit.oid}",
         notes=tuple(" ".join(str(remark.message).split()) for remark in remarks if remark.category is UserWarning),
     )

@@ -15,9 +15,9 @@ from ..errors import CxrFastError, DeviceError, InputError
 from ..system import hardware
 from ..system.files import file_sha256
 from . import hub, model_file
-from .model_file import is_number
+from .model_file import VARIANTS, is_number
 from .predictor import Predictor, golden_pixels
-from .session import VARIANTS, locate_for
+from .session import locate_for
 
 KEYS = (
     *("schema", "written_by", "variant", "labels", "labels_sha256", "thresholds", "threshold_source", "calibration"),

@@ -73,6 +73,7 @@ def load(source: str) -> Backbone:
 
 def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
     """An open_clip `TimmModel` for `config`, with open_clip's own pooling and projection (no weights loaded)."""
+    import timm  # noqa: F401  open_clip's own message on its absence names no extra of ours
     from open_clip.timm_model import TimmModel
 
     vision = config["vision_cfg"]

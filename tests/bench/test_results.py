@@ -356,3 +356,13 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.startswith("benchmark")
     assert "PASS: p90 under 1000 ms" in done.output
+
+
+def test_a_run_of_which_no_sample_was_watched_says_so_without_a_fraction() -> None:
+    noise = {"share": 0.3, "worst": 0.4, "threshold": 0.1, "noisy": True, "samples": 0, "noisy_samples": 0}
+    assert results.describe_noise({"noise": noise}) == [  # type: ignore[typeddict-item]
+        "NOISY: other processes took 30% of the machine during the run, up to 40%; over 10%: run it again on a quiet "
+        "machine"
+    ]
+    (line,) = results.describe_noise({"noise": noise | {"samples": 9, "noisy_samples": 4}})  # type: ignore[typeddict-item]
+    assert "over 10% while 4 of 9 samples were taken: run it again" in line

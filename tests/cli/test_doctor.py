@@ -315,6 +315,8 @@ def test_the_hub_is_asked_at_its_address(machine: Machine, monkeypatch: pytest.M
     found = machine.find()
     assert (found["Hugging Face hub"].state, wrong(found)) == (ABSENT, [])
     assert asked == ["http://hub.example"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://anna:PASS@hub.example:80")
+    assert machine.find()["Hugging Face hub"].text == "http://hub.example:80: no answer within 3 s"
 
 
 def test_reaching_never_hangs_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:

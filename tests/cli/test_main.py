@@ -859,3 +859,20 @@ def test_export_says_what_each_variant_costs(toy_run: Path, tmp_path: Path) -> N
     assert f"wrote {tmp_path / 'model.fp32.onnx'}" in lines
     assert any(line.startswith(f"NOT KEPT, {tmp_path / 'model.int8.onnx'}: ") for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.fp16.onnx", "model.fp32.onnx"]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "latency", "m.onnx", "--budget-ms"],
+        ["bench", "throughput", "m.onnx", "--budget-ms"],
+        ["bench", "throughput", "m.onnx", "--seconds"],
+        ["export", "run", "--logit-adjustment"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_is_not_finite_is_refused(words: list[str], number: str) -> None:
+    result = CliRunner().invoke(main, [*words, number])
+    assert result.exit_code == 2
+    assert f"'{words[-1]}': {number} is not a finite number" in result.output

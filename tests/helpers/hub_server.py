@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,8 +35,11 @@ class Repo:
 
 
 class HubServer:
-    """The server; `requests` are `METHOD path`, `received` all bytes that any client sent, and `broken` makes it
-    answer every request with that status."""
+    """The server; `requests` are `METHOD path`, `received` all bytes that any client sent.
+
+    `broken` makes it answer every request with that status, `instead` with that body and status 200; `delay` is seconds
+    that it waits before it answers a request whose path holds `slow`.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -42,6 +47,8 @@ class HubServer:
         self.requests: list[str] = []
         self.received = bytearray()
         self.broken = 0
+        self.instead: Any = None
+        self.delay, self.slow = 0.0, ""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -63,6 +70,10 @@ class HubServer:
 
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any, dict[str, str]]:
         """Answer one request."""
+        if self.slow in path:
+            time.sleep(self.delay)
+        if self.instead is not None:
+            return 200, self.instead, {}
         if self.broken:
             return self.broken, {"error": "broken"}, {}
         if token not in ("", TOKEN, READER):
@@ -187,7 +198,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(data)
+                with contextlib.suppress(ConnectionError):  # of a client that waits no longer
+                    self.wfile.write(data)
 
         do_HEAD = do_POST = do_PUT = do_GET
 

@@ -249,6 +249,9 @@ def test_a_second_push_removes_what_an_earlier_model_left(pushed: HubServer, pat
     commits = len(pushed.repos[REPO].commits)
     said = push(patient_run).stdout
     assert "removed there, of an earlier model: model.int8.onnx" in said
+    (replaced,) = re.findall("^replaced there: (.*)$", said, re.MULTILINE)
+    assert set(replaced.split(", ")) == set(tree) - {".gitattributes"}
+    assert "README.md" in replaced
     assert set(pushed.files(REPO)) == {*tree, "notes.md"}
     assert len(pushed.repos[REPO].commits) == commits + 1, "one commit for all"
 
@@ -303,6 +306,81 @@ def test_a_hub_out_of_order_is_no_network(pushed: HubServer) -> None:
     assert "from the cache (the hub answers 503)" in Predictor(ADDRESS, device="cpu").why
 
 
+@pytest.mark.parametrize("status", [407, 408, 429])
+def test_a_hub_or_proxy_that_refuses_for_now_is_no_network(pushed: HubServer, patient_run: Path, status: int) -> None:
+    Predictor(ADDRESS, device="cpu")
+    pushed.broken = status
+    assert f"{status})" in Predictor(ADDRESS, device="cpu").why.partition("from the cache (")[2]
+    assert str(status) in refused("push", patient_run, REPO)
+
+
+@pytest.mark.parametrize("answer", [b"<html>please log in</html>", b"\xff\xfe", [], {"error": "x"}], ids=str)
+def test_an_answer_that_is_not_of_the_hub_is_no_network(pushed: HubServer, patient_run: Path, answer: Any) -> None:
+    Predictor(ADDRESS, device="cpu")
+    pushed.instead = answer
+    assert f"from the cache ({huggingface.NOT_THE_HUB})" in Predictor(ADDRESS, device="cpu").why
+    assert huggingface.NOT_THE_HUB in refused("push", patient_run, REPO)
+    assert huggingface.NOT_THE_HUB in refused("info", "hf-hub:anna/other")
+
+
+def test_a_hub_that_never_answers_is_no_network(
+    pushed: HubServer, patient_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Predictor(ADDRESS, device="cpu")
+    monkeypatch.setattr(huggingface, "QUESTION_SECONDS", 0.2)
+    pushed.delay = 5
+    assert "from the cache (the hub does not answer, ReadTimeout)" in Predictor(ADDRESS, device="cpu").why
+    assert "does not answer" in refused("push", patient_run, REPO)
+
+
+def test_an_upload_that_gets_no_answer_ends(hub: HubServer, patient_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface, "UPLOAD_SECONDS", 0.2)
+    hub.delay, hub.slow = 5, "repos/create"
+    assert "the upload failed: the hub does not answer" in refused("push", patient_run, REPO)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    pushed: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert f"the cache of downloads cannot be used (Not a directory: {tmp_path}" in refused("info", ADDRESS)
+
+
+def test_an_address_that_is_none_of_a_hub_is_one_line_without_its_password(
+    pushed: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in (
+        "http://anna:PASS@hub.example:99999",
+        "http://hub.example:abc",
+        "hub.example:80",
+        "ftp://hub.example",
+    ):
+        point_to(monkeypatch, wrong)
+        said = refused("info", ADDRESS)
+        assert "HF_ENDPOINT is no address of a hub" in said
+        assert "PASS" not in said
+
+
+def test_a_token_with_other_characters_is_named(pushed: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ä")
+    assert "HF_TOKEN holds a character that no token has" in refused("info", ADDRESS)
+
+
+def test_info_needs_no_onnx_runtime(pushed: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("session", "runtime"):
+        monkeypatch.delitem(sys.modules, f"cxr_fast.inference.{name}")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for address in (ADDRESS, f"{ADDRESS}/model.fp16.onnx"):
+        found = cxr("info", address)
+        assert found.exit_code == 0, found.output
+        name = "fp16" if "fp16" in address else "fp32"
+        assert f"{ADDRESS}/model.{name}.onnx@{commit_of(pushed)}" in found.stdout
+    assert "holds no model.int8.onnx" in refused("info", f"{ADDRESS}/model.int8.onnx")
+
+
 def test_no_network_and_nothing_in_the_cache_is_one_line(
     hub: HubServer, patient_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,7 +405,7 @@ def test_an_address_that_is_not_there_is_one_line(pushed: HubServer) -> None:
     assert "holds no model.int8.onnx" in refused("info", f"{ADDRESS}/model.int8.onnx")
     for wrong in ("hf-hub:", "hf-hub:lungs", "hf-hub:a/b/c", "hf-hub:/b", "hf-hub:a/b@"):
         assert "no address of a model" in refused("info", wrong)
-    assert "allows no such name" in refused("info", "hf-hub:a..b/c")
+    assert re.search(r"allows no such name \(.*: 'a\.\.b/c'\.?\)\.$", refused("info", "hf-hub:a..b/c"))
 
 
 def test_a_private_repository_without_a_token_is_one_line(pushed: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +424,13 @@ def test_a_push_that_cannot_be_is_one_line(
     assert "no run here" in refused("push", tmp_path / "absent", REPO)
     for wrong in ("lungs", "a/b/c", "a..b/c", "a/b c", "/b"):
         assert "no repository of the hub" in refused("push", patient_run, wrong)
-    for wrong in ("0" * 40, "a b", ""):
+    for wrong, write in (
+        (ADDRESS, REPO),
+        (f"{REPO}@main", f"{REPO} --revision main"),
+        (f"{ADDRESS}/model.fp32.onnx@v1", f"{REPO} --revision v1"),
+    ):
+        assert refused("push", patient_run, wrong).endswith(f"to push there, write {write}.")
+    for wrong in ("0" * 40, "a b", "", "a..b", "x.lock", "x.lock/y", "a/", "a//b", "/a", "a/.b", "a.", "-a", "HEAD"):
         assert "no name of a branch" in refused("push", patient_run, REPO, "--revision", wrong)
     assert "may not do this" in refused("push", patient_run, "somebody/lungs")
     monkeypatch.setenv("HF_TOKEN", READER)
@@ -371,6 +455,7 @@ def test_a_dry_run_asks_nothing_and_sends_nothing(
     monkeypatch.delenv("HF_TOKEN")
     said = push(patient_run, "--dry-run").stdout
     assert "dry run: nothing was sent" in said
+    assert "README.md too, will be replaced" in said
     assert re.search(r"^model\.fp32\.onnx +\d+ (kB|MB)$.*^model\.fp32\.onnx: verified on CPU", said, re.M | re.S)
     assert hub.requests == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cxr_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from cxr_fast.errors import InputError
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import Tail
+from cxr_fast.system import extras
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers.weights import (
     BIN,
@@ -232,3 +234,11 @@ def test_a_cut_is_named_after_the_block_it_lies_before() -> None:
     identity = backbone.identity(visual, 2)
     assert identity["cut"] == "blocks.4"
     assert identity["prefix_sha256"] == backbone.prefix_sha256(visual, 2)
+
+
+def test_without_timm_the_error_names_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line makes the line with the extra of it; open_clip's own error is a RuntimeError that names none."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        backbone.build_visual({"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}})
+    assert extras.missing(caught.value) == "timm"

@@ -293,10 +293,10 @@ def _check_numbers(*, size: int, seed: int, limit: int | None, studies: int = 1)
 def _prepare(out: Path) -> None:
     """An empty folder marked unfinished: the card goes first, so no kill leaves old and new mixed under it."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give --out a folder that is new or empty.")
+        raise InputError(f"{out} is a file; name a folder that is new or empty.")
     ours = (out / UNFINISHED).exists() or _is_phantom(out / CARD)
     if out.exists() and any(out.iterdir()) and not ours:
-        raise InputError(f"{out} holds files that are no phantom dataset; give --out a folder that is new or empty.")
+        raise InputError(f"{out} holds files that are no phantom dataset; name a folder that is new or empty.")
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
     for name in (CARD, REPORTS, PROJECTIONS):
