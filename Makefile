@@ -36,10 +36,12 @@ ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	uv pip install --quiet --python $(BIN)/python $(UV_TORCH) $(TORCH) -e '.[$(EXTRAS)]'
 else
+	@echo "installing $(EXTRAS) with pip: some minutes and up to 6.3 GB on disk, in silence; with uv installed it is faster"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH) -e '.[$(EXTRAS)]'
 endif
 	@touch $@
+	@echo "installed; now tell this shell where cxrfast is:  . $(BIN)/activate"
 
 demo: install
 	rm -rf $(DEMO)

@@ -26,6 +26,9 @@ def describe(path: Path) -> str:
         with hub.named_by_address(place.source, place.path):
             return _model(place.path, place.source)
     if path.is_dir():
+        models = sorted(path.glob("*.onnx"))
+        if models and not (path / "run.json").exists():
+            return "\n\n".join(_model(model) for model in models)
         return _run(path)
     if not path.exists():
         raise InputError(f"{path}: no such file.")

@@ -22,7 +22,7 @@ from ..config import (
 )
 from ..errors import InputError
 from ..models import device as cpu
-from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
+from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
 from ..system.files import write_json
 from ..system.text import duration, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, show_plan, took
@@ -37,6 +37,8 @@ from .options import (
     threads_option,
     with_recipe,
 )
+
+HOUR = 3600  # seconds
 
 
 @click.command()
@@ -81,8 +83,9 @@ from .options import (
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
 def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
-    """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/).
+    """Train folds, search over epochs, score the hold-out once.
 
+    CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
     spec = _sweep_spec(ctx, recipe, flags)
@@ -114,7 +117,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         show_plan(describe_plan(plan, spec))
         shuffles = {str(train.shuffle) for _, train in job.points}
         echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
-        echo_notes((*job.data.notes, *plan.notes))
+        echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
         echo_recipe(job, recipe)
         bar = ProgressBar()
         run = job.run(epoch_line(bar, plan, spec))
@@ -214,6 +217,18 @@ def describe_plan(plan: Any, spec: SweepSpec) -> str:
     return "\n".join(lines)
 
 
+def faster_first(plan: Any, spec: SweepSpec, recipe: str) -> list[str]:
+    """A hint where a sweep is expected to take over an hour and a quicker one can be had from the same cache."""
+    if plan.resumed or not plan.seconds > HOUR:  # NaN where the time is unknown
+        return []
+    ways, tuned = [], sweep_spec("tuned").epochs[-1]
+    if recipe not in ("tuned", "longtail") and tuned < spec.epochs[-1]:
+        ways.append(f"--recipe tuned ({tuned} epochs instead of {spec.epochs[-1]})")
+    if plan.trainable["blocks"]:
+        ways.append("--train-blocks 0 (the head alone)")
+    return [f"a faster first try from the same cache: {', or '.join(ways)}"] if ways else []
+
+
 def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
     """A hint where each epoch will read a cache larger than memory in an order that no disk likes."""
     from ..activations.loader import SHARE
@@ -272,8 +287,9 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
 @adjustment_option
 def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
-    """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
+    """Write a run's page, model card and tables from saved files.
 
+    RUN/report.html, its model card, CSV and PNG; of several runs, a comparison too.
     Exit 1 where a saved file is missing or damaged: the page then says what it lacks.
     """
     if out is not None and len(runs) < 2:
@@ -306,7 +322,10 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
 @click.option("--json", "json_out", type=PATH, help="Write the result here.")
 def compare(run_a: Path, run_b: Path, part: Any, resamples: int, seed: int, json_out: Path | None) -> None:
-    """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
+    """Give the differences of two runs, with intervals.
+
+    They are of the images both scored; the 95 % intervals are paired, over groups.
+    """
     from ..report import comparison
 
     result = comparison.compare_runs(run_a, run_b, part=part, resamples=resamples, seed=seed)
