@@ -53,7 +53,7 @@ demo: install
 	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE))
 	@echo
 	@echo "report: $(DEMO)/run/report.html"
-	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"
+	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep --recipe tuned"
 
 # Two processes of one thread: on two cores two thirds of the time that one process takes.
 test: install lint
