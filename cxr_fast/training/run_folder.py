@@ -79,7 +79,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     """`run.json` of a run folder. InputError or SchemaError with one line when it is not one."""
     path = folder / "run.json"
     if not path.is_file():
-        model = next(folder.glob("*.onnx"), None)
+        model = min(folder.glob("*.onnx"), default=None)
         inside = f"; it holds a model file, which `cxrfast info {model}` describes" if model else ""
         raise InputError(f"{folder}: not a run folder (no run.json){inside}; `cxrfast sweep` makes one.")
     try:
