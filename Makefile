@@ -42,10 +42,12 @@ ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	uv pip install --quiet --python $(BIN)/python $(UV_TORCH) $(TORCH) -e '.[$(EXTRAS)]'
 else
+	@echo "installing $(EXTRAS) with pip: some minutes and up to 6.3 GB on disk, in silence; with uv installed it is faster"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH) -e '.[$(EXTRAS)]'
 endif
 	@touch $@
+	@echo "installed; now tell this shell where cxrfast is:  . $(BIN)/activate"
 
 demo: install
 	rm -rf $(DEMO)
@@ -57,7 +59,7 @@ demo: install
 	$(CXR) bench latency $(DEMO)/run/model.fp32.onnx --images $(DEMO)/data/images --repeats $(REPEATS_$(DEMO_SIZE))
 	@echo
 	@echo "report: $(DEMO)/run/report.html"
-	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep"
+	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep --recipe tuned"
 
 # Two processes of one thread: on two cores two thirds of the time that one process takes.
 test: install lint

@@ -211,7 +211,7 @@ def page(arms: dict[str, Any], against: dict[str, Any], versus: dict[str, Any]) 
             for kind in ("best-fold", "refit", "ensemble")
         ]
         rows.append([name, *own, *far, *held, f"{found['epochs']}", f"{found['seconds']:.0f}"])
-    head = ["arm", "AUC", "mAP", "head", "medium", "tail", "Brier", "AUC - published", "mAP - published"]
+    head = ["arm", "AUC", "mAP", "frequent", "medium", "rare", "Brier", "AUC - published", "mAP - published"]
     text = common.table([*head, "hold-out best fold", "refit", "ensemble", "epochs", "s"], rows)
     more = [
         [f"tuned - {name}", *(signed(found[key]) for key in ("macro_auc", "map"))] for name, found in versus.items()

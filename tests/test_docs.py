@@ -28,7 +28,7 @@ from cxr_fast.cli.main import main
 from cxr_fast.data.manifest import read_dataset
 from cxr_fast.inference.predictor import Predictor
 
-from .helpers.documents import PAGES, Block, blocks, cxrfast_commands, parse, simple_commands
+from .helpers.documents import ACTIVATE, PAGES, Block, blocks, cxrfast_commands, parse, simple_commands
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cxr_fast"
@@ -112,7 +112,11 @@ def test_the_table_that_pages_show_is_a_manifest(tmp_path: Path, toy_data: Path)
 def test_the_main_job_is_in_the_readme() -> None:
     steps = [line.split()[1] for where, line in SHELL if where.startswith("README.md:")]
     assert steps[:8] == ["prepare", "cache", "sweep", "sweep", "export", "verify", "predict", "bench"]
-    assert steps[8:10] == ["prepare", "cache"]
+    assert steps[8:13] == ["prepare", "cache", "sweep", "export", "predict"]
+    main_job = blocks("sh", "README.md")[1].text
+    assert main_job.startswith(ACTIVATE), "make install puts cxrfast where no shell looks"
+    # The plain default takes most of a day on two cores.
+    assert main_job.index("cxrfast sweep --recipe tuned") < main_job.index("cxrfast sweep   ")
 
 
 def test_the_readmes_table_names_every_command() -> None:
@@ -231,6 +235,15 @@ def test_every_command_and_every_flag_says_what_it_is_for(path: str, command: cl
     assert command.help, path
     options = [param for param in command.params if isinstance(param, click.Option)]
     assert not [option.name for option in options if not option.help]
+
+
+@pytest.mark.parametrize("group", [main, main.commands["bench"]], ids=["cxrfast", "bench"])
+def test_the_list_of_commands_cuts_no_sentence(group: click.Group) -> None:
+    """On a terminal of 80 columns, the narrowest that is common."""
+    longest = max(map(len, group.commands))
+    for name, command in group.commands.items():
+        said = command.get_short_help_str(80 - 2 - 6 - longest)
+        assert re.search(r"[^.]\.$", said), f"{name}: {said}"
 
 
 def test_the_tree_names_every_room() -> None:

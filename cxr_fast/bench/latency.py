@@ -72,7 +72,7 @@ def latency(model: Path, spec: LatencySpec) -> LatencyResult:
 
 
 def slowest(samples: dict[str, list[float]]) -> str:
-    """The stage with the largest median: what to attack first."""
+    """Return the stage with the largest median."""
     return max(STAGES, key=lambda stage: measure.percentile(samples[stage], 50))
 
 
@@ -151,7 +151,7 @@ def describe(result: LatencyResult) -> str:
         lines.append(f"without the noisy stretches: {held} (n {quiet['n']}){counted}")
     lines += results.describe_unsteady({WHOLE: found[WHOLE]["window_medians"]})
     worst, medians = slowest(result["samples"]), {stage: found[stage]["percentiles"]["50"] for stage in STAGES}
-    lines.append(f"attack first: {worst}, {medians[worst] / sum(medians.values()):.0%} of the stages' medians")
+    lines.append(f"slowest stage: {worst}, {medians[worst] / sum(medians.values()):.0%} of the medians of all stages")
     return "\n".join([*lines, *([results.describe_verdict(result)] if "verdict" in result else [])])
 
 

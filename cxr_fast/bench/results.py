@@ -268,12 +268,14 @@ def describe_noise(result: BenchResult) -> list[str]:
         return ["how much other processes used the machine is unknown on this system"]
     if not noise["noisy"]:
         return []
+    # The share counts the whole run, the worst stretch only what was timed: it may be the smaller one.
+    worst = f", up to {noise['worst']:.0%}" if (noise["worst"] or 0.0) > noise["share"] else ""
     over = f"over {noise['threshold']:.0%}"
     if noise["noisy_samples"]:  # none where only the whole run was watched
         over += f" while {noise['noisy_samples']} of {noise['samples']} samples were taken"
     return [
-        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run, up to {noise['worst']:.0%}; "
-        f"{over}: run it again on a quiet machine"
+        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run{worst}; {over}: run it again on "
+        "a quiet machine"
     ]
 
 

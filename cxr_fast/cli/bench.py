@@ -42,7 +42,7 @@ timed_images_option = click.option(
 
 @click.group(cls=Group)
 def bench() -> None:
-    """Measure, on this machine."""
+    """Time a model, the cache or training on this machine."""
 
 
 @bench.command()
@@ -78,8 +78,9 @@ def latency(
     json_out: Path | None,
     plot: Path | None,
 ) -> None:
-    """Time one image after the other: file to probabilities, the model alone, and each stage.
+    """Time one image after the other, from file to probabilities.
 
+    The model alone and each stage are timed too.
     With --budget-ms it ends with a verdict: exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE: more samples are needed.
     """
     from ..bench import latency as measuring
@@ -143,8 +144,9 @@ def throughput(
     json_out: Path | None,
     plot: Path | None,
 ) -> None:
-    """Images a second: model only and from files by batch size, or what keeps a budget as images arrive.
+    """Measure images a second, or how many keep a budget.
 
+    Offline: the model alone and from files, by batch size. Else what keeps a budget as images arrive.
     --scenario single-stream and server end with a verdict: exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE.
     """
     from ..bench import throughput as measuring
@@ -224,8 +226,9 @@ def compare(
     threads: int | None,
     json_out: Path | None,
 ) -> None:
-    """Two models in turn, each in a process of its own: their times, and how far B's answers are from A's.
+    """Time two models in turn, and compare their answers.
 
+    Each runs in a process of its own; the answers of B are compared with those of A.
     Two float32 models of the same weights must agree before they are timed.
     """
     from ..bench import comparison
@@ -261,7 +264,10 @@ def compare(
 @dataset_options
 @json_option
 def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | None, **flags: Any) -> None:
-    """`cxrfast cache` on some of SOURCE's images beside what its parts cost and the plain pipeline's pass over them."""
+    """Time `cxrfast cache` and its parts on some images.
+
+    They are SOURCE's, evenly spread. The plain pipeline's pass over the same images is timed beside.
+    """
     manifest = read_source(source, flags)
     from ..activations import encoder
     from ..bench import caching
@@ -299,7 +305,10 @@ def train(
     threads: int | None,
     json_out: Path | None,
 ) -> None:
-    """An epoch from CACHE beside the plain pipeline, which takes every image through the whole model every epoch."""
+    """Time an epoch from CACHE beside the plain pipeline.
+
+    The plain pipeline takes every image through the whole model every epoch.
+    """
     from ..bench import training
 
     cpu.pick_device(device)

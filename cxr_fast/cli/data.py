@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,10 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
 @dataset_options
 @click.pass_context
 def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **flags: Any) -> None:
-    """Run every image once through the frozen layers and keep the activations in one HDF5 file, or in --shards K."""
+    """Run every image once through the frozen layers into a file.
+
+    The activations go into one HDF5 file, or with --shards K into several.
+    """
     if flags["gather"] and not flags["cluster"]:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
     flags = with_recipe(ctx, recipe, flags)
@@ -184,14 +188,14 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
     """What a cache run will do, before it starts."""
     from ..data.labels import describe_rules
 
-    skipped = manifest.info["skipped_missing"]
+    skipped, root = manifest.info["skipped_missing"], os.path.abspath(manifest.root)
     show_plan(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
         f"{gigabytes(plan.bytes_needed)} "
         f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
-        + (f"; skipped {skipped:,} listed image(s) that are not below {manifest.root}" if skipped else "")
+        + (f"; skipped {skipped:,} listed image(s) that are not below {root}" if skipped else "")
         + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
     )
     if said := describe_rules(manifest.info):
@@ -227,11 +231,11 @@ def echo_outcome(outcome: Any, path: Path) -> None:
 @click.option("--json", "json_out", type=PATH, help="Write what was found of a model here.")
 @click.pass_context
 def verify(ctx: click.Context, file: Path, json_out: Path | None, **flags: Any) -> None:
-    """Prove a cache, or that a model file answers on this machine as it did where it was exported.
+    """Check a cache, or a model file on this machine.
 
     FILE: a cache (checksums, finite values, random images encoded again; exit 1 names the bad rows), a model file, a
     folder whose model.*.onnx are each checked (bytes, label order, pixels, golden answer; exit 1 says what differs), or
-    hf-hub:owner/name[@REVISION].
+    hf-hub:owner/name[@REVISION]. A model must answer here as it did where it was exported.
     --reencode, --images, --weights and --seed are for a cache, --json is for a model.
     """
     model = _is_model(file)
@@ -322,7 +326,10 @@ def echo_verdict(found: Any, file: Path) -> int:
 @click.command()
 @click.argument("file", type=PATH)
 def info(file: Path) -> None:
-    """Describe a cache, a run folder, an ONNX file, or what a bench command wrote with --json."""
+    """Describe a cache, run folder, ONNX file or bench result.
+
+    A folder that holds ONNX files alone is described by them; a bench result is what a bench command wrote with --json.
+    """
     from . import info as describing
 
     click.echo(describing.describe(file))
@@ -334,7 +341,10 @@ def info(file: Path) -> None:
 @click.option("--size", type=click.IntRange(32, 4096), default=256, show_default=True, help="Pixels a side.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other images.")
 def phantom(out: Path, studies: int, size: int, seed: int) -> None:
-    """Draw synthetic radiographs with planted findings into a folder of the Indiana layout."""
+    """Draw synthetic radiographs with planted findings.
+
+    OUT becomes a folder of the Indiana layout.
+    """
     from ..data.phantom import dataset
 
     count = dataset.write_dataset(out, studies=studies, size=size, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,9 @@ def describe_manifest(manifest: Any) -> list[Part]:
         f"{total['positives']:,} positives, {total['labels_an_image']:.3f} labels per image",
     ]
     if total["skipped_missing"]:
-        parts.append(f"skipped {total['skipped_missing']:,} listed image(s) that are not below {manifest.root}")
+        parts.append(
+            f"skipped {total['skipped_missing']:,} listed image(s) that are not below {os.path.abspath(manifest.root)}"
+        )
     found = class_table(manifest)
     rows: list[list[Any]] = [[r.name, r.positives, f"{r.percent:.2f}", r.negatives, r.unknown, r.groups] for r in found]
     parts += ["", Table(columns=["class", "positives", "% of images", "negatives", "unknown", "groups"], rows=rows)]

@@ -25,6 +25,9 @@ def describe(path: Path) -> str:
         with hub.named_by_address(source, file):
             return _model(file, source)
     if path.is_dir():
+        models = sorted(path.glob("*.onnx"))
+        if models and not (path / "run.json").exists():
+            return "\n\n".join(_model(model) for model in models)
         return _run(path)
     if not path.exists():
         raise InputError(f"{path}: no such file.")

@@ -19,7 +19,8 @@ def main() -> None:
     """Fine-tune BiomedCLIP on chest radiographs from cached activations, export one ONNX file, predict without torch.
 
     \b
-    The main job:   cxrfast cache DATASET    encode every image once through the frozen layers
+    The main job:   cxrfast prepare DATASET  read the labels, print the class table
+                    cxrfast cache DATASET    encode every image once through the frozen layers
                     cxrfast sweep            train the tail: folds, epoch search, hold-out
                     cxrfast export RUN       one verified ONNX file
                     cxrfast predict MODEL FILES --out preds.csv

@@ -14,7 +14,7 @@ import click
 from ..cluster import connection
 from ..config import NOTICE
 from ..system.files import write_json
-from ..system.text import Table, gigabytes, number
+from ..system.text import Table, counted, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, took
 from .options import (
     PATH,
@@ -60,23 +60,36 @@ from .options import (
 )
 @images_option
 def export(run: Path, variants: str, check: int, **flags: Any) -> None:
-    """Write self-describing ONNX files, each kept only when it agrees with torch on real cached images.
+    """Write ONNX files, each kept only if it agrees with torch.
 
+    Each file describes itself, and is compared on real cached images.
     Exit 1 where a variant was over its limit and not kept.
     """
+    names = [name.strip() for name in variants.split(",")]
+    click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images")
     from ..export.variants import ExportSpec, export_run
 
-    bars: dict[str, ProgressBar] = {}  # one per stage, so that each stage's time left is its own
-
-    def show_stage(text: str, done: int, total: int) -> None:
-        bars.setdefault(text, ProgressBar()).show(done, total, text)
-
-    names = [name.strip() for name in variants.split(",")]
     spec = ExportSpec(variants=names, count=check, **flags)
-    found = export_run(run, spec, on_progress=show_stage)
+    found = export_run(run, spec, on_progress=StageProgress().show)
     ProgressBar.close()
     show(describe_export(found))
     sys.exit(0 if all(one.kept for one in found) else 1)
+
+
+class StageProgress:
+    """The lines of an export: a line at once for each stage, and a time left that is of this stage alone."""
+
+    def __init__(self) -> None:
+        self.stage, self.first, self.last, self.bar = "", 0, 0, ProgressBar()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done of a stage; a stage that begins again counts as a new one."""
+        begins = stage != self.stage or done < self.last
+        if begins:
+            ProgressBar.close()
+            self.stage, self.first, self.bar = stage, done, ProgressBar()
+        self.last = done
+        self.bar.show(done, total, stage, before=self.first, force=begins)
 
 
 def describe_export(found: list[Any]) -> list[Part]:
@@ -165,8 +178,9 @@ def signed(value: float | None) -> str:
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
 @cluster_option
 def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None, **flags: Any) -> None:
-    """Probabilities for images, from the ONNX file alone; needs no torch.
+    """Write probabilities for images; needs no torch.
 
+    MODEL is an ONNX file, or a folder of variants of one model.
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
     per line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
@@ -211,10 +225,13 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
     images, reused = summary["images"], summary["reused"]
     rate = (images - reused) / max(summary["seconds"], 1e-9)
     before = f", {reused:,} of them by an earlier run," if reused else ""
-    click.echo(
-        f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
-        f"({rate:.1f}/s) on {where}, {took()}: {out}"
-    )
+    if reused == images:
+        click.echo(f"nothing new; {counted(reused, 'row')} were already there, {took()}: {out}")
+    else:
+        click.echo(
+            f"{images - summary['failed']:,} of {images:,} images predicted{before} in {summary['seconds']:.1f} s "
+            f"({rate:.1f}/s) on {where}, {took()}: {out}"
+        )
     if len(summary["answered_by"]) > 1:
         each = "; ".join(f"{count:,} by {who}" for who, count in summary["answered_by"].items())
         click.echo(f"note: not all on one device or version: {each}", err=True)
@@ -231,7 +248,10 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
 @click.option("--out", type=PATH, required=True, help="PNG of the film beside its heat maps.")
 @click.option("--npy", type=PATH, help="Also the maps on the patch grid, (classes, rows, columns), as a .npy file.")
 def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, npy: Path | None) -> None:
-    """Heat maps: where the class token looked, weighted by the gradient of a class's logit; no proof of a finding."""
+    """Draw heat maps of an image: where the class token looked.
+
+    Its attention is weighted by the gradient of a class's logit. A heat map is no proof of a finding.
+    """
     if classes and top is not None:
         raise click.UsageError("--top chooses classes where no --class does; give one of the two")
     from ..export import heatmaps
@@ -261,10 +281,11 @@ def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, o
 @device_option
 @threads_option
 def push(run: Path, repository: str, dry_run: bool, **flags: Any) -> None:
-    """Upload a run's model files, model card and tables of figures to a repository of the Hugging Face hub.
+    """Upload a run's model files, card and figures to the hub.
 
-    REPOSITORY is owner/name; the token is that of HF_TOKEN or of `hf auth login`. Each model file is verified first, as
-    `cxrfast verify` does. Predictions, labels, splits, names of images and patients, and paths stay here.
+    REPOSITORY is owner/name on the Hugging Face hub; the token is that of HF_TOKEN or of `hf auth login`. Each model
+    file is verified first, as `cxrfast verify` does. Predictions, labels, splits, names of images and patients, and
+    paths stay here.
     """
     from ..inference import upload
 
@@ -306,7 +327,10 @@ def describe_upload(plan: Any, spec: Any) -> list[Part]:
 @click.option("--deep", is_flag=True, help="Also import torch, make a CUDA tensor, and run a session on each provider.")
 @click.option("--json", "json_out", type=PATH, help="Write the findings here.")
 def doctor(deep: bool, json_out: Path | None) -> None:
-    """What this machine and installation can do: ok, -- absent and optional, !! needed and wrong (exit 1)."""
+    """Say what this machine and installation can do.
+
+    Each line begins with ok, -- (absent and optional) or !! (needed and wrong: exit 1).
+    """
     from .doctor import describe, examine, healthy, to_json
 
     findings = examine(deep=deep)

@@ -41,8 +41,9 @@ from .options import PATH, adjustment_option, point_options
     help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
 )
 def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
-    """Write RUN/report.html, its model card, CSV and PNG from the run's saved files; of several runs, a comparison too.
+    """Write a run's page, model card and tables from saved files.
 
+    RUN/report.html, its model card, CSV and pictures; of several runs, a comparison too.
     Exit 1 where a saved file is missing or damaged: the page then says what it lacks.
     """
     if out is not None and len(runs) < 2:
@@ -79,7 +80,10 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
 @click.option("--allow-trained", is_flag=True, help="Compare even where one run was trained on the other's hold-out.")
 @click.option("--json", "json_out", type=PATH, help="Write the result here.")
 def compare(run_a: Path, run_b: Path, json_out: Path | None, **flags: Any) -> None:
-    """Differences of two runs on the images both scored, with paired 95 % intervals over groups."""
+    """Give the differences of two runs, with intervals.
+
+    They are of the images both scored; the 95 % intervals are paired, over groups.
+    """
     from ..report import comparison
 
     result = comparison.compare_runs(run_a, run_b, **flags)

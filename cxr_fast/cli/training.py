@@ -21,7 +21,7 @@ from ..config import (
 )
 from ..errors import InputError
 from ..models import device as cpu
-from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
+from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
 from ..system.text import duration, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
@@ -34,6 +34,8 @@ from .options import (
     threads_option,
     with_recipe,
 )
+
+HOUR = 3600  # seconds
 
 
 @click.command()
@@ -82,8 +84,9 @@ from .options import (
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
 def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
-    """Hold-out, folds, epoch search and the final model, from an activation file (default: the newest in cache/).
+    """Train folds, search over epochs, score the hold-out once.
 
+    CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
     spec = _sweep_spec(ctx, recipe, flags)
@@ -115,7 +118,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         show_plan(describe_plan(plan, spec))
         shuffles = {str(train.shuffle) for _, train in job.points}
         echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
-        echo_notes((*job.data.notes, *plan.notes))
+        echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
         echo_recipe(job, recipe)
         bar = ProgressBar()
         run = job.run(epoch_line(bar, plan, spec))
@@ -231,6 +234,18 @@ def describe_plan(plan: Any, spec: SweepSpec) -> str:
     if plan.resumed:
         lines.append(f"going on with the unfinished run in {plan.out}.partial")
     return "\n".join(lines)
+
+
+def faster_first(plan: Any, spec: SweepSpec, recipe: str) -> list[str]:
+    """A hint where a sweep is expected to take over an hour and a quicker one can be had from the same cache."""
+    if plan.resumed or not plan.seconds > HOUR:  # NaN where the time is unknown
+        return []
+    ways, tuned = [], sweep_spec("tuned").epochs[-1]
+    if recipe not in ("tuned", "longtail") and tuned < spec.epochs[-1]:
+        ways.append(f"--recipe tuned ({tuned} epochs instead of {spec.epochs[-1]})")
+    if plan.trainable["blocks"]:
+        ways.append("--train-blocks 0 (the head alone)")
+    return [f"a faster first try from the same cache: {', or '.join(ways)}"] if ways else []
 
 
 def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import numpy as np
 from ..errors import InputError
 from ..system.files import write_bytes
 from ..system.tables import read_header
+from ..system.text import counted
+from .images import IMAGE_SUFFIXES
 from .labels import CHEXPERT_CLASSES
 
 # Files of an Indiana folder, and the card of any dataset: its name, and whether it is synthetic.
@@ -93,8 +96,8 @@ def _kind_of_file(file: Path) -> str:
     header = read_header(file)
     if kind := _kind_of(header):
         return kind
-    if {"image", "group"} & set(header):
-        return "manifest"  # with the other column forgotten: its reader says so
+    if {"image", "group"} & {name.lower() for name in header}:
+        return "manifest"  # with the other column forgotten, or in upper case: its reader says so
     shown = ", ".join(header[:6])[:120]
     mend = "separate columns by commas" if len(header) == 1 else "a manifest has image, group, then one column a class"
     raise InputError(f"{file} is no table cxr-fast knows (columns: {shown}): {mend}.")
@@ -134,6 +137,7 @@ def recognise(source: Path) -> tuple[str, Path]:
         names = ", ".join(path.name for _, path in found[:5])
         raise InputError(f"{source} holds several datasets ({names}): give the one file you mean.")
     if not found:
+        _refuse_images_alone(source)
         raise InputError(f"{source} holds no dataset. Looked for: {LOOKED_FOR}.")
     return found[0]
 
@@ -175,3 +179,17 @@ def note_rules(table: Path, rules: Mapping[str, Any] | None) -> None:
         kept[table.name] = {name: rules[name] for name in ("blank", "uncertain")}
     if kept != noted:
         write_bytes(table.parent / CARD, (json.dumps(about | {"label_rules": kept}) + "\n").encode())
+
+
+def _refuse_images_alone(folder: Path) -> None:
+    """Raise InputError where a folder holds images and no table: it says which table to write, and how to predict."""
+    walked = os.walk(folder)
+    if count := sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, names in walked for name in names):
+        tables = ", ".join(sorted(path.name for suffix in TABLES for path in folder.glob("[!.]*" + suffix))[:3])
+        others = f" ({tables}: other columns)" if tables else ""
+        raise InputError(
+            f"{folder} holds {counted(count, 'image')} but no table of labels{others}. "
+            f"Write {folder / 'manifest.csv'} with the header image,group,FINDING,... and a row per image: image is "
+            "the file, group the patient, each finding 1, 0 or blank (docs/how-to/own_tables.md).\n"
+            f"To predict with a model you have: `cxrfast predict MODEL {folder} --out predictions.csv`."
+        )

@@ -36,6 +36,8 @@ Missing = Literal["refuse", "skip", "keep", "unchecked"]
 RESERVED = ("image", "group", "view", "study", "split")
 # What a class column of a manifest takes.
 CODES = KNOWN_OR_NOT | {f"{SOFT:g}": UNCERTAIN}
+# The columns that a manifest needs, and what each holds.
+MEANING = {"image": "the file", "group": "the patient, whose images stay on one side of a split"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +88,7 @@ class Manifest:
 def _read_own(file: Path, _: Unindexed) -> ListedImages:
     """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
     cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
-    need(cells, ["image", "group"], file)
+    need(cells, MEANING, file)
     if "" in cells:
         raise InputError(f"{file}: column {[*cells].index('') + 1} has no name (pandas: write with index=False).")
     classes = tuple(name for name in cells if name not in RESERVED and not name.startswith(META))
@@ -188,7 +190,8 @@ def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: P
         ", or leave them out with --skip-missing." if len(missing) < of else "."
     )
     raise InputError(
-        f"{len(missing):,} of the {of:,} images that {rows.file.name} lists are not below {root}: {named}\n{mend}"
+        f"{len(missing):,} of the {of:,} images that {rows.file.name} lists are not below {os.path.abspath(root)}: "
+        f"{named}\n{mend}"
     )
 
 

@@ -58,7 +58,8 @@ class Checks:
 def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress) -> Checks:
     """Read up to `count` images of a run and compute torch's answers."""
     pixels, rows, saved = check_images(run, images, most=count)
-    raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress("torch float32", done, len(pixels)))
+    stage = "torch float32 on the check images"
+    raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress(stage, done, len(pixels)))
     held = saved["fold"][rows] < 0
     part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
     # The sweep kept the answers to all images of the final model and the views it chose, of no other.
@@ -80,12 +81,12 @@ class OpenFile:
         out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         return out
 
-    def many(self, pixels: np.ndarray, output: str, on_progress: OnProgress, batch: int = 8) -> np.ndarray:
-        """`run` on many images, `batch` at a time."""
+    def many(self, pixels: np.ndarray, output: str, on_done: Callable[[int], None], batch: int = 8) -> np.ndarray:
+        """`run` on many images, `batch` at a time; `on_done` is given how many more are done."""
         out = []
         for start in range(0, len(pixels), batch):
             out.append(self.run(pixels[start : start + batch], output))
-            on_progress(f"{self.variant} {output}", start + len(out[-1]), len(pixels))
+            on_done(len(out[-1]))
         return np.concatenate(out)
 
     def seconds(self, pixels: np.ndarray) -> float:
@@ -157,15 +158,22 @@ def check(run: Run, file: OpenFile, checks: Checks, on_progress: OnProgress) -> 
     `calibrate.apply` on them: a steep calibration would make any difference large.
     """
     calibration, name = run.info["calibration"], raw_name(run)
+    names = dict.fromkeys((name, "probabilities"))
+    done, total = 0, len(names) * (sum(BATCHES) + len(checks.pixels))
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        on_progress(f"{file.variant} on the check images", done, total)
+
     by_batch = {}
     for batch in BATCHES:
         take = np.arange(batch) % min(len(checks.pixels), max(BATCHES))
         found = file.run(checks.pixels[take], name)
         calibrated = found if calibration is None else file.run(checks.pixels[take])
         by_batch[batch] = _apart(calibration, checks.raw[take], found, calibrated)
-        on_progress(f"{file.variant} at batch {batch}", BATCHES.index(batch) + 1, len(BATCHES))
-    names = dict.fromkeys((name, "probabilities"))
-    each = [file.many(checks.pixels, out, on_progress) for out in names]
+        count(batch * len(names))
+    each = [file.many(checks.pixels, out, count) for out in names]
     found, calibrated = each[0], each[-1]
     cached = None if checks.cached is None else float(np.abs(checks.raw - checks.cached).max())
     # numpy's largest, which does not lose a NaN

@@ -219,7 +219,7 @@ def _most_moved(run: Run, checks: Checks, on_progress: OnProgress) -> list[str]:
             _save(model, metadata(run, model) | {"variant": "int8"}, path := Path(scratch) / "model.onnx")
             found = OpenFile(path).run(pixels, raw_name(run))
             moved[name] = float(np.abs(found - checks.raw[:FEW]).mean())
-            on_progress("which matrices int8 hurts", k + 1, len(names))
+            on_progress("each matrix alone in int8", k + 1, len(names))
     return sorted(names, key=lambda name: -moved[name])
 
 

@@ -28,6 +28,7 @@ SEAL = "content_sha256"
 NEEDED = (SEAL, "labels", "labels_sha256", "thresholds", "preprocess")
 
 _GRAPH, _ENTRY = 7, 14
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how a cache begins
 MOST_TEXT = 64 << 20
 CHUNK = 1 << 20
 
@@ -90,6 +91,12 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{path}: no such model; `cxrfast export RUN` makes one.")
     try:
         with open(path, "rb") as file:
+            if file.read(len(HDF5)) == HDF5:
+                raise InputError(
+                    f"{path} is a cache, not a model; `cxrfast sweep {path}` trains from it, `cxrfast export RUN` then "
+                    "makes a model."
+                )
+            file.seek(0)
             yield file
     except NotOnnx as error:
         raise InputError(f"{path}: not an ONNX file of ours ({error}).") from error

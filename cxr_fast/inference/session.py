@@ -131,6 +131,8 @@ def locate(path: str | os.PathLike[str], target: str, *, explicit: bool) -> Mode
     if not (found := Path(path)).is_dir():
         return ModelPlace(path=found, source=str(found))
     there = [variant for variant in VARIANTS if (found / file_name(variant)).is_file()]
+    if not there and (found / "run.json").is_file():
+        raise InputError(f"{found}: no such model in this run folder yet; `cxrfast export {found}` makes one.")
     if not there:
         names = ", ".join(map(file_name, VARIANTS))
         raise InputError(f"{found}: no such model in this folder ({names}); `cxrfast export RUN` makes one.")
@@ -172,6 +174,8 @@ def _choose(there: Sequence[str], target: str, *, explicit: bool) -> tuple[str, 
         # The refusal that names the right file is the one a single file gets.
         return there[0], "the only one here"
     taken, first = usable[0], wanted[0]
+    if usable == ["fp32"] and first == "fp32":
+        return taken, "the only one here that a CPU runs fast" if len(there) > 1 else "the only one here"
     lacks = "" if taken == first else f" ({file_name(first)}, preferred, is not there)"
     return taken, f"{because}{lacks}"
 

@@ -76,10 +76,19 @@ def read_csv(path: Path) -> Cells:
     return {name: list(column) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
 
 
-def need(cells: Iterable[str], columns: Iterable[str], file: Path) -> None:
-    """Raises InputError naming the columns that `file` lacks."""
-    if lacking := [name for name in columns if name not in set(cells)]:
-        raise InputError(f"{file} lacks the column(s) {', '.join(lacking)}.")
+def need(cells: Iterable[str], columns: Iterable[str] | Mapping[str, str], file: Path) -> None:
+    """Raises InputError naming the columns that `file` lacks, what each holds where `columns` says it, and a column
+    whose name differs in upper and lower case alone."""
+    given = list(cells)
+    if not (lacking := [name for name in columns if name not in given]):
+        return
+    meaning = columns if isinstance(columns, Mapping) else {}
+    named = ", ".join(name + (f" ({meaning[name]})" if name in meaning else "") for name in lacking)
+    alike = [(there, name) for name in lacking for there in given if there.lower() == name.lower()]
+    case = ", ".join(f"write {there!r} as {name!r}" for there, name in alike)
+    raise InputError(
+        f"{file} lacks the column(s) {named}." + (f" Upper and lower case matter: {case}." if case else "")
+    )
 
 
 def filled(cells: Cells, column: str, file: Path) -> list[str]:

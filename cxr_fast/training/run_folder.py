@@ -81,7 +81,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     """`run.json` of a run folder. InputError or SchemaError with one line when it is not one."""
     path = folder / "run.json"
     if not path.is_file():
-        raise InputError(f"{folder}: not a run folder (no run.json); `cxrfast sweep` makes one.")
+        model = min(folder.glob("*.onnx"), default=None)
+        inside = f"; it holds a model file, which `cxrfast info {model}` describes" if model else ""
+        raise InputError(f"{folder}: not a run folder (no run.json){inside}; `cxrfast sweep` makes one.")
     try:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

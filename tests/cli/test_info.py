@@ -12,6 +12,7 @@ import pytest
 from cxr_fast.activations import file as store
 from cxr_fast.cli import info
 from cxr_fast.errors import InputError, SchemaError
+from cxr_fast.training.run_folder import read_info
 
 
 def facts(path: Path) -> dict[str, str]:
@@ -88,6 +89,15 @@ def test_a_model(toy_model: Path, toy_run: Path) -> None:
     assert found["parity"].endswith("to torch float32, open_clip tower on 79 images (limit 1e-05)")
     assert "6 Gelu" in found["nodes"]
     assert "Not a medical device" in found["intended use"]
+
+
+def test_a_folder_that_holds_models_alone(toy_model: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copy(toy_model, tmp_path / "a.onnx"))
+    assert info.describe(tmp_path) == info.describe(first)
+    second = Path(shutil.copy(toy_model, tmp_path / "b.onnx"))
+    assert info.describe(tmp_path) == f"{info.describe(first)}\n\n{info.describe(second)}"
+    with pytest.raises(InputError, match=rf"not a run folder .* it holds a model file, which `cxrfast info {first}`"):
+        read_info(tmp_path)
 
 
 def test_a_variant_with_limits_of_its_own_says_them() -> None:

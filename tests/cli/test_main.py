@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -26,8 +27,9 @@ from cxr_fast import __version__
 from cxr_fast.activations import encoder
 from cxr_fast.activations import file as store
 from cxr_fast.bench import results as benchmark_record
-from cxr_fast.cli import console, data
+from cxr_fast.cli import console, data, models, training
 from cxr_fast.cli.main import main
+from cxr_fast.config import SweepSpec
 from cxr_fast.inference import runtime
 from cxr_fast.system import hardware
 from cxr_fast.system.text import duration, file_name, gigabytes, number
@@ -129,7 +131,7 @@ def test_each_step_says_what_it_did(road: tuple[Path, dict[str, Result]]) -> Non
     assert "note: RANDOM BACKBONE, PHANTOM IMAGES" in said["export"].stdout
     assert f"{images} of {images} images predicted" in said["predict"].stdout
     assert "RANDOM BACKBONE" in said["predict"].stderr
-    assert "attack first: " in said["latency"].stdout
+    assert "slowest stage: " in said["latency"].stdout
     assert "PASS" in said["verify"].stdout
     assert said["report"].stdout == "exports/phantom/report.html\n"
     for name in ("info cache", "info run", "info model"):
@@ -207,7 +209,7 @@ def test_predict_goes_on_where_it_stopped(toy_model: Path, toy_data: Path, here:
     assert "4 of 4 images predicted in" in shown
     assert "6 of 6 images predicted, 4 of them by an earlier run, in" in done(cxr(*command, *films)).stdout
     listed = CliRunner().invoke(main, [*map(str, command), "-"], input="\n".join(map(str, films[::-1])))
-    assert "6 of 6 images predicted, 6 of them by an earlier run, in" in done(listed).stdout
+    assert "nothing new; 6 rows were already there, took " in done(listed).stdout
     found = [json.loads(line)["path"] for line in Path("p.jsonl").read_text().splitlines()]
     assert found == [str(film) for film in films[::-1]]
 
@@ -452,9 +454,9 @@ CASES: list[tuple[list[object], str]] = [
     (["export", "run", "--variants", "fp32,fp4"], "--variants: 'fp4' is not one of fp32, fp16, int8"),
     (["export", "run", "--final", "best"], "'best' is not one of"),
     (["predict", "gone.onnx", "one_image", "--out", "p.csv"], "gone.onnx: no such model; `cxrfast export RUN`"),
-    (["predict", "run", "one_image", "--out", "p.csv"], "run: no such model"),
+    (["predict", "run", "one_image", "--out", "p.csv"], "run: no such model .*; `cxrfast export run` makes one"),
     (["predict", "text.onnx", "one_image", "--out", "p.csv"], "text.onnx: not an ONNX file"),
-    (["predict", "toy.h5", "one_image", "--out", "p.csv"], "toy.h5: not an ONNX file"),
+    (["predict", "toy.h5", "one_image", "--out", "p.csv"], "toy.h5 is a cache, not a model; `cxrfast sweep toy.h5`"),
     (["predict", "model.onnx", "empty", "--out", "p.csv"], "empty: a folder without images"),
     (["predict", "model.onnx", "*.tiff", "--out", "p.csv"], r"\*\.tiff: matches no file"),
     (["predict", "model.onnx", "", "--out", "p.csv"], "empty: a shell variable"),
@@ -540,10 +542,10 @@ def test_cuda_that_is_not_there_is_never_the_cpu(pantry: Path, command: list[str
 def test_skip_missing_goes_on(pantry: Path) -> None:
     result = done(cxr("cache", "absent.csv", *W, "--skip-missing", "--out", "c.h5"))
     assert "encoded 1 images" in result.stdout
-    assert "; skipped 7 listed image(s) that are not below ." in result.stdout
-    assert (
-        "skipped 7 listed image(s) that are not below ." in done(cxr("prepare", "absent.csv", "--skip-missing")).stdout
-    )
+    said = f"skipped 7 listed image(s) that are not below {Path.cwd()}"
+    assert f"; {said}" in result.stdout
+    assert said in done(cxr("prepare", "absent.csv", "--skip-missing")).stdout
+    assert f"are not below {Path.cwd()}: " in refused(cxr("prepare", "absent.csv"))
     assert "skipped" not in done(cxr("prepare", "good.csv", "--skip-missing")).stdout
     assert store.ActivationFile("c.h5").header.meta["dataset"]["skipped_missing"] == 7
 
@@ -752,6 +754,35 @@ def test_the_time_left_is_of_this_run(
 ) -> None:
     console.ProgressBar().show(done, 100, "some", before=before, seconds=seconds, force=True)
     assert capsys.readouterr().err == f"{done:5.1f} %  some{', ' * bool(left)}{left}\n"
+
+
+def test_each_stage_of_an_export_has_a_line_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    line = models.StageProgress()
+    for stage, done in (("torch", 8), ("torch", 16), ("int8", 1), ("int8", 20), ("int8", 1)):
+        line.show(stage, done, 20)
+    said = [" 40.0 %  torch", "  5.0 %  int8", "  5.0 %  int8"]
+    assert capsys.readouterr().err.splitlines() == said, "a stage that begins again is a new one"
+
+
+def plan(**changed: Any) -> Any:
+    return SimpleNamespace(**{"seconds": 24_000.0, "resumed": False, "trainable": {"blocks": 9}, **changed})
+
+
+@pytest.mark.parametrize(
+    ("found", "recipe", "epochs", "said"),
+    [
+        (plan(), "default", 100, "--recipe tuned (6 epochs instead of 100), or --train-blocks 0 (the head alone)"),
+        (plan(trainable={"blocks": 0}), "default", 100, "--recipe tuned (6 epochs instead of 100)"),
+        (plan(), "tuned", 6, "--train-blocks 0 (the head alone)"),
+        (plan(trainable={"blocks": 0}), "tuned", 6, ""),
+        (plan(seconds=3000.0), "default", 100, ""),
+        (plan(seconds=float("nan")), "default", 100, ""),
+        (plan(resumed=True), "default", 100, ""),
+    ],
+)
+def test_a_sweep_of_hours_names_a_faster_first_try(found: Any, recipe: str, epochs: int, said: str) -> None:
+    notes = training.faster_first(found, SweepSpec(epochs=(epochs,)), recipe)
+    assert notes == ([f"a faster first try from the same cache: {said}"] if said else [])
 
 
 @pytest.mark.parametrize(

@@ -539,7 +539,8 @@ def test_own_manifest_paths_may_leave_its_folder_or_be_absolute(tmp_path: Path) 
         ("image,group,A\na.png,1,1\nb.png,2,7\n", ["'A'", "'7'", "data row 2", "meta:"]),
         ("image,group,A\na.png,1,-1\n", ["'A'", "'-1'", "data row 1"]),
         ("image,group,age,A\na.png,1,63,1\n", ["'age'", "'63'", "meta:"]),
-        ("image,A\na.png,1\n", ["lacks the column(s) group"]),
+        ("image,A\na.png,1\n", ["lacks the column(s) group (the patient, whose images stay on one side of a split)."]),
+        ("Image,Group,A\na.png,1,1\n", ["group (the patient,", "write 'Image' as 'image', write 'Group' as 'group'"]),
         ("group,A\na.png,1\n", ["lacks the column(s) image"]),
         ("image,group\na.png,1\n", ["no class column"]),
         ("image,group,A,A\na.png,1,1,1\n", ["two columns", "'A'"]),
@@ -566,6 +567,16 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     refuses(put(tmp_path / "list.parquet", "hello"), "list.parquet", "not a whole Parquet file")
     refuses(put(tmp_path / "list.csv.gz", b"\x1f\x8b\x08cut"), "list.csv.gz", "gzip")
     refuses(tmp_path, "holds no dataset")
+
+
+def test_a_folder_of_images_without_a_table_says_which_table_to_write(tmp_path: Path) -> None:
+    for name in ("a.png", "below/b.DCM"):
+        put(tmp_path / name)
+    header = ["manifest.csv with the header image,group,FINDING", "group the patient", "docs/how-to/own_tables.md"]
+    predict = f"`cxrfast predict MODEL {tmp_path} --out predictions.csv`"
+    refuses(tmp_path, "holds 2 images but no table of labels. Write", *header, predict)
+    put(tmp_path / "codes.csv", "code,meaning\n1,yes\n")
+    refuses(tmp_path, "holds 2 images but no table of labels (codes.csv: other columns). Write", *header)
 
 
 def test_two_manifests_are_one_too_many(tmp_path: Path) -> None:

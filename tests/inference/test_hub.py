@@ -163,7 +163,7 @@ def test_the_record_of_a_prediction_names_the_address_with_the_commit(
     assert record["model"] == f"{ADDRESS}/model.fp32.onnx@{commit_of(pushed)}"
     assert str(tmp_path / "cache") not in json.dumps(record)
     again = cxr("predict", record["model"], film, "--out", tmp_path / "hub.csv", "--device", "cpu")
-    assert "1 of them by an earlier run" in again.output, "the record's address takes the same model, so a run resumes"
+    assert "nothing new; 1 row" in again.output, "the record's address takes the same model, so a run resumes"
 
 
 def test_every_command_that_takes_a_model_takes_an_address(pushed: HubServer, tmp_path: Path, phantoms: Path) -> None:

@@ -318,7 +318,8 @@ def test_a_gpu_that_fails_is_an_error_and_a_broken_file_is_the_files(
         ("fp32 fp16 int8", "tensorrt", True, "fp16", "float16 is the fastest on a GPU"),
         ("fp32 fp16", "cpu", True, "fp32", "(model.int8.onnx, preferred, is not there)"),
         ("fp32 int8", "cuda", True, "fp32", "(model.fp16.onnx, preferred, is not there)"),
-        ("fp32 fp16", "cpu", False, "fp32", "neither VNNI nor AMX"),
+        ("fp32 fp16", "cpu", False, "fp32", "model.fp32.onnx: the only one here that a CPU runs fast"),
+        ("fp32", "cpu", False, "fp32", "CPU: as asked; model.fp32.onnx: the only one here"),
         ("int8", "cpu", False, "int8", "(model.fp32.onnx, preferred, is not there)"),
         ("int8", "auto", True, "int8", "an int8 file, which has no CUDA kernels; model.int8.onnx: the only one here"),
         ("fp32", "auto", True, "fp32", "(model.fp16.onnx, preferred, is not there)"),
@@ -403,6 +404,9 @@ def test_the_files_of_a_folder_answer_alike(variants: Callable[..., Path]) -> No
 
 def test_a_folder_without_a_model_and_a_renamed_file(toy_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such model in this folder \(model\.fp32\.onnx, .*`cxrfast export RUN`"):
+        open_model(tmp_path, "cpu")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"no such model in this run folder yet; `cxrfast export {tmp_path}` makes"):
         open_model(tmp_path, "cpu")
     shutil.copy(toy_model, tmp_path / "model.int8.onnx")
     with pytest.raises(InputError, match=r"model\.int8\.onnx: its metadata say fp32; was it renamed\?"):
