@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cxr_fast.data.dicom
 from cxr_fast.config import PreprocessSpec, choices
 from cxr_fast.data import images
+from cxr_fast.data.formats import dicom, limits, pictures
 from cxr_fast.data.images import (
     REASONS,
     array_pixels,
@@ -353,7 +353,7 @@ def test_zero_size():
 
 def test_every_reason_raised_is_explained():
     found = set()
-    for module in (images, cxr_fast.data.dicom):
+    for module in (images, dicom, limits, pictures):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ImageError":
                 found |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()

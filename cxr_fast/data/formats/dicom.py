@@ -9,14 +9,14 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError
-from ..system.extras import install
+from ...errors import ImageError
+from ...system.extras import install
+from . import limits
 
 MAX_BITS = 16  # every table below has one entry a stored value: 65,536 at most
 _BLOCK = 1 << 22  # pixels a histogram step; bincount widens each to 8 bytes
@@ -33,7 +33,7 @@ def looks_like_dicom(data: bytes) -> bool:
     return group in (0x0002, 0x0008) and element <= 0x0018
 
 
-def decode(data: bytes, policy: str, check_size: Callable[[int, int], None], max_bytes: int) -> np.ndarray:
+def decode(data: bytes, policy: str) -> np.ndarray:
     """The picture of a single-frame DICOM file as uint8 (H, W), black 0, bones light whatever its photometric.
 
     `policy` is `PreprocessSpec.dicom_policy`:
@@ -46,15 +46,15 @@ def decode(data: bytes, policy: str, check_size: Callable[[int, int], None], max
     MONOCHROME1 and a PresentationLUTShape of INVERSE state the same fact (PS3.3 C.8.11.3 demands both together):
     either or both invert once. A negative RescaleSlope inverts by itself. Colour files give ITU-R 601 luma.
 
-    `check_size(width, height)` refuses what is too large before anything is decoded, and `max_bytes` bounds a
-    deflated data set. Raises ImageError (`needs_pydicom`, `needs_plugin`, `no_pixels`, `truncated`,
-    `multi_frame`, `unsupported`, `corrupt`, `too_large`), and whatever pydicom raises on a broken file.
+    What is too large is refused before anything is decoded or inflated. Raises ImageError (`needs_pydicom`,
+    `needs_plugin`, `no_pixels`, `truncated`, `multi_frame`, `unsupported`, `corrupt`, `too_large`), and whatever
+    pydicom raises on a broken file.
     """
     try:
         import pydicom
     except ImportError:
         raise ImageError("needs_pydicom", f"a DICOM file needs pydicom: {install('dicom')}") from None
-    _check_deflated(data, max_bytes)
+    _check_deflated(data)
     ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
     if "Rows" not in ds or not any(key in ds for key in _PIXELS):
         if b"\xe0\x7f\x10\x00" in data:  # pydicom drops everything when a compressed element is cut short
@@ -62,8 +62,8 @@ def decode(data: bytes, policy: str, check_size: Callable[[int, int], None], max
         raise ImageError("no_pixels", "the DICOM file holds no image (a report, a directory or a header alone)")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise ImageError("multi_frame", f"{ds.NumberOfFrames} frames; save the one to use as its own file")
-    check_size(int(ds.Columns), int(ds.Rows))
-    stored, photometric = _stored(ds, check_size)
+    limits.check_size(int(ds.Columns), int(ds.Rows))
+    stored, photometric = _stored(ds)
     if photometric in ("MONOCHROME1", "MONOCHROME2"):
         return _shown(ds, stored, policy, photometric == "MONOCHROME1")
     if stored.ndim != 3 or stored.shape[2] != 3 or stored.dtype != np.uint8:
@@ -73,16 +73,16 @@ def decode(data: bytes, policy: str, check_size: Callable[[int, int], None], max
     return np.asarray(Image.fromarray(stored).convert("L"))
 
 
-def _check_deflated(data: bytes, max_bytes: int) -> None:
+def _check_deflated(data: bytes) -> None:
     """pydicom inflates the whole data set at once: 1 MB can become 1 GB."""
     if _DEFLATED not in data[132:4096]:
         return
     start = 144 + struct.unpack_from("<I", data, 140)[0]  # (0002,0000) is the length of the rest of group 2
-    if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], max_bytes + 1)) > max_bytes:
-        raise ImageError("too_large", f"inflates to more than {max_bytes >> 20} MiB")
+    if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], limits.MAX_BYTES + 1)) > limits.MAX_BYTES:
+        raise ImageError("too_large", f"inflates to more than {limits.MAX_BYTES >> 20} MiB")
 
 
-def _stored(ds: Any, check_size: Callable[[int, int], None]) -> tuple[np.ndarray, str]:
+def _stored(ds: Any) -> tuple[np.ndarray, str]:
     """Stored values, uint8/uint16 (H, W) with unused high bits as found, or (H, W, 3); and their photometric."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import (
@@ -111,14 +111,14 @@ def _stored(ds: Any, check_size: Callable[[int, int], None]) -> tuple[np.ndarray
         # The same pixels as from a .jpg, whatever else is installed; and pylibjpeg's RLE panics on broken files,
         # past every `except Exception`.
         plugin = {JPEGBaseline8Bit: "pillow", RLELossless: "pydicom"}.get(syntax, "")
-        _check_codestream(ds, check_size)
+        _check_codestream(ds)
     # raw: no colour conversion, which pydicom does in float32; high bits are masked by `_shown`.
     options = {"raw": True, "view_only": True, "correct_unused_bits": False, "decoding_plugin": plugin}
     array, properties = decoder.as_array(ds, index=0, **options)
     return array, str(properties["photometric_interpretation"])
 
 
-def _check_codestream(ds: Any, check_size: Callable[[int, int], None]) -> None:
+def _check_codestream(ds: Any) -> None:
     """A compressed frame has a size of its own, and that is the one decoders allocate.
 
     And an end marker, for pylibjpeg and Pillow make up the rest of a JPEG that is cut short or filled up with zeros.
@@ -131,7 +131,7 @@ def _check_codestream(ds: Any, check_size: Callable[[int, int], None]) -> None:
         return
     if b"\xff\xd9" not in frame.rstrip(b"\0")[-64:]:
         raise ImageError("truncated", "the compressed image ends before its end marker; copy the file again")
-    check_size(*size)
+    limits.check_size(*size)
     if size != (ds.Columns, ds.Rows):
         message = f"the compressed image is {size[0]} x {size[1]}, the header says {ds.Columns} x {ds.Rows}"
         raise ImageError("corrupt", message)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cxr_fast.config import PreprocessSpec, choices
-from cxr_fast.data import images
+from cxr_fast.data.formats import limits
 from cxr_fast.data.images import decode_grey
 from cxr_fast.errors import ImageError
 from cxr_fast.system.extras import install
@@ -313,7 +313,7 @@ def test_dicom_bombs():
 def test_dicom_deflated_is_bounded(monkeypatch):
     data = dicom_file(np.zeros((500, 500), np.uint16), syntax=uid.DeflatedExplicitVRLittleEndian)
     assert len(data) < 10_000
-    monkeypatch.setattr(images, "MAX_BYTES", 400_000)
+    monkeypatch.setattr(limits, "MAX_BYTES", 400_000)
     assert reason(data) == "too_large"
 
 
