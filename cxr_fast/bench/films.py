@@ -59,7 +59,7 @@ def decode_all(paths: Sequence[str | Path], spec: PreprocessSpec) -> list[Decode
 
     def decode(path: str | Path) -> Decoded | ImageError:
         try:
-            return load(path, spec)
+            return load(path, spec)[:2]
         except ImageError as error:
             return error
 

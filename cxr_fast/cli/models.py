@@ -135,7 +135,10 @@ def signed(value: float | None) -> str:
 @click.argument("model", type=PATH)
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
-    "--out", type=PATH, required=True, help="NAME.csv, .parquet or .jsonl: path, status, reason, a probability a class."
+    "--out",
+    type=PATH,
+    required=True,
+    help="NAME.csv, .parquet or .jsonl: path, status, reason, note, a probability a class.",
 )
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
 @click.option(

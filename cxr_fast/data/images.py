@@ -13,6 +13,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,6 +37,7 @@ REASONS: dict[str, str] = {
     "corrupt": "the content is damaged or breaks its own format; copy or export it again",
     "multi_frame": "several frames or pages; save the one to use as its own file",
     "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
+    "flat": "values that differ become one grey, or hundreds of them a few: nothing would be seen; save it again",
     "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
     "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
     "needs_pydicom": f"DICOM files need the optional extra: {install('dicom')}",
@@ -93,7 +95,7 @@ def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndar
 
     Raises ImageError with a code of `REASONS` and a message beginning with `name`; nothing else, on any bytes.
     """
-    return np.array(_decode(data, spec, name))
+    return np.array(_decode(data, spec, name)[0])
 
 
 def resize(grey: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
@@ -108,17 +110,28 @@ def resize(grey: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     return np.array(_square(Image.fromarray(np.ascontiguousarray(grey)), spec))
 
 
-def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> tuple[np.ndarray, str]:
-    """Pixels of one image file, uint8 (size, size), and the sha256 (hex) of its bytes.
+class Loaded(NamedTuple):
+    """One image file: pixels uint8 (size, size), the sha256 (hex) of its bytes, and a note, empty for most.
 
-    Equal to `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
+    The note says where a DICOM header was not followed and why, and what says that the film is none of a chest.
+    """
+
+    pixels: np.ndarray
+    sha256: str
+    note: str = ""
+
+
+def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> Loaded:
+    """Read one image file.
+
+    Its pixels equal `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
     worth it: reading, hashing, decoding and resizing all release the GIL. Raises ImageError.
     """
     data = read_bytes(path)
     name = os.fspath(path)
-    grey = _decode(data, spec, name)
+    grey, note = _decode(data, spec, name)
     with _naming(name):
-        return np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest()
+        return Loaded(np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest(), note)
 
 
 def array_pixels(array: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
@@ -167,8 +180,8 @@ def _describe(array: object) -> str:
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
 
 
-def _decode(data: bytes, spec: PreprocessSpec, name: str) -> Image.Image:
-    """Any file to a mode L image; the one boundary where a decoder's exceptions become ImageError."""
+def _decode(data: bytes, spec: PreprocessSpec, name: str) -> tuple[Image.Image, str]:
+    """Any file to a mode L image and a note; the one boundary where a decoder's exceptions become ImageError."""
     with _naming(name), _quiet():
         if not data:
             raise ImageError("empty", "no bytes")
@@ -177,13 +190,16 @@ def _decode(data: bytes, spec: PreprocessSpec, name: str) -> Image.Image:
         kind = _kind(data)
         try:
             if kind == "DICOM":
-                return Image.fromarray(dicom.decode(data, spec.dicom_policy))
-            return to_grey(open_picture(data, kind))
+                pixels, note = dicom.decode(data, spec.dicom_policy)
+                return Image.fromarray(pixels), note
+            return to_grey(open_picture(data, kind)), ""
         except ImageError:
             raise
         except Exception as error:  # decoders raise anything at all on broken files
             reason = _reason(error, data, kind)
-            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            # An address in memory would make the tables of two runs differ.
+            said = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
+            detail = said[:200] or type(error).__name__
             raise ImageError(reason, f"{kind} file is {reason.replace('_', ' ')} ({detail})") from error
 
 
@@ -244,8 +260,10 @@ def _square(grey: Image.Image, spec: PreprocessSpec) -> Image.Image:
 
 
 def _reason(error: Exception, data: bytes, kind: str) -> str:
-    """`too_large`, `truncated` or `corrupt`, from what a decoder said and whether the end marker is there."""
+    """`too_large`, `unsupported`, `truncated` or `corrupt`, by what a decoder said and whether the end is there."""
     text = str(error).lower()
+    if any(words in text for words in ("unknown pixel mode", "12-bit layers")):  # Pillow's, for sound files
+        return "unsupported"
     if isinstance(error, MemoryError) or "too large" in text:
         return "too_large"
     if kind in END and END[kind] not in data[-4096:]:

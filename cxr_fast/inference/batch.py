@@ -33,7 +33,7 @@ from .predictor import BATCH, Result
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 Pool = Literal["mean", "max"]
-KEYS = ("path", "status", "reason")
+KEYS = ("path", "status", "reason", "note")
 STUDY_KEYS = ("study", "images", "status", "reason")
 
 
@@ -362,8 +362,8 @@ def _answers(kept: Checkpoint, paths: Iterable[str], by: Counter[str]) -> Iterat
 
 def _image_row(result: Result) -> Row:
     if result.probabilities is None:
-        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}")], None
-    return [shown(result.path), "ok", ""], result.probabilities
+        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}"), ""], None
+    return [shown(result.path), "ok", "", shown(result.note)], result.probabilities
 
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:

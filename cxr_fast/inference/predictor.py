@@ -33,7 +33,8 @@ class Result:
     """The answer to one image: probabilities (C,) float32, or a reason code and message; and which file was read.
 
     `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
-    where it was too young to show a change that came next.
+    where it was too young to show a change that came next. The message of an answered image is a note, empty for most:
+    where a DICOM header was not followed, or what says that the film is none of a chest.
 
         >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
         >>> [(result.ok, result.reason) for result in predictor.stream(["film.png", "absent.png"])]
@@ -52,6 +53,11 @@ class Result:
     def ok(self) -> bool:
         """Whether there are probabilities."""
         return self.probabilities is not None
+
+    @property
+    def note(self) -> str:
+        """What should be known of an answered image; empty for most."""
+        return self.message if self.ok else ""
 
 
 class Predictor:
@@ -190,11 +196,11 @@ class Predictor:
             status = os.stat(name)
             size, changed = status.st_size, changed_ns(status)
         try:
-            pixels, sha256 = load(name, self.spec)
+            found = load(name, self.spec)
         except ImageError as error:
             return None, Result(path=name, reason=error.reason, message=str(error))
         old = changed if now - changed > TICK_NS else 0
-        return pixels, Result(path=name, sha256=sha256, size=size, mtime_ns=old)
+        return found.pixels, Result(path=name, message=found.note, sha256=found.sha256, size=size, mtime_ns=old)
 
     def _answer(self, decoded: list[Decoded]) -> list[Result]:
         good = [pixels for pixels, _ in decoded if pixels is not None]

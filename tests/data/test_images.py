@@ -529,7 +529,7 @@ def test_load_is_decode_then_resize_to_the_last_bit(tmp_path, fmt, mode):
         data = save(array, fmt)
         path = tmp_path / f"{number}.bin"
         path.write_bytes(data)
-        pixels, sha = load(path, wanted)
+        pixels, sha, _ = load(path, wanted)
         np.testing.assert_array_equal(pixels, resize(decode_grey(data, spec=wanted), wanted))
         assert sha == hashlib.sha256(data).hexdigest()
         assert pixels.flags.writeable
@@ -580,7 +580,7 @@ def test_threads_agree_and_do_not_warn(tmp_path):
     alone = [load(path, SPEC) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda path: load(path, SPEC), paths * 5))
-    for (pixels, sha), (expected, wanted) in zip(together, alone * 5, strict=True):
+    for (pixels, sha, _), (expected, wanted, _) in zip(together, alone * 5, strict=True):
         np.testing.assert_array_equal(pixels, expected)
         assert sha == wanted
     assert list(warnings.filters) == before
@@ -693,7 +693,7 @@ def test_real_mutated_files():
 @needs_real
 def test_real_full_size_files_match_the_plain_way():
     for path in sorted(Path(REAL, "full_size").glob("*.png")):
-        pixels, sha = load(path, SPEC)
+        pixels, sha, _ = load(path, SPEC)
         with Image.open(path) as image:
             plain = np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(pixels, plain[..., 0])

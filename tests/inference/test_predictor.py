@@ -80,7 +80,7 @@ def test_pixels_are_the_training_pixels(predictor: Predictor, files: list[str], 
     saved = arrays(toy_run)
     known = dict(zip(saved["image"].tolist(), saved["sha256"].tolist(), strict=True))
     for file in files[:3]:
-        pixels, sha256 = load(file, predictor.spec)
+        pixels, sha256, _ = load(file, predictor.spec)
         np.testing.assert_array_equal(predictor.pixels(file), pixels)
         assert sha256 == known[f"images/{Path(file).name}"]
 

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ...errors import ImageError
+from . import voi
 from .limits import check_size
 
 # Built by hand, not through Image.open: that would try every plugin installed, and warns by a global setting.
@@ -39,7 +40,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # TIFF tags
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323  # TIFF tags
+_SAMPLE = 32  # pixels a side that are looked at before a whole picture is searched for a second grey
 
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
 
@@ -77,16 +79,27 @@ def _check_png(data: bytes) -> None:
 
 
 def to_grey(image: ImageFile.ImageFile) -> Image.Image:
-    """A file of any mode to mode L, upright."""
+    """A file of any mode to mode L, upright. Raises ImageError (`unsupported`, `bad_range`, `flat`)."""
     image.load()
     upright = _upright(image)
     mode = upright.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        return Image.fromarray(SIXTEEN_TO_EIGHT[_white_is_zero(image, np.asarray(upright), 65535)])
+        return Image.fromarray(_grey_deep(image, np.asarray(upright)))
     if mode == "F":
         return _grey_float(_white_is_zero(image, np.asarray(upright), 1))
     if mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
         raise ImageError("unsupported", f"{image.format} with pixels of kind {mode}; save it as 8 or 16 bit grey")
+    grey = _grey_bytes(upright)
+    if _is_uniform(grey) and any(low < high for low, high in _extrema(upright)):
+        raise ImageError(
+            "flat", "the pixels differ and all become one grey (by transparency or a palette); save it grey"
+        )
+    return grey
+
+
+def _grey_bytes(upright: Image.Image) -> Image.Image:
+    """8 bits and fewer, of any mode, to mode L."""
+    mode = upright.mode
     if mode in ("P", "PA") or (mode in ("1", "L", "RGB") and "transparency" in upright.info):
         upright = upright.convert("RGBA")
     elif mode in ("CMYK", "YCbCr"):
@@ -95,6 +108,48 @@ def to_grey(image: ImageFile.ImageFile) -> Image.Image:
     if upright.mode in ("LA", "RGBA"):
         return Image.composite(grey, Image.new("L", grey.size), upright.getchannel("A"))
     return grey
+
+
+def _is_uniform(grey: Image.Image) -> bool:
+    """Whether a mode L picture is one grey; most are not by a few of their pixels."""
+    low, high = _extrema(grey.resize((_SAMPLE, _SAMPLE), Image.Resampling.NEAREST))[0]
+    if low < high:
+        return False
+    low, high = _extrema(grey)[0]
+    return low == high
+
+
+def _extrema(image: Image.Image) -> list[tuple[float, float]]:
+    """The smallest and largest value of each band."""
+    found = image.getextrema()
+    return [found] if isinstance(found[0], (int, float)) else list(found)
+
+
+def _grey_deep(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """9 to 16 bits to 8 by their full range, never by what is found; a TIFF says how many bits it has."""
+    bits = int(image.tag_v2.get(_BITS, (16,))[0]) if isinstance(image, TiffImageFile) else 16
+    top = (1 << bits) - 1
+    greys = (
+        SIXTEEN_TO_EIGHT if bits >= 16 else ((np.arange(1 << 16) * 255 + top // 2) // top).clip(0, 255).astype(np.uint8)
+    )
+    values = _white_is_zero(image, values, top if bits < 16 else 65535)
+    low, high = int(values.min()), int(values.max())
+    if int(greys[high]) - int(greys[low]) < voi.FEW_GREYS:
+        _check_flat(
+            int(np.count_nonzero(np.bincount(values.ravel()))), greys[values], f"{low:,} to {high:,} of {top:,}"
+        )
+    return np.asarray(greys[values])
+
+
+def _check_flat(different: int, greys: np.ndarray, span: str) -> None:
+    """Refuse a picture that shows nothing of its stored values, as `voi.is_flat` does."""
+    shown = len(np.unique(greys))
+    if different > 1 and (shown == 1 or (different > voi.MANY and shown < voi.FEW_GREYS)):
+        raise ImageError(
+            "flat",
+            f"{different:,} different values, {span}, become {shown} grey level(s); save it with values over the full "
+            "range, or as 8 bit",
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -118,4 +173,7 @@ def _grey_float(values: np.ndarray) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise ImageError("bad_range", f"floating-point pixels from {low:g} to {high:g}; 0 to 1 is read")
-    return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
+    greys = np.rint(values * np.float32(255)).astype(np.uint8)
+    if (high - low) * 255 < voi.FEW_GREYS:
+        _check_flat(len(np.unique(values)), greys, f"{low:g} to {high:g} of 1")
+    return Image.fromarray(greys)
