@@ -23,7 +23,7 @@ from ..errors import ImageError
 from ..system.extras import install
 from .formats import dicom
 from .formats.limits import MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_size
-from .formats.pictures import BMP_HEADERS, END, MAGIC, SIXTEEN_TO_EIGHT, open_picture, to_grey
+from .formats.pictures import BMP_HEADERS, END, MAGIC, deep_to_grey, float_to_grey, open_picture, to_grey
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
@@ -43,7 +43,7 @@ REASONS: dict[str, str] = {
     "needs_pydicom": f"DICOM files need the optional extra: {install('dicom')}",
     "needs_plugin": f"this DICOM compression needs pylibjpeg and its plugins: {install('dicom')}",
     "no_pixels": "a DICOM file without an image (report, directory, header); leave it out",
-    "bad_array": "an array that is not uint8 (H, W) or (H, W, 3), nor uint16 (H, W)",
+    "bad_array": "no image, or an array that is not uint8 (H, W) or (H, W, 3), uint16 (H, W), or floats from 0 to 1",
 }
 
 
@@ -134,21 +134,86 @@ def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> Loaded:
         return Loaded(np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest(), note)
 
 
+def pixels_of(image: object, spec: PreprocessSpec) -> np.ndarray:
+    """One image of any kind that people hold to pixels, uint8 (size, size), by the rules of `decode_grey`.
+
+    A path (text or os.PathLike); the bytes of an image file, or a file object open for reading bytes; a PIL image; a
+    NumPy array as `array_pixels` takes it; a torch tensor, which is such an array or has its channels first, (1, H, W)
+    or (3, H, W); or a pydicom data set. Raises ImageError; its message never holds the bytes.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return load(image, spec).pixels
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return resize(decode_grey(bytes(image), spec=spec, name=f"{len(image):,} bytes"), spec)
+    if isinstance(image, np.ndarray):
+        return array_pixels(image, spec)
+    kind = type(image)
+    if isinstance(image, Image.Image):
+        with _naming(f"a PIL image of mode {image.mode}"):
+            try:
+                return np.array(_square(to_grey(image), spec))
+            except (OSError, ValueError) as error:  # a file that Pillow opened and reads only now
+                raise ImageError("corrupt", f"cannot be decoded ({str(error)[:100]})") from error
+    if kind.__module__.split(".")[0] == "torch" and hasattr(image, "detach"):
+        array = image.detach().cpu().numpy()
+        if array.ndim == 3 and array.shape[0] in (1, 3):
+            array = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
+        return array_pixels(array, spec)
+    if kind.__module__.split(".")[0] == "pydicom" and hasattr(image, "file_meta"):
+        return resize(_dataset_grey(image, spec), spec)
+    if callable(read := getattr(image, "read", None)):
+        data = read()
+        if not isinstance(data, bytes):
+            raise ImageError(
+                "bad_array", f"a file object that reads {type(data).__name__}; open it in binary mode, 'rb'"
+            )
+        return pixels_of(data, spec)
+    raise ImageError(
+        "bad_array",
+        f"a {kind.__name__} is no image; give a path, bytes, a file object, a PIL image, a NumPy array, a torch tensor "
+        "or a pydicom data set",
+    )
+
+
+def is_one_image(image: object) -> bool:
+    """Whether `pixels_of` takes this as one image, and not as a collection of several."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image)
+    library = type(image).__module__.split(".")[0]
+    return isinstance(image, one) or library in ("torch", "pydicom") or hasattr(image, "read")
+
+
+def _dataset_grey(dataset: object, spec: PreprocessSpec) -> np.ndarray:
+    """A pydicom data set in memory to grey, uint8 (H, W)."""
+    try:
+        with _quiet():
+            return dicom.decode_dataset(dataset, spec.dicom_policy)[0]
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything at all
+        raise ImageError("corrupt", f"the pydicom data set cannot be decoded ({str(error)[:100]})") from error
+
+
 def array_pixels(array: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     """An image already in memory to pixels, uint8 (size, size), by the rules of `decode_grey`.
 
-    `array` is uint8 (H, W), uint8 (H, W, 3) RGB, or uint16 (H, W) over its full range. Raises ImageError.
+    `array` is uint8 (H, W) or (H, W, 3) RGB, uint16 (H, W) over its full range, or floating-point (H, W) or (H, W, 3)
+    from 0 to 1. Raises ImageError.
     """
     kind = (array.dtype.name, array.ndim) if isinstance(array, np.ndarray) and array.size else None
-    if kind == ("uint16", 2):
+    if kind is not None and array.ndim in (2, 3):
         check_size(array.shape[1], array.shape[0])
-        return resize(SIXTEEN_TO_EIGHT[array], spec)
+        with _naming(_describe(array)):
+            if array.dtype.kind == "f":
+                array = float_to_grey(array)
+            elif kind == ("uint16", 2):
+                array = deep_to_grey(array)
+        kind = (array.dtype.name, array.ndim)
     if kind == ("uint8", 3) and array.shape[2] == 3:
-        check_size(array.shape[1], array.shape[0])
         return np.array(_square(Image.fromarray(np.ascontiguousarray(array)).convert("L"), spec))
     if kind == ("uint8", 2):
         return resize(array, spec)
-    raise ImageError("bad_array", f"{_describe(array)}: give uint8 (H, W), uint8 (H, W, 3) or uint16 (H, W)")
+    shapes = "uint8 (H, W) or (H, W, 3), uint16 (H, W), or floats from 0 to 1"
+    raise ImageError("bad_array", f"{_describe(array)}: give {shapes}")
 
 
 def flip(pixels: np.ndarray) -> np.ndarray:

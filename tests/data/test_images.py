@@ -493,7 +493,7 @@ def test_too_long_to_crop_is_refused():
 
 def test_resize_and_array_pixels_refuse_what_is_no_image():
     for wrong in (
-        np.zeros((4, 4)),
+        np.zeros((4, 4), np.complex64),
         np.zeros((4, 4), bool),
         np.zeros((4, 4, 4), np.uint8),
         np.zeros((4, 0), np.uint8),
@@ -507,6 +507,12 @@ def test_resize_and_array_pixels_refuse_what_is_no_image():
             with pytest.raises(ImageError) as caught:
                 function(wrong, SPEC)
             assert caught.value.reason == "bad_array"
+    with pytest.raises(ImageError, match="resize takes uint8"):
+        resize(np.zeros((4, 4)), SPEC)
+    for odd in (np.full((4, 4), 7.0), np.full((4, 4), np.nan)):
+        with pytest.raises(ImageError) as caught:
+            array_pixels(odd, SPEC)
+        assert caught.value.reason == "bad_range"
 
 
 def test_array_pixels_follows_the_rules_of_files():

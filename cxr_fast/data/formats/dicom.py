@@ -63,7 +63,11 @@ def decode(data: bytes, policy: str) -> tuple[np.ndarray, str]:
     except ImportError:
         raise ImageError("needs_pydicom", f"a DICOM file needs pydicom: {install('dicom')}") from None
     _check_deflated(data)
-    ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
+    return decode_dataset(pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM"), policy, data)
+
+
+def decode_dataset(ds: Any, policy: str, data: bytes = b"") -> tuple[np.ndarray, str]:
+    """`decode` for a pydicom data set; `data` are the bytes it was read from, where it was read from bytes."""
     _check_header(ds, data)
     limits.check_size(int(ds.Columns), int(ds.Rows))
     _use_functional_groups(ds)

@@ -78,7 +78,7 @@ def _check_png(data: bytes) -> None:
         at = end + 4
 
 
-def to_grey(image: ImageFile.ImageFile) -> Image.Image:
+def to_grey(image: Image.Image) -> Image.Image:
     """A file of any mode to mode L, upright. Raises ImageError (`unsupported`, `bad_range`, `flat`)."""
     image.load()
     upright = _upright(image)
@@ -86,7 +86,7 @@ def to_grey(image: ImageFile.ImageFile) -> Image.Image:
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
         return Image.fromarray(_grey_deep(image, np.asarray(upright)))
     if mode == "F":
-        return _grey_float(_white_is_zero(image, np.asarray(upright), 1))
+        return Image.fromarray(float_to_grey(_white_is_zero(image, np.asarray(upright), 1)))
     if mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
         raise ImageError("unsupported", f"{image.format} with pixels of kind {mode}; save it as 8 or 16 bit grey")
     grey = _grey_bytes(upright)
@@ -126,18 +126,21 @@ def _extrema(image: Image.Image) -> list[tuple[float, float]]:
 
 
 def _grey_deep(image: Image.Image, values: np.ndarray) -> np.ndarray:
-    """9 to 16 bits to 8 by their full range, never by what is found; a TIFF says how many bits it has."""
+    """9 to 16 bits to 8; a TIFF says how many bits it has."""
     bits = int(image.tag_v2.get(_BITS, (16,))[0]) if isinstance(image, TiffImageFile) else 16
+    return deep_to_grey(_white_is_zero(image, values, (1 << bits) - 1), bits)
+
+
+def deep_to_grey(values: np.ndarray, bits: int = 16) -> np.ndarray:
+    """9 to 16 bits to uint8 by their full range, never by what is found. Raises ImageError (`flat`)."""
     top = (1 << bits) - 1
-    greys = (
-        SIXTEEN_TO_EIGHT if bits >= 16 else ((np.arange(1 << 16) * 255 + top // 2) // top).clip(0, 255).astype(np.uint8)
-    )
-    values = _white_is_zero(image, values, top if bits < 16 else 65535)
+    greys = SIXTEEN_TO_EIGHT
+    if bits < 16:
+        greys = ((np.arange(1 << 16) * 255 + top // 2) // top).clip(0, 255).astype(np.uint8)
     low, high = int(values.min()), int(values.max())
     if int(greys[high]) - int(greys[low]) < voi.FEW_GREYS:
-        _check_flat(
-            int(np.count_nonzero(np.bincount(values.ravel()))), greys[values], f"{low:,} to {high:,} of {top:,}"
-        )
+        different = int(np.count_nonzero(np.bincount(values.ravel())))
+        _check_flat(different, greys[values], f"{low:,} to {high:,} of {top:,}")
     return np.asarray(greys[values])
 
 
@@ -169,11 +172,12 @@ def _white_is_zero(image: Image.Image, values: np.ndarray, top: int) -> np.ndarr
     return top - values if white else values
 
 
-def _grey_float(values: np.ndarray) -> Image.Image:
+def float_to_grey(values: np.ndarray) -> np.ndarray:
+    """Floats from 0 to 1 to uint8. Raises ImageError (`bad_range`, `flat`)."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise ImageError("bad_range", f"floating-point pixels from {low:g} to {high:g}; 0 to 1 is read")
     greys = np.rint(values * np.float32(255)).astype(np.uint8)
     if (high - low) * 255 < voi.FEW_GREYS:
         _check_flat(len(np.unique(values)), greys, f"{low:g} to {high:g} of 1")
-    return Image.fromarray(greys)
+    return np.asarray(greys)
