@@ -86,13 +86,18 @@ class BatchSpec:
 
 @dataclass(kw_only=True)
 class State:
-    """How far a run is: images answered of `total`, `reused` of them by an earlier run, and where time went."""
+    """How far a run is: images answered of `total`, `reused` of them by an earlier run, failures by reason, seconds."""
 
     total: int
     done: int = 0
     reused: int = 0
-    failed: int = 0
+    failed_by: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "model": 0.0, "write": 0.0})
+
+    @property
+    def failed(self) -> int:
+        """Images that failed, for whatever reason."""
+        return self.failed_by.total()
 
     @property
     def waiting_for(self) -> str:
@@ -131,6 +136,7 @@ def write(
             "images": state.total,
             "reused": state.reused,
             "failed": state.failed,
+            "failed_by": dict(state.failed_by.most_common()),
             **tables,
             **predictor.describe(),
             "began": began.isoformat(timespec="seconds"),
@@ -315,16 +321,24 @@ def _predict(
         answers = predictor.stream_batches(batches, workers=spec.workers, seconds=state.seconds, stop=stopped.is_set)
         with contextlib.closing(answers), _progress_in_interrupt(state):
             for results in answers:
+                _refuse_lacking(results)
                 began = time.perf_counter()
                 kept.append(results, by)
                 state.seconds["write"] += time.perf_counter() - began
                 state.done += len(results)
-                state.failed += sum(not result.ok for result in results)
+                state.failed_by.update(result.reason for result in results if not result.ok)
                 if on_batch is not None:
                     on_batch(state)
                 # A cluster hands on several batches at once, and a second signal while they are kept would kill.
                 if stopped.is_set() and state.done < state.total:
                     raise Interrupted("stopped.")
+
+
+def _refuse_lacking(results: Sequence[Result]) -> None:
+    """End the run where a package is missing, which every further film of the kind would say again."""
+    for result in results:
+        if result.reason == "needs_pydicom":
+            raise InputError(result.message)
 
 
 @contextlib.contextmanager

@@ -474,7 +474,7 @@ CASES: list[tuple[list[object], str]] = [
     (["predict", "run", "one_image", "--out", "p.csv"], "run: no such model"),
     (["predict", "text.onnx", "one_image", "--out", "p.csv"], "text.onnx: not an ONNX file"),
     (["predict", "toy.h5", "one_image", "--out", "p.csv"], "toy.h5: not an ONNX file"),
-    (["predict", "model.onnx", "empty", "--out", "p.csv"], "empty: a folder without images"),
+    (["predict", "model.onnx", "emtpy", "--out", "p.csv"], "emtpy: no such file or folder"),
     (["predict", "model.onnx", "*.tiff", "--out", "p.csv"], r"\*\.tiff: matches no file"),
     (["predict", "model.onnx", "", "--out", "p.csv"], "empty: a shell variable"),
     (["predict", "model.onnx", "one_image", "--out", "file/p.csv"], "--out: cannot write file/p.csv"),
