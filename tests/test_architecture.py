@@ -428,8 +428,8 @@ def test_a_whole_prediction_runs_without_torch(model: Path, tmp_path: Path) -> N
     assert found.isdisjoint(HEAVY)
     assert "onnxruntime" in found
     head, row = out.read_text().splitlines()
-    assert head == "path,status,reason,bright,findings"
-    assert row == f"{tmp_path / 'a.png'},ok,,0.8000001,bright"
+    assert head == "path,status,reason,note,bright,findings"
+    assert row == f"{tmp_path / 'a.png'},ok,,,0.8000001,bright"
 
 
 COMMANDS = ["", *main.commands, *(f"bench {name}" for name in getattr(main.commands["bench"], "commands", ()))]

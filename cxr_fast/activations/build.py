@@ -65,7 +65,10 @@ class FileOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOutcome:
-    """What a cache run did; `reused` counts rows that were there before, `notes` name suspicious images."""
+    """What a cache run did; `reused` counts rows that were there before, `notes` name suspicious images.
+
+    `failed` and `noted` hold images with the reason, or the note on how they were read.
+    """
 
     path: Path
     images: int
@@ -75,6 +78,7 @@ class BuildOutcome:
     seconds: float
     fingerprint: str
     notes: tuple[str, ...] = ()
+    noted: tuple[tuple[str, str], ...] = ()
 
 
 OnProgress = Callable[[BuildProgress], None]
@@ -182,6 +186,7 @@ def run(
         seconds=time.perf_counter() - began,
         fingerprint=header.meta["fingerprint"],
         notes=duplicates.notes(images, hashes, groups, header.labels[ok]),
+        noted=tuple((image, note) for image, i in zip(images, ok, strict=True) if (note := file.errors[i])),
     )
 
 
@@ -248,6 +253,16 @@ class TotalProgress:
         """All shards."""
         names = [field.name for field in fields(BuildProgress)]
         return BuildProgress(**{name: sum(getattr(one, name) for one in self.latest) for name in names})
+
+
+def write_notes(path: Path, noted: Sequence[tuple[str, str]]) -> Path:
+    """Write `NAME.notes.csv` beside the cache (image, note); remove it where no image has a note."""
+    out = path.with_name(cache.stem(path) + ".notes.csv")
+    if noted:
+        write_csv(out, ["image", "note"], noted)
+    else:
+        out.unlink(missing_ok=True)
+    return out
 
 
 def write_errors(path: Path, failed: Sequence[tuple[str, str]]) -> Path:

@@ -29,20 +29,21 @@ WIDER = "--dtype float32"
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """One image after decoding: pixels (S, S) uint8 and the file's sha256, or the reason why not."""
+    """One image after decoding: pixels (S, S) uint8, the file's sha256 and a note; or the reason why not."""
 
     pixels: np.ndarray | None = None
     sha256: str = ""
     error: str | None = None
+    note: str = ""
 
 
 def decode(path: Path, spec: CacheSpec) -> Decoded:
     """Decode and resize an image file; for one that cannot be read the result holds the reason."""
     try:
-        pixels, sha256 = load(path, spec.preprocess)
+        found = load(path, spec.preprocess)
     except ImageError as error:
         return Decoded(error=f"{error.reason}: {error}", sha256=hash_image(path))
-    return Decoded(pixels=pixels, sha256=sha256)
+    return Decoded(pixels=found.pixels, sha256=found.sha256, note=found.note)
 
 
 class Encoder:
@@ -156,7 +157,8 @@ class Pipeline:
                     written.result()
                 self._time("writing", mark)
                 self._stop_at_first(rows, errors)
-                written = writing.submit(self.writer.rows, rows, values, [d.sha256 for d in decoded], errors)
+                hashes, notes = [d.sha256 for d in decoded], [d.note for d in decoded]
+                written = writing.submit(self.writer.rows, rows, values, hashes, errors, notes)
                 self._report(len(rows))
             images.close()
             if written is not None:

@@ -113,6 +113,9 @@ def _write_header(file: h5py.File, header: Header) -> None:
     file.create_dataset("labels", data=np.asarray(header.labels, np.int8))
 
 
+Texts = Sequence[str | None]
+
+
 class Writer:
     """Writes rows into a partial file, from one thread, without the HDF5 library; refused while anybody reads it.
 
@@ -133,10 +136,11 @@ class Writer:
         self._fd = _open_exclusive(partial, path)
 
     def rows(
-        self, indices: Sequence[int], values: np.ndarray, sha256: Sequence[str], errors: Sequence[str | None]
+        self, indices: Sequence[int], values: np.ndarray, sha256: Sequence[str], errors: Texts, notes: Texts = ()
     ) -> None:
         """Store `values` (n, V, ...) at rows `indices`; a row with an error is marked failed and its bytes are zero.
 
+        `notes` say how the images of good rows were read; they stand in the error's place.
         Raises InputError when the disk is full; rows already done are kept.
         """
         values = np.ascontiguousarray(values, self.dtype)
@@ -146,13 +150,14 @@ class Writer:
             values = values.copy()
             values[failed] = 0
         flat = values.reshape(len(indices), -1)
+        texts = [error or note or "" for error, note in zip(errors, notes or [""] * len(errors), strict=True)]
         done = np.where(failed, FAILED, DONE).astype(STATE["done"])
         columns = {
             "activations": flat,
             "crc32": np.array([zlib.crc32(row.data) for row in flat], STATE["crc32"]),
             "absmax": np.array([np.abs(row).max() for row in flat], STATE["absmax"]),
             "sha256": np.array([value.encode() for value in sha256], f"S{HASH_BYTES}"),
-            "error": np.array([_clip(error or "", ERROR_BYTES) for error in errors], f"S{ERROR_BYTES}"),
+            "error": np.array([_clip(text, ERROR_BYTES) for text in texts], f"S{ERROR_BYTES}"),
         }
         try:
             for name, array in columns.items():

@@ -240,15 +240,16 @@ def _copy(sources: Sequence[Path], out: Path, hasher: ImageHasher) -> None:
         pending = np.flatnonzero(writer.state == store.PENDING).tolist()
         for start in range(0, len(pending), CHUNK):
             hashed = hasher.hash_rows(pending[start : start + CHUNK])
-            found = [(row, values, h) for row, h in hashed if (values := _sound(known.get(h, ()))) is not None]
+            found = [(row, h, copy) for row, h in hashed if (copy := _sound(known.get(h, ()))) is not None]
             if found:
-                rows, kept, names = zip(*found, strict=True)
-                writer.rows(rows, np.stack(kept), names, [None] * len(rows))
+                rows, names, copies = zip(*found, strict=True)
+                values, notes = zip(*copies, strict=True)
+                writer.rows(rows, np.stack(values), names, [None] * len(rows), notes)
 
 
-def _sound(copies: Sequence[tuple[store.ActivationFile, int]]) -> np.ndarray | None:
-    """The first undamaged of several copies of a row, (V, ...)."""
-    return next((file.activations[row] for file, row in copies if not file.damage(row)), None)
+def _sound(copies: Sequence[tuple[store.ActivationFile, int]]) -> tuple[np.ndarray, str] | None:
+    """The first undamaged of several copies of a row, (V, ...), and its note."""
+    return next(((file.activations[row], file.errors[row]) for file, row in copies if not file.damage(row)), None)
 
 
 def _short(value: Any) -> str:

@@ -125,7 +125,7 @@ def _reencode(
     for row in rows:
         path = root / file.header.images[row]
         try:
-            pixels, sha256 = load_image(path, spec.preprocess)
+            pixels, sha256 = load_image(path, spec.preprocess)[:2]
         except ImageError as error:
             pixels, sha256 = np.zeros(0), hash_image(path)
             if sha256 in ("", file.sha256[row]):

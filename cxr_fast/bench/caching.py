@@ -89,7 +89,7 @@ class Parts:
     def decode(self) -> list[np.ndarray]:
         """Every file to pixels, on all cores."""
         with ThreadPoolExecutor(self.cores) as pool:
-            return [pixels for pixels, _ in pool.map(lambda path: load(path, self.spec.preprocess), self.paths)]
+            return [found.pixels for found in pool.map(lambda path: load(path, self.spec.preprocess), self.paths)]
 
     def forward(self) -> list[np.ndarray]:
         """The frozen layers alone, on decoded pixels."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import PreprocessSpec
 from ..data import manifest
-from ..data.images import IMAGE_SUFFIXES, load
+from ..data.images import load
 from ..data.paths import expand
 from ..errors import ImageError
 from ..system import hardware
@@ -59,7 +59,7 @@ def decode_all(paths: Sequence[str | Path], spec: PreprocessSpec) -> list[Decode
 
     def decode(path: str | Path) -> Decoded | ImageError:
         try:
-            return load(path, spec)
+            return load(path, spec)[:2]
         except ImageError as error:
             return error
 
@@ -77,7 +77,7 @@ def copy_films(folder: Path, images: Path | None, count: int) -> manifest.Manife
     if images is None:
         sources = [Path(path) for path in draw_films(folder)]
     else:
-        sources = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        sources = [Path(path) for path in expand([str(images)])]
     rows = []
     for i in range(count):
         source = sources[i % len(sources)]

@@ -274,8 +274,8 @@ def describe_noise(result: BenchResult) -> list[str]:
     if noise["noisy_samples"]:  # none where only the whole run was watched
         over += f" while {noise['noisy_samples']} of {noise['samples']} samples were taken"
     return [
-        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run{worst}; {over}: run it again on "
-        "a quiet machine"
+        f"NOISY: other processes took {noise['share']:.0%} of the machine during the run{worst}; {over}: run it again "
+        "on a quiet machine"
     ]
 
 

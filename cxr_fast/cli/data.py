@@ -210,6 +210,12 @@ def echo_outcome(outcome: Any, path: Path) -> None:
     encoded = f"encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}"
     click.echo(f"reused {outcome.reused:,}, {encoded}, {took()}: {path}")
     echo_notes(outcome.notes)
+    noted = build.write_notes(path, outcome.noted)
+    if outcome.noted:
+        image, note = outcome.noted[0]
+        click.echo(
+            f"note: {len(outcome.noted):,} image(s) have a note in {noted}; the first, {image}: {note}", err=True
+        )
     listing = build.write_errors(path, outcome.failed)
     if outcome.failed:
         click.echo(

@@ -162,7 +162,10 @@ def signed(value: float | None) -> str:
 @click.argument("model", type=PATH)
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
-    "--out", type=PATH, required=True, help="NAME.csv, .parquet or .jsonl: path, status, reason, a probability a class."
+    "--out",
+    type=PATH,
+    required=True,
+    help="NAME.csv, .parquet or .jsonl: path, status, reason, note, a probability a class.",
 )
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
 @click.option(
@@ -198,18 +201,29 @@ def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None
             wanted = read(inputs)
             predictor = ClusterPredictor(joined, model, wanted.paths, workers=flags["workers"], **here)
             click.echo(f"cluster: {joined}", err=True)
+        if not wanted.paths:
+            click.echo(f"nothing new: no image among the inputs{_passed_over(wanted)}; {out} is as it was")
+            return
         bar = ProgressBar()
         summary = batch.write(predictor, wanted, out, batch.BatchSpec(**flags), partial(_show_batch, bar))
     bar.done()
     _echo_predicted(summary, predictor.where, out)
+    if wanted.passed_over:
+        click.echo(f"passed over in folders{_passed_over(wanted)}", err=True)
     click.echo(f"device: {predictor.why}", err=True)
     if lost := summary.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost on the way; other nodes predicted its images", err=True)
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:
-        click.echo(f"{summary['failed']:,} image(s) failed; their rows say why", err=True)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary["failed_by"].items())
+        click.echo(f"{summary['failed']:,} image(s) failed: {reasons}; their rows say why", err=True)
         sys.exit(1)
+
+
+def _passed_over(wanted: Any) -> str:
+    found = ", ".join(f"{count:,} {reason}" for reason, count in wanted.passed_over.items())
+    return f" ({found})" if found else ""
 
 
 def _show_batch(bar: ProgressBar, state: Any) -> None:

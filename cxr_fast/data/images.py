@@ -12,25 +12,17 @@ import stat
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image
 
 from ..config import PreprocessSpec, choices
 from ..errors import ImageError
-from . import dicom
-
-# 80 megapixels is twice the largest detector. It is below the size at which Pillow itself would warn, so that
-# warning never appears; with the file limit it holds the worst case (progressive CMYK JPEG) under 2 GB.
-MAX_PIXELS = 80_000_000
-MAX_SIDE = 65_535
-MAX_BYTES = 256 << 20
+from .formats import dicom
+from .formats.limits import MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_size
+from .formats.pictures import BMP_HEADERS, END, MAGIC, deep_to_grey, float_to_grey, open_picture, to_grey
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
@@ -44,41 +36,15 @@ REASONS: dict[str, str] = {
     "corrupt": "the content is damaged or breaks its own format; copy or export it again",
     "multi_frame": "several frames or pages; save the one to use as its own file",
     "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
+    "flat": "values that differ become one grey, or hundreds of them a few: nothing would be seen; save it again",
     "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
     "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
     "needs_pydicom": "DICOM files need pydicom, which the extra dicom brings; `cxrfast doctor` says how to install it",
     "needs_plugin": "this DICOM compression needs pylibjpeg and its plugins, of the extra dicom; see `cxrfast doctor`",
     "no_pixels": "a DICOM file without an image (report, directory, header); leave it out",
-    "bad_array": "an array that is not uint8 (H, W) or (H, W, 3), nor uint16 (H, W)",
+    "bad_array": "no image, or an array that is not uint8 (H, W) or (H, W, 3), uint16 (H, W), or floats from 0 to 1",
 }
 
-# Built by hand, not through Image.open: that would try every plugin installed, and warns by a global setting.
-_READERS: dict[str, type[ImageFile.ImageFile]] = {
-    "PNG": PngImageFile,
-    "JPEG": JpegImageFile,
-    "TIFF": TiffImageFile,
-    "BMP": BmpImageFile,
-}
-_MAGIC = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    *((mark, "TIFF") for mark in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
-)
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # "BM" alone also begins ordinary text
-_END = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # TIFF tags
-
-_SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
 
 # Grey, 29 x 40, quality 40: what an encoder here would make of the picture may be another file.
 _JPEG = base64.b64decode(
@@ -114,7 +80,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndarray:
     """The bytes of one image file to grey pixels, uint8 (H, W), at full size.
 
-    The format follows from the content, never from a name: PNG, JPEG, TIFF, BMP, or DICOM (`dicom.decode`).
+    The format follows from the content, never from a name: PNG, JPEG, TIFF, BMP, or DICOM (`formats.dicom.decode`).
 
     - Colour becomes ITU-R 601 luma (Pillow's `L`); CMYK goes through RGB. ICC profiles and gamma are ignored.
     - 16 bits are divided by 257 and rounded, the full range: never stretched to what is found, so 12-bit values
@@ -128,7 +94,7 @@ def decode_grey(data: bytes, *, spec: PreprocessSpec, name: str = "") -> np.ndar
 
     Raises ImageError with a code of `REASONS` and a message beginning with `name`; nothing else, on any bytes.
     """
-    return np.array(_decode(data, spec, name))
+    return np.array(_decode(data, spec, name)[0])
 
 
 def resize(grey: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
@@ -139,38 +105,114 @@ def resize(grey: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     """
     if not isinstance(grey, np.ndarray) or grey.dtype != np.uint8 or grey.ndim != 2 or grey.size == 0:
         raise ImageError("bad_array", f"{_describe(grey)}: resize takes uint8 (H, W)")
-    _check_size(grey.shape[1], grey.shape[0])
+    check_size(grey.shape[1], grey.shape[0])
     return np.array(_square(Image.fromarray(np.ascontiguousarray(grey)), spec))
 
 
-def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> tuple[np.ndarray, str]:
-    """Pixels of one image file, uint8 (size, size), and the sha256 (hex) of its bytes.
+class Loaded(NamedTuple):
+    """One image file: pixels uint8 (size, size), the sha256 (hex) of its bytes, and a note, empty for most.
 
-    Equal to `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
+    The note says where a DICOM header was not followed and why, and what says that the film is none of a chest.
+    """
+
+    pixels: np.ndarray
+    sha256: str
+    note: str = ""
+
+
+def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> Loaded:
+    """Read one image file.
+
+    Its pixels equal `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
     worth it: reading, hashing, decoding and resizing all release the GIL. Raises ImageError.
     """
     data = read_bytes(path)
     name = os.fspath(path)
-    grey = _decode(data, spec, name)
+    grey, note = _decode(data, spec, name)
     with _naming(name):
-        return np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest()
+        return Loaded(np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest(), note)
+
+
+def pixels_of(image: object, spec: PreprocessSpec) -> np.ndarray:
+    """One image of any kind that people hold to pixels, uint8 (size, size), by the rules of `decode_grey`.
+
+    A path (text or os.PathLike); the bytes of an image file, or a file object open for reading bytes; a PIL image; a
+    NumPy array as `array_pixels` takes it; a torch tensor, which is such an array or has its channels first, (1, H, W)
+    or (3, H, W); or a pydicom data set. Raises ImageError; its message never holds the bytes.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return load(image, spec).pixels
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return resize(decode_grey(bytes(image), spec=spec, name=f"{len(image):,} bytes"), spec)
+    if isinstance(image, np.ndarray):
+        return array_pixels(image, spec)
+    kind = type(image)
+    if isinstance(image, Image.Image):
+        with _naming(f"a PIL image of mode {image.mode}"):
+            try:
+                return np.array(_square(to_grey(image), spec))
+            except (OSError, ValueError) as error:  # a file that Pillow opened and reads only now
+                raise ImageError("corrupt", f"cannot be decoded ({str(error)[:100]})") from error
+    if kind.__module__.split(".")[0] == "torch" and hasattr(image, "detach"):
+        array = image.detach().cpu().numpy()
+        if array.ndim == 3 and array.shape[0] in (1, 3):
+            array = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
+        return array_pixels(array, spec)
+    if kind.__module__.split(".")[0] == "pydicom" and hasattr(image, "file_meta"):
+        return resize(_dataset_grey(image, spec), spec)
+    if callable(read := getattr(image, "read", None)):
+        data = read()
+        if not isinstance(data, bytes):
+            raise ImageError(
+                "bad_array", f"a file object that reads {type(data).__name__}; open it in binary mode, 'rb'"
+            )
+        return pixels_of(data, spec)
+    raise ImageError(
+        "bad_array",
+        f"a {kind.__name__} is no image; give a path, bytes, a file object, a PIL image, a NumPy array, a torch tensor "
+        "or a pydicom data set",
+    )
+
+
+def is_one_image(image: object) -> bool:
+    """Whether `pixels_of` takes this as one image, and not as a collection of several."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image)
+    library = type(image).__module__.split(".")[0]
+    return isinstance(image, one) or library in ("torch", "pydicom") or hasattr(image, "read")
+
+
+def _dataset_grey(dataset: object, spec: PreprocessSpec) -> np.ndarray:
+    """A pydicom data set in memory to grey, uint8 (H, W)."""
+    try:
+        with _quiet():
+            return dicom.decode_dataset(dataset, spec.dicom_policy)[0]
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything at all
+        raise ImageError("corrupt", f"the pydicom data set cannot be decoded ({str(error)[:100]})") from error
 
 
 def array_pixels(array: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     """An image already in memory to pixels, uint8 (size, size), by the rules of `decode_grey`.
 
-    `array` is uint8 (H, W), uint8 (H, W, 3) RGB, or uint16 (H, W) over its full range. Raises ImageError.
+    `array` is uint8 (H, W) or (H, W, 3) RGB, uint16 (H, W) over its full range, or floating-point (H, W) or (H, W, 3)
+    from 0 to 1. Raises ImageError.
     """
     kind = (array.dtype.name, array.ndim) if isinstance(array, np.ndarray) and array.size else None
-    if kind == ("uint16", 2):
-        _check_size(array.shape[1], array.shape[0])
-        return resize(_SIXTEEN_TO_EIGHT[array], spec)
+    if kind is not None and array.ndim in (2, 3):
+        check_size(array.shape[1], array.shape[0])
+        with _naming(_describe(array)):
+            if array.dtype.kind == "f":
+                array = float_to_grey(array)
+            elif kind == ("uint16", 2):
+                array = deep_to_grey(array)
+        kind = (array.dtype.name, array.ndim)
     if kind == ("uint8", 3) and array.shape[2] == 3:
-        _check_size(array.shape[1], array.shape[0])
         return np.array(_square(Image.fromarray(np.ascontiguousarray(array)).convert("L"), spec))
     if kind == ("uint8", 2):
         return resize(array, spec)
-    raise ImageError("bad_array", f"{_describe(array)}: give uint8 (H, W), uint8 (H, W, 3) or uint16 (H, W)")
+    shapes = "uint8 (H, W) or (H, W, 3), uint16 (H, W), or floats from 0 to 1"
+    raise ImageError("bad_array", f"{_describe(array)}: give {shapes}")
 
 
 def flip(pixels: np.ndarray) -> np.ndarray:
@@ -202,8 +244,8 @@ def _describe(array: object) -> str:
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
 
 
-def _decode(data: bytes, spec: PreprocessSpec, name: str) -> Image.Image:
-    """Any file to a mode L image; the one boundary where a decoder's exceptions become ImageError."""
+def _decode(data: bytes, spec: PreprocessSpec, name: str) -> tuple[Image.Image, str]:
+    """Any file to a mode L image and a note; the one boundary where a decoder's exceptions become ImageError."""
     with _naming(name), _quiet():
         if not data:
             raise ImageError("empty", "no bytes")
@@ -212,13 +254,16 @@ def _decode(data: bytes, spec: PreprocessSpec, name: str) -> Image.Image:
         kind = _kind(data)
         try:
             if kind == "DICOM":
-                return Image.fromarray(dicom.decode(data, spec.dicom_policy, _check_size, MAX_BYTES))
-            return _grey(_open(data, kind))
+                pixels, note = dicom.decode(data, spec.dicom_policy)
+                return Image.fromarray(pixels), note
+            return to_grey(open_picture(data, kind)), ""
         except ImageError:
             raise
         except Exception as error:  # decoders raise anything at all on broken files
             reason = _reason(error, data, kind)
-            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            # An address in memory would make the tables of two runs differ.
+            said = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
+            detail = said[:200] or type(error).__name__
             raise ImageError(reason, f"{kind} file is {reason.replace('_', ' ')} ({detail})") from error
 
 
@@ -235,99 +280,14 @@ def _kind(data: bytes) -> str:
     """The format by content. DICOM first: its 128-byte preamble may hold a TIFF header."""
     if data[128:132] == b"DICM":
         return "DICOM"
-    for magic, kind in _MAGIC:
+    for magic, kind in MAGIC:
         if data.startswith(magic):
             return kind
-    if data[:2] == b"BM" and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADERS:
+    if data[:2] == b"BM" and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in BMP_HEADERS:
         return "BMP"
     if dicom.looks_like_dicom(data):
         return "DICOM"
     raise ImageError("not_an_image", "not a PNG, JPEG, TIFF, BMP or DICOM file, whatever its name says")
-
-
-def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
-    """Read the header, and refuse by it: nothing is decoded yet."""
-    image = _READERS[kind](io.BytesIO(data))
-    _check_size(*image.size)
-    if kind == "PNG":
-        _check_png(data)
-    # Looked for after the headers, as thumbnails have their own. Without it zeros in place of the rest are pixels.
-    if kind == "JPEG" and image.fp is not None and data.rfind(_END[kind], image.fp.tell()) < 0:
-        raise ImageError("truncated", "JPEG file ends before its end marker; copy it again")
-    if getattr(image, "is_animated", False):
-        raise ImageError("multi_frame", f"{kind} with several frames; save the one to use as its own file")
-    if isinstance(image, TiffImageFile):  # libtiff allocates a whole tile, whatever the image's size
-        _check_size(image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
-    return image
-
-
-def _check_png(data: bytes) -> None:
-    """Prove the checksums of the pixels, which Pillow does not: a flipped bit, or zeros for the rest, would be a film.
-
-    What is cut short, and all other chunks, is left to Pillow.
-    """
-    at, whole = 8, memoryview(data)
-    while at + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + length
-        if name == b"IEND" or end + 4 > len(data):
-            return
-        if name == b"IDAT" and zlib.crc32(whole[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            raise ImageError("corrupt", "PNG file is corrupt (its pixels do not have their checksum); copy it again")
-        at = end + 4
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise ImageError("corrupt", f"the header says {width} x {height} pixels")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        limit = f"{MAX_PIXELS // 10**6} megapixels or {MAX_SIDE} a side"
-        raise ImageError("too_large", f"{width} x {height} pixels, more than {limit}")
-
-
-def _grey(image: ImageFile.ImageFile) -> Image.Image:
-    """A file of any mode to mode L, upright."""
-    image.load()
-    upright = _upright(image)
-    mode = upright.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        return Image.fromarray(_SIXTEEN_TO_EIGHT[_white_is_zero(image, np.asarray(upright), 65535)])
-    if mode == "F":
-        return _grey_float(_white_is_zero(image, np.asarray(upright), 1))
-    if mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
-        raise ImageError("unsupported", f"{image.format} with pixels of kind {mode}; save it as 8 or 16 bit grey")
-    if mode in ("P", "PA") or (mode in ("1", "L", "RGB") and "transparency" in upright.info):
-        upright = upright.convert("RGBA")
-    elif mode in ("CMYK", "YCbCr"):
-        upright = upright.convert("RGB")
-    grey = upright if upright.mode == "L" else upright.convert("L")
-    if upright.mode in ("LA", "RGBA"):
-        return Image.composite(grey, Image.new("L", grey.size), upright.getchannel("A"))
-    return grey
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, unless the metadata is broken; Pillow has done so already for TIFF."""
-    if isinstance(image, TiffImageFile):
-        return image
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken metadata around sound pixels
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-def _white_is_zero(image: Image.Image, values: np.ndarray, top: int) -> np.ndarray:
-    """Invert a TIFF that counts from white; Pillow does that for 8 bits and fewer, not for 16 or floats."""
-    white = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
-    return top - values if white else values
-
-
-def _grey_float(values: np.ndarray) -> Image.Image:
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # NaN fails too
-        raise ImageError("bad_range", f"floating-point pixels from {low:g} to {high:g}; 0 to 1 is read")
-    return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
 
 
 def placed(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int, int, int]:
@@ -364,11 +324,13 @@ def _square(grey: Image.Image, spec: PreprocessSpec) -> Image.Image:
 
 
 def _reason(error: Exception, data: bytes, kind: str) -> str:
-    """`too_large`, `truncated` or `corrupt`, from what a decoder said and whether the end marker is there."""
+    """`too_large`, `unsupported`, `truncated` or `corrupt`, by what a decoder said and whether the end is there."""
     text = str(error).lower()
+    if any(words in text for words in ("unknown pixel mode", "12-bit layers")):  # Pillow's, for sound files
+        return "unsupported"
     if isinstance(error, MemoryError) or "too large" in text:
         return "too_large"
-    if kind in _END and _END[kind] not in data[-4096:]:
+    if kind in END and END[kind] not in data[-4096:]:
         return "truncated"
     short = ("truncated", "unpack", "not enough", "end of file", "less than expected", "incomplete")
     return "truncated" if isinstance(error, EOFError) or any(word in text for word in short) else "corrupt"

@@ -5,16 +5,22 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import InputError
 from ..system.tables import Cells, filled, read_csv, read_parquet
+from .formats.dicom import looks_like_dicom
 from .images import IMAGE_SUFFIXES
 
 MANIFESTS = (".csv", ".csv.gz", ".parquet")
+# Of Apple's archives; what lies in it, and files of names with `._`, hold no picture.
+FOREIGN = "__MACOSX"
+HIDDEN, NO_SUFFIX = "hidden", "without a known suffix"
+MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 BY = ("study", "group")  # the columns that say which images are pooled, the first there is
 
 
@@ -24,6 +30,7 @@ class Inputs:
 
     `studies` has one a path, "" where unknown, or is empty where no manifest said any; `by` is the column they are
     of. `sources` are the manifests and lists that were read, `manifests` how many of them are manifests.
+    `passed_over` counts the files of folders that are not among them, by reason.
     """
 
     paths: Sequence[str]
@@ -31,18 +38,31 @@ class Inputs:
     by: str = ""
     sources: tuple[Path, ...] = ()
     manifests: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a folder walk passes over a file or folder of this name: hidden, or of Apple's archives."""
+    return name.startswith(".") or name == FOREIGN
 
 
 def expand(items: Iterable[str]) -> list[str]:
-    """Files, folders (recursive, image suffixes only) and globs to a list of paths, in order, each once.
+    """Files, folders (recursive) and globs to a list of paths, in order, each once.
 
-    A named file is taken whatever its suffix, and need not exist: it then becomes a row that says so.
+    Of a folder everything counts that has an image's suffix or begins as a DICOM file does; hidden files and folders do
+    not. A named file is taken whatever its suffix. One that does not exist becomes a row that says so where it has an
+    image's suffix, and is an InputError else, as a mistyped folder would be. So is a folder without images.
     """
-    return list(dict.fromkeys(path for item in items for path in _named(item)))
+    out: list[str] = []
+    for item in items:
+        if not (found := _named(item, Counter())):
+            raise InputError(f"{item}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        out += found
+    return list(dict.fromkeys(out))
 
 
 def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
-    """As `expand`; also `-` and `@FILE`, a path a line, and a manifest with a column `image`.
+    """As `expand`, but a folder may be empty; also `-` and `@FILE`, a path a line, and a manifest of a column `image`.
 
     Lists are taken word by word, no globs and no folders, and are split at NUL instead of line ends where there is
     one (`find -print0`). A manifest's images are relative to it. Raises InputError, also where two rows put one image
@@ -51,6 +71,7 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
     found: dict[str, str] = {}
     sources: list[Path] = []
     columns: list[str] = []
+    passed: Counter[str] = Counter()
     for item in items:
         if item == "-":
             studies = dict.fromkeys(_listed(item, (stdin or sys.stdin.buffer).read()), "")
@@ -62,7 +83,7 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
             by, studies = _manifest(sources[-1])
             columns.append(by)
         else:
-            studies = dict.fromkeys(_named(item), "")
+            studies = dict.fromkeys(_named(item, passed), "")
         for path, study in studies.items():
             if not found.get(path):
                 found[path] = study
@@ -72,34 +93,46 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
         by=next(filter(None, columns), ""),
         sources=tuple(sources),
         manifests=len(columns),
+        passed_over=passed,
     )
 
 
-def _named(item: str) -> list[str]:
+def _named(item: str, passed: Counter[str]) -> list[str]:
     if not item:
         raise InputError("one of the inputs is empty: a shell variable without a value?")
     if os.path.isdir(item):
-        if not (inside := _folder(str(Path(item)))):
-            raise InputError(f"{item}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        return inside
+        return find_images(str(Path(item)), passed)
     if not os.path.lexists(item) and glob.has_magic(item):
         if not (matched := sorted(p for p in glob.glob(item, recursive=True) if not os.path.isdir(p))):
             raise InputError(f"{item}: matches no file.")
         return matched
+    if not os.path.lexists(item) and os.path.splitext(item)[1].lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"{item}: no such file or folder.")
     return [item]
 
 
-def _folder(root: str) -> list[str]:
-    """Everything with an image's suffix, links to folders followed once; a folder that cannot be read is an error.
+def find_images(root: str, passed: Counter[str]) -> list[str]:
+    """Everything below a folder with an image's suffix or the beginning of a DICOM file; `passed` counts the rest.
 
-    What turns out to be a pipe or a link to nothing is taken too, so that its row says what is wrong.
+    Links to folders are followed once. What turns out to be a pipe or a link to nothing is taken too, so that its row
+    says what is wrong. Raises InputError for a folder that cannot be read.
     """
     found: list[str] = []
     seen = {_identity(root)}
     for folder, inside, names in os.walk(root, followlinks=True, onerror=_refuse):
-        found += (os.path.join(folder, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
+        for name in names:
+            path = os.path.join(folder, name)
+            if is_hidden(name):
+                passed[HIDDEN] += 1
+            elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or _begins_as_dicom(path):
+                found.append(path)
+            else:
+                passed[NO_SUFFIX] += 1
         fresh = []
         for name in sorted(inside):
+            if is_hidden(name):
+                passed[HIDDEN] += 1
+                continue
             if (identity := _identity(os.path.join(folder, name))) not in seen:
                 seen.add(identity)
                 fresh.append(name)
@@ -107,6 +140,17 @@ def _folder(root: str) -> list[str]:
     if root == os.curdir:
         found = [path.removeprefix(f"{os.curdir}{os.sep}") for path in found]
     return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # a folder's files stay together
+
+
+def _begins_as_dicom(path: str) -> bool:
+    """Whether a file of no known suffix is DICOM, as scanners write it; a pipe or what cannot be read is not."""
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return looks_like_dicom(file.read(132))
+    except OSError:
+        return False
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -126,11 +170,24 @@ def _bytes(path: Path) -> bytes:
 
 
 def _listed(item: str, data: bytes) -> list[str]:
-    """The paths of a list; bytes that are not UTF-8 stay what they are."""
+    """The paths of a list; bytes that are not UTF-8 stay what they are. A byte order mark is no part of a name."""
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            data = data[len(mark) :]
+            if encoding != "utf-8":
+                data = _recoded(item, data, encoding)
+            break
     lines = data.split(b"\0") if b"\0" in data else [line.removesuffix(b"\r") for line in data.split(b"\n")]
     if not (paths := [os.fsdecode(line) for line in lines if line]):
         raise InputError(f"{'standard input' if item == '-' else item}: a list without a path; a path a line is read.")
     return paths
+
+
+def _recoded(item: str, data: bytes, encoding: str) -> bytes:
+    try:
+        return data.decode(encoding).encode()
+    except UnicodeDecodeError:
+        raise InputError(f"{item}: begins as UTF-16 and is none; save the list as UTF-8.") from None
 
 
 def _manifest(path: Path) -> tuple[str, dict[str, str]]:

@@ -123,7 +123,7 @@ def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[
         if len(kept) == most:
             break
         try:
-            image, sha256 = load(root / str(saved["image"][i]), spec)
+            image, sha256 = load(root / str(saved["image"][i]), spec)[:2]
         except ImageError:
             continue
         if sha256 != saved["sha256"][i]:

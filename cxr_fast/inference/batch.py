@@ -9,11 +9,11 @@ import itertools
 import json
 import os
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -28,13 +28,10 @@ from ..system.files import atomic, file_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
 from .checkpoint import WAL, Checkpoint, beside
-from .outputs import WRITERS, Columns, Row, shown
+from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, shown
 from .predictor import BATCH, Result
 
 KIND, SCHEMA = "cxr-fast predictions", 1
-Pool = Literal["mean", "max"]
-KEYS = ("path", "status", "reason")
-STUDY_KEYS = ("study", "images", "status", "reason")
 
 
 class Answerer(Protocol):
@@ -86,13 +83,18 @@ class BatchSpec:
 
 @dataclass(kw_only=True)
 class State:
-    """How far a run is: images answered of `total`, `reused` of them by an earlier run, and where time went."""
+    """How far a run is: images answered of `total`, `reused` of them by an earlier run, failures by reason, seconds."""
 
     total: int
     done: int = 0
     reused: int = 0
-    failed: int = 0
+    failed_by: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "model": 0.0, "write": 0.0})
+
+    @property
+    def failed(self) -> int:
+        """Images that failed, for whatever reason."""
+        return self.failed_by.total()
 
     @property
     def waiting_for(self) -> str:
@@ -131,6 +133,7 @@ def write(
             "images": state.total,
             "reused": state.reused,
             "failed": state.failed,
+            "failed_by": dict(state.failed_by.most_common()),
             **tables,
             **predictor.describe(),
             "began": began.isoformat(timespec="seconds"),
@@ -152,46 +155,6 @@ def run_path(out: Path) -> Path:
 def studies_path(out: Path) -> Path:
     """NAME.studies.csv (.parquet, .jsonl), a row a study."""
     return out.with_name(f"{out.stem}.studies{out.suffix}")
-
-
-def pooled(results: Iterable[Result], studies: Sequence[str], pool: Pool) -> Iterator[Row]:
-    """Yield one row per study: STUDY_KEYS and (C,) float32, or None where no image could be read.
-
-    Studies come in the order of their first images; one is held until its last image has come, and until those that
-    began before it are out.
-    """
-    left = Counter(studies)
-    open_ones: OrderedDict[str, _Study] = OrderedDict()
-    for result, study in zip(results, studies, strict=True):
-        open_ones.setdefault(study, _Study()).add(result, pool)
-        left[study] -= 1
-        while open_ones and not left[first := next(iter(open_ones))]:
-            yield open_ones.pop(first).row(first, pool)
-
-
-class _Study:
-    def __init__(self) -> None:
-        self.good, self.failed = 0, Counter[str]()
-        self.values = np.zeros(0)
-
-    def add(self, result: Result, pool: Pool) -> None:
-        """Add one image."""
-        if result.probabilities is None:
-            self.failed[result.reason] += 1
-            return
-        new = result.probabilities.astype(np.float64)
-        join = np.add if pool == "mean" else np.maximum
-        self.values = join(self.values, new) if self.good else new
-        self.good += 1
-
-    def row(self, study: str, pool: Pool) -> Row:
-        """One row for all images of the study."""
-        images, lost = self.good + self.failed.total(), self.failed.total()
-        reason = f"{lost} of {images} images failed: {', '.join(sorted(self.failed))}" if lost else ""
-        values = self.values / self.good if self.good and pool == "mean" else self.values
-        return [shown(study), images, "ok" if self.good else "failed", reason], (
-            values.astype(np.float32) if self.good else None
-        )
 
 
 # ---------------------------------------------------------------------------------------------- the parts of `write`
@@ -315,16 +278,24 @@ def _predict(
         answers = predictor.stream_batches(batches, workers=spec.workers, seconds=state.seconds, stop=stopped.is_set)
         with contextlib.closing(answers), _progress_in_interrupt(state):
             for results in answers:
+                _refuse_lacking(results)
                 began = time.perf_counter()
                 kept.append(results, by)
                 state.seconds["write"] += time.perf_counter() - began
                 state.done += len(results)
-                state.failed += sum(not result.ok for result in results)
+                state.failed_by.update(result.reason for result in results if not result.ok)
                 if on_batch is not None:
                     on_batch(state)
                 # A cluster hands on several batches at once, and a second signal while they are kept would kill.
                 if stopped.is_set() and state.done < state.total:
                     raise Interrupted("stopped.")
+
+
+def _refuse_lacking(results: Sequence[Result]) -> None:
+    """End the run where a package is missing, which every further film of the kind would say again."""
+    for result in results:
+        if result.reason == "needs_pydicom":
+            raise InputError(result.message)
 
 
 @contextlib.contextmanager
@@ -362,8 +333,8 @@ def _answers(kept: Checkpoint, paths: Iterable[str], by: Counter[str]) -> Iterat
 
 def _image_row(result: Result) -> Row:
     if result.probabilities is None:
-        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}")], None
-    return [shown(result.path), "ok", ""], result.probabilities
+        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}"), ""], None
+    return [shown(result.path), "ok", "", shown(result.note)], result.probabilities
 
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:

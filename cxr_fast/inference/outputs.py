@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from ..system.tables import pyarrow
+from .predictor import Result
 
 Row = tuple[list[Any], np.ndarray | None]  # the values of `Columns.keys`, and (C,) float32 where there are any
 ROW_GROUP = 4096
+Pool = Literal["mean", "max"]
+KEYS = ("path", "status", "reason", "note")
+STUDY_KEYS = ("study", "images", "status", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +115,43 @@ WRITERS: dict[str, Callable[[IO[bytes], Columns, Iterable[Row]], None]] = {
     ".parquet": _parquet,
     ".jsonl": _jsonl,
 }
+
+
+def pooled(results: Iterable[Result], studies: Sequence[str], pool: Pool) -> Iterator[Row]:
+    """Yield one row per study: STUDY_KEYS and (C,) float32, or None where no image could be read.
+
+    Studies come in the order of their first images; one is held until its last image has come, and until those that
+    began before it are out.
+    """
+    left = Counter(studies)
+    open_ones: OrderedDict[str, _Study] = OrderedDict()
+    for result, study in zip(results, studies, strict=True):
+        open_ones.setdefault(study, _Study()).add(result, pool)
+        left[study] -= 1
+        while open_ones and not left[first := next(iter(open_ones))]:
+            yield open_ones.pop(first).row(first, pool)
+
+
+class _Study:
+    def __init__(self) -> None:
+        self.good, self.failed = 0, Counter[str]()
+        self.values = np.zeros(0)
+
+    def add(self, result: Result, pool: Pool) -> None:
+        """Add one image."""
+        if result.probabilities is None:
+            self.failed[result.reason] += 1
+            return
+        new = result.probabilities.astype(np.float64)
+        join = np.add if pool == "mean" else np.maximum
+        self.values = join(self.values, new) if self.good else new
+        self.good += 1
+
+    def row(self, study: str, pool: Pool) -> Row:
+        """One row for all images of the study."""
+        images, lost = self.good + self.failed.total(), self.failed.total()
+        reason = f"{lost} of {images} images failed: {', '.join(sorted(self.failed))}" if lost else ""
+        values = self.values / self.good if self.good and pool == "mean" else self.values
+        return [shown(study), images, "ok" if self.good else "failed", reason], (
+            values.astype(np.float32) if self.good else None
+        )

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import IO, Any, overload
 
 import numpy as np
+from PIL import Image
 
 from ..config import PreprocessSpec, from_dict
-from ..data.images import array_pixels, load
+from ..data.images import is_one_image, load, pixels_of
 from ..errors import ImageError, InputError, Interrupted
 from ..system import hardware
 from .session import open_model
@@ -25,6 +26,10 @@ ROUNDING = 1e-6  # of float32 sums in a calibration
 # A file changed within one tick of its clock keeps its time: 10 ms on ext4, 1 s on NFS servers, 2 s on FAT.
 TICK_NS = 2 * 10**9
 
+EMBEDDING = "embedding"
+# What `data.images.pixels_of` takes, torch's tensors and pydicom's data sets aside: neither is imported here.
+OneImage = str | os.PathLike[str] | bytes | bytearray | np.ndarray | Image.Image | IO[bytes]
+
 Decoded = tuple[np.ndarray | None, "Result"]
 
 
@@ -33,7 +38,8 @@ class Result:
     """The answer to one image: probabilities (C,) float32, or a reason code and message; and which file was read.
 
     `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
-    where it was too young to show a change that came next.
+    where it was too young to show a change that came next. The message of an answered image is a note, empty for most:
+    where a DICOM header was not followed, or what says that the film is none of a chest.
 
         >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
         >>> [(result.ok, result.reason) for result in predictor.stream(["film.png", "absent.png"])]
@@ -52,6 +58,11 @@ class Result:
     def ok(self) -> bool:
         """Whether there are probabilities."""
         return self.probabilities is not None
+
+    @property
+    def note(self) -> str:
+        """What should be known of an answered image; empty for most."""
+        return self.message if self.ok else ""
 
 
 class Predictor:
@@ -80,6 +91,8 @@ class Predictor:
         check: bool = True,
     ) -> None:
         opened = open_model(path, device, threads, check=check)
+        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check}
+        self._process = os.getpid()
         self.path, self.source = opened.path, opened.source
         self.session, self.threads = opened.session, opened.threads
         self.provider, self.where, self.why = opened.provider, opened.where, opened.why
@@ -93,14 +106,25 @@ class Predictor:
         """What must be said beside every figure of this model, such as `random backbone`; empty for a real one."""
         return str(self.info.get("provenance", ""))
 
-    def pixels(self, image: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
-        """Read an image as uint8 (S, S), by the same code that made the training pixels."""
-        if isinstance(image, np.ndarray):
-            return array_pixels(image, self.spec)
-        return load(image, self.spec)[0]
+    def __repr__(self) -> str:
+        return f"Predictor({self.source!r}, {len(self.labels)} classes, {self.where})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process needs to open the same file again: a running session cannot travel."""
+        return self._opened_with
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def pixels(self, image: object) -> np.ndarray:
+        """Read an image of any kind that `data.images.pixels_of` takes as uint8 (S, S), by the code that made the
+        training pixels."""
+        return pixels_of(image, self.spec)
 
     def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
         """Run the model on uint8 (N, S, S): probabilities, or another of the graph's outputs, (N, C) float32."""
+        if self._process != os.getpid():  # a fork has the session without its threads, and would wait for them
+            self.__init__(**self._opened_with)  # type: ignore[misc]
         try:
             out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
@@ -121,18 +145,56 @@ class Predictor:
             raise InputError(f"{self.path}: the model answers {out.shape} for {count} x {len(self.labels)} classes.")
         return out
 
-    def __call__(self, images: Sequence[str | os.PathLike[str] | np.ndarray]) -> list[dict[str, float]]:
-        """Return one {label: probability} per image. Raises ImageError at the first that cannot be read."""
+    @overload
+    def __call__(self, images: OneImage) -> dict[str, float]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, images: Iterable[Any]) -> list[dict[str, float]]: ...
+
+    def __call__(self, images: Any) -> dict[str, float] | list[dict[str, float]]:
+        """Return {label: probability} for one image, or a list of them for several.
+
+        An image is a path, the bytes of a file, a file object, a PIL image, a NumPy array, a torch tensor or a pydicom
+        data set, as `data.images.pixels_of` says. Raises ImageError at the first that cannot be read.
+        """
+        one = is_one_image(images)
+        upcoming = iter([images] if one else self._several(images))
         out: list[dict[str, float]] = []
-        for start in range(0, len(images), BATCH):
-            batch = np.stack([self.pixels(image) for image in images[start : start + BATCH]])
-            out += [dict(zip(self.labels, map(float, row), strict=True)) for row in self.probabilities(batch)]
-        return out
+        while batch := [self.pixels(image) for image in itertools.islice(upcoming, BATCH)]:
+            rows = self.probabilities(np.stack(batch))
+            out += [dict(zip(self.labels, map(float, row), strict=True)) for row in rows]
+        return out[0] if one else out
+
+    def embed(self, images: OneImage | Iterable[Any]) -> np.ndarray:
+        """Return the embedding of one image, (E,) float32, or of several, (N, E): what the head sees, of length one.
+
+        Raises InputError where the file has none (`cxrfast export --embedding` makes one that has).
+        """
+        if EMBEDDING not in [output.name for output in self.session.get_outputs()]:
+            raise InputError(f"{self.path} has no embedding; export the run with --embedding.")
+        if is_one_image(images):
+            return np.asarray(self.run(self.pixels(images)[None], output=EMBEDDING)[0])
+        upcoming, out = iter(self._several(images)), []
+        while batch := [self.pixels(image) for image in itertools.islice(upcoming, BATCH)]:
+            out.append(self.run(np.stack(batch), output=EMBEDDING))
+        return np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+
+    def _several(self, images: Any) -> Iterable[Any]:
+        if not isinstance(images, Iterable):
+            raise ImageError("bad_array", f"a {type(images).__name__} is no image and no list of images")
+        return images
 
     def stream(
         self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[Result]:
-        """Yield results in input order; decoding runs ahead by a few batches only, so memory stays flat."""
+        """Yield results in input order; decoding runs ahead by a few batches only, so memory stays flat.
+
+        Raises InputError for a batch_size below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size}: must be at least 1.")
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
         upcoming = iter(paths)
         batches = iter(lambda: list(itertools.islice(upcoming, batch_size)), [])
         with contextlib.closing(self.stream_batches(batches, workers=workers)) as answers:
@@ -190,11 +252,11 @@ class Predictor:
             status = os.stat(name)
             size, changed = status.st_size, changed_ns(status)
         try:
-            pixels, sha256 = load(name, self.spec)
+            found = load(name, self.spec)
         except ImageError as error:
             return None, Result(path=name, reason=error.reason, message=str(error))
         old = changed if now - changed > TICK_NS else 0
-        return pixels, Result(path=name, sha256=sha256, size=size, mtime_ns=old)
+        return found.pixels, Result(path=name, message=found.note, sha256=found.sha256, size=size, mtime_ns=old)
 
     def _answer(self, decoded: list[Decoded]) -> list[Result]:
         good = [pixels for pixels, _ in decoded if pixels is not None]

@@ -186,6 +186,25 @@ def test_cache_with_an_unreadable_image_ends_with_1(toy_data: Path, here: Path) 
     assert "1 failed images left out" in done(cxr("sweep", "c.h5", *TRAIN)).stdout
 
 
+def test_notes_on_films_stand_beside_the_cache_and_in_the_table(here: Path, road: Any) -> None:
+    pytest.importorskip("pydicom", reason="pip install 'cxr-fast[dicom]'")
+    from tests.data.formats.test_dicom import dicom_file
+
+    ramp = np.arange(64 * 32, dtype=np.uint16).reshape(64, 32) * 2
+    Path("plain.dcm").write_bytes(dicom_file(ramp, bits=12))
+    Path("off.dcm").write_bytes(dicom_file(ramp, bits=12, WindowCenter=60000, WindowWidth=10, Modality="CT"))
+    Path("m.csv").write_text("image,group,a\nplain.dcm,1,1\noff.dcm,2,0\n")
+    result = done(cxr("cache", "m.csv", "--weights", RANDOM, "--device", "cpu", "--out", "c.h5"))
+    assert (
+        "note: 1 image(s) have a note in c.notes.csv; the first, off.dcm: the window (60000, 10) shows" in result.stderr
+    )
+    with open("c.notes.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["note"].endswith("read by its range, 0 to 4094; Modality is CT")
+    done(cxr("cache", "m.csv", "--weights", RANDOM, "--device", "cpu", "--out", "d.h5"))  # rows taken over keep theirs
+    assert Path("d.notes.csv").read_bytes() == Path("c.notes.csv").read_bytes()
+
+
 def test_cache_may_stop_at_the_first_unreadable_image(toy_data: Path, here: Path) -> None:
     command = ["cache", toy_data, "--weights", RANDOM, "--device", "cpu", "--on-error", "stop", "--out", "c.h5"]
     line = refused(cxr(*command))
@@ -457,7 +476,7 @@ CASES: list[tuple[list[object], str]] = [
     (["predict", "run", "one_image", "--out", "p.csv"], "run: no such model .*; `cxrfast export run` makes one"),
     (["predict", "text.onnx", "one_image", "--out", "p.csv"], "text.onnx: not an ONNX file"),
     (["predict", "toy.h5", "one_image", "--out", "p.csv"], "toy.h5 is a cache, not a model; `cxrfast sweep toy.h5`"),
-    (["predict", "model.onnx", "empty", "--out", "p.csv"], "empty: a folder without images"),
+    (["predict", "model.onnx", "emtpy", "--out", "p.csv"], "emtpy: no such file or folder"),
     (["predict", "model.onnx", "*.tiff", "--out", "p.csv"], r"\*\.tiff: matches no file"),
     (["predict", "model.onnx", "", "--out", "p.csv"], "empty: a shell variable"),
     (["predict", "model.onnx", "one_image", "--out", "file/p.csv"], "--out: cannot write file/p.csv"),

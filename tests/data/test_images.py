@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cxr_fast.data.dicom
 from cxr_fast.config import PreprocessSpec, choices
 from cxr_fast.data import images
+from cxr_fast.data.formats import dicom, limits, pictures
 from cxr_fast.data.images import (
     REASONS,
     array_pixels,
@@ -353,7 +353,7 @@ def test_zero_size():
 
 def test_every_reason_raised_is_explained():
     found = set()
-    for module in (images, cxr_fast.data.dicom):
+    for module in (images, dicom, limits, pictures):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ImageError":
                 found |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
@@ -493,7 +493,7 @@ def test_too_long_to_crop_is_refused():
 
 def test_resize_and_array_pixels_refuse_what_is_no_image():
     for wrong in (
-        np.zeros((4, 4)),
+        np.zeros((4, 4), np.complex64),
         np.zeros((4, 4), bool),
         np.zeros((4, 4, 4), np.uint8),
         np.zeros((4, 0), np.uint8),
@@ -507,6 +507,12 @@ def test_resize_and_array_pixels_refuse_what_is_no_image():
             with pytest.raises(ImageError) as caught:
                 function(wrong, SPEC)
             assert caught.value.reason == "bad_array"
+    with pytest.raises(ImageError, match="resize takes uint8"):
+        resize(np.zeros((4, 4)), SPEC)
+    for odd in (np.full((4, 4), 7.0), np.full((4, 4), np.nan)):
+        with pytest.raises(ImageError) as caught:
+            array_pixels(odd, SPEC)
+        assert caught.value.reason == "bad_range"
 
 
 def test_array_pixels_follows_the_rules_of_files():
@@ -529,7 +535,7 @@ def test_load_is_decode_then_resize_to_the_last_bit(tmp_path, fmt, mode):
         data = save(array, fmt)
         path = tmp_path / f"{number}.bin"
         path.write_bytes(data)
-        pixels, sha = load(path, wanted)
+        pixels, sha, _ = load(path, wanted)
         np.testing.assert_array_equal(pixels, resize(decode_grey(data, spec=wanted), wanted))
         assert sha == hashlib.sha256(data).hexdigest()
         assert pixels.flags.writeable
@@ -580,7 +586,7 @@ def test_threads_agree_and_do_not_warn(tmp_path):
     alone = [load(path, SPEC) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda path: load(path, SPEC), paths * 5))
-    for (pixels, sha), (expected, wanted) in zip(together, alone * 5, strict=True):
+    for (pixels, sha, _), (expected, wanted, _) in zip(together, alone * 5, strict=True):
         np.testing.assert_array_equal(pixels, expected)
         assert sha == wanted
     assert list(warnings.filters) == before
@@ -693,7 +699,7 @@ def test_real_mutated_files():
 @needs_real
 def test_real_full_size_files_match_the_plain_way():
     for path in sorted(Path(REAL, "full_size").glob("*.png")):
-        pixels, sha = load(path, SPEC)
+        pixels, sha, _ = load(path, SPEC)
         with Image.open(path) as image:
             plain = np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(pixels, plain[..., 0])

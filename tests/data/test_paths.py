@@ -42,7 +42,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_inputs_become_paths(tree: Path, items: list[str], expected: list[str]) -> None:
     assert expand(items) == expected
-    assert read(items) == Inputs(paths=expected)
+    assert read(items).paths == expected
 
 
 def test_a_folder_is_in_the_order_of_its_parts(tree: Path) -> None:
@@ -56,12 +56,48 @@ def test_a_folder_is_in_the_order_of_its_parts(tree: Path) -> None:
 
 @pytest.mark.parametrize(
     ("item", "match"),
-    [("none", "none: a folder without images"), ("*.tif", r"\*\.tif: matches no file"), ("", "empty")],
+    [("nome", "nome: no such file or folder"), ("*.tif", r"\*\.tif: matches no file"), ("", "empty")],
 )
 def test_inputs_that_are_surely_a_mistake(tree: Path, item: str, match: str) -> None:
     for taken in (expand, read):
         with pytest.raises(InputError, match=match):
             taken(["b.png", item])
+
+
+def test_a_folder_without_images_may_be_named_and_says_what_lies_in_it(tree: Path) -> None:
+    with pytest.raises(InputError, match="none: a folder without images"):
+        expand(["none"])
+    assert read(["none"]) == Inputs(paths=[], passed_over={"without a known suffix": 1})
+
+
+def test_what_is_hidden_is_passed_over_and_dicom_needs_no_suffix(tree: Path) -> None:
+    """One rule for every folder: hidden and AppleDouble files are counted and left out, DICOM is known by its bytes."""
+    for name in [
+        ".hid/z.png",
+        "deep/._d.jpeg",
+        "deep/__MACOSX/._d.jpeg",
+        "deep/1.2.840.17",
+        "deep/IM0001",
+        "deep/text",
+    ]:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes(b"?")
+    (tree / "deep/1.2.840.17").write_bytes(bytes(128) + b"DICM")
+    (tree / "deep/IM0001").write_bytes(b"\x08\0\x05\0" + bytes(200))  # as old scanners write it, without a preamble
+    found = read(["."])
+    deep = [f"deep/{name}" for name in ("1.2.840.17", "IM0001", "d.jpeg", "er/c.dcm")]
+    assert found.paths == ["a.JPG", "b.png", *deep, "x[1].png"]
+    assert found.passed_over == {"hidden": 3, "without a known suffix": 3}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_may_begin_with_a_byte_order_mark(tree: Path, encoding: str) -> None:
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    data = mark + "b.png\r\nMüller.png\r\n".encode(encoding)
+    (tree / "list.txt").write_bytes(data)
+    assert read(["@list.txt"]).paths == read(["-"], stdin=io.BytesIO(data)).paths == ["b.png", "Müller.png"]
+    with pytest.raises(InputError, match="save the list as UTF-8"):
+        read(["-"], stdin=io.BytesIO(b"\xff\xfea"))
 
 
 @given(st.lists(st.sampled_from(["a.png", "b.png", "c.dcm"]), max_size=8))

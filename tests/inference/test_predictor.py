@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import csv
+import io
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from cxr_fast.data.images import load
 from cxr_fast.errors import ImageError, InputError, SchemaError
 from cxr_fast.export import parity
+from cxr_fast.export.variants import ExportSpec, export_run
 from cxr_fast.inference import predictor as predict
 from cxr_fast.inference.predictor import Decoded, Predictor, Result, changed_ns
 from cxr_fast.system.files import file_sha256
@@ -80,7 +85,7 @@ def test_pixels_are_the_training_pixels(predictor: Predictor, files: list[str], 
     saved = arrays(toy_run)
     known = dict(zip(saved["image"].tolist(), saved["sha256"].tolist(), strict=True))
     for file in files[:3]:
-        pixels, sha256 = load(file, predictor.spec)
+        pixels, sha256, _ = load(file, predictor.spec)
         np.testing.assert_array_equal(predictor.pixels(file), pixels)
         assert sha256 == known[f"images/{Path(file).name}"]
 
@@ -101,6 +106,89 @@ def test_more_images_than_one_batch(predictor: Predictor, files: list[str]) -> N
     together, alone = flat(predictor(sound)), np.concatenate([flat(predictor([file])) for file in sound])
     np.testing.assert_allclose(together, alone, atol=1e-6)
     assert predictor([]) == []
+
+
+def test_one_image_of_any_kind(predictor: Predictor, files: list[str]) -> None:
+    """Each way to hand over a film gives the answer of its file, to the bit."""
+    path = Path(files[0])
+    with Image.open(path) as image:
+        grey, picture = np.asarray(image), image.copy()
+    tensor = torch.from_numpy(grey.copy())
+    kinds: list[Any] = [str(path), path, path.read_bytes(), io.BytesIO(path.read_bytes())]
+    kinds += [picture, Image.open(path), grey]
+    kinds += [np.repeat(grey[..., None], 3, axis=2), grey.astype(np.float64) / 255, grey.astype(np.uint16) * 257]
+    kinds += [tensor, tensor[None], tensor[None].repeat(3, 1, 1), tensor.float() / 255]
+    (expected,) = predictor([str(path)])
+    for kind in kinds:
+        assert predictor(kind) == expected, type(kind)
+    with open(path, "rb") as file:
+        assert predictor([file, str(path), grey]) == [expected] * 3
+    assert predictor(image for image in [grey, grey]) == [expected] * 2
+
+
+def test_a_pydicom_data_set_is_an_image(predictor: Predictor, tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="pip install 'cxr-fast[dicom]'")
+    from tests.data.formats.test_dicom import dicom_file
+
+    path = tmp_path / "film.dcm"
+    path.write_bytes(dicom_file(np.arange(90 * 70, dtype=np.uint16).reshape(90, 70) % 4096, bits=12))
+    (expected,) = predictor([path])
+    assert predictor(pydicom.dcmread(path)) == expected
+    bad = pydicom.dcmread(path)
+    del bad.Rows
+    with pytest.raises(ImageError, match="no Rows"):
+        predictor(bad)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (17, "a int is no image"),
+        ([None], "a NoneType is no image"),
+        (b"secret bytes" * 1000, "12,000 bytes: not a PNG"),
+        (io.StringIO("text"), "'rb'"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (np.full((4, 4), 7.0), "0 to 1"),
+    ],
+)
+def test_what_is_no_image_is_named_in_a_line(predictor: Predictor, image: Any, words: str) -> None:
+    with pytest.raises(ImageError, match=words) as caught:
+        predictor(image)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_predictor_travels_to_other_processes(predictor: Predictor, files: list[str]) -> None:
+    """Pickled for spawn; and after a fork, in which ONNX Runtime's threads do not live on."""
+    expected = predictor(files[0])
+    assert pickle.loads(pickle.dumps(predictor))(files[0]) == expected
+    for method in ("spawn", "fork"):
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
+            assert list(pool.map(predictor, files[:1] * 3, timeout=120)) == [expected] * 3
+    assert repr(predictor).startswith("Predictor(")
+    assert f"{len(predictor.labels)} classes" in repr(predictor)
+
+
+def test_batch_size_and_embedding_that_cannot_be(predictor: Predictor, files: list[str]) -> None:
+    with pytest.raises(InputError, match="batch_size 0"):
+        next(predictor.stream(files, batch_size=0))
+    assert [result.path for result in predictor.stream(files[0])] == [files[0]]
+    with pytest.raises(InputError, match="export the run with --embedding"):
+        predictor.embed(files[0])
+
+
+def test_embeddings_are_what_the_head_sees(toy_run: Path, files: list[str], tmp_path: Path) -> None:
+    export_run(toy_run, ExportSpec(out=tmp_path / "e.onnx", embedding=True, count=4))
+    predictor, run = Predictor(tmp_path / "e.onnx", device="cpu", threads=1), read_run(toy_run)
+    found = predictor.embed(files[:3])
+    pixels = np.stack([predictor.pixels(file) for file in files[:3]])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(found, predictor.run(pixels, output="embedding"))
+    np.testing.assert_allclose(predictor.embed(files[0]), found[0], atol=1e-6)
+    assert predictor.embed([]).shape[0] == 0
+    with torch.inference_mode():
+        logits = run.head(torch.from_numpy(found)).sigmoid().numpy()
+    np.testing.assert_allclose(logits, predictor.probabilities(pixels), atol=1e-4)
 
 
 def test_the_first_unreadable_image_is_raised(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
