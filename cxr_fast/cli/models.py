@@ -18,6 +18,7 @@ from ..system.text import Table, counted, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, took
 from .options import (
     PATH,
+    FiniteFloat,
     adjustment_option,
     cluster_option,
     device_option,
@@ -174,13 +175,22 @@ def signed(value: float | None) -> str:
     type=click.Choice(["mean", "max"]),
     help="Also NAME.studies.csv: the images of a manifest's study (else group) as one.",
 )
+@click.option("--append", is_flag=True, help="Keep rows of earlier runs whose films are not among the inputs.")
 @click.option("--overwrite", is_flag=True, help="Drop what --out holds instead of going on from it.")
+@click.option(
+    "--watch",
+    type=FiniteFloat(0.1, 86400),
+    metavar="SECONDS",
+    help="Look for new films so often until stopped; keeps rows as --append does.",
+)
 @device_option
 @threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Decoding threads.  [default: usable cores]")
 @cluster_option
-def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None, **flags: Any) -> None:
+def predict(
+    model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None, watch: float | None, **flags: Any
+) -> None:
     """Write probabilities for images; needs no torch.
 
     MODEL is an ONNX file, or a folder of variants of one model.
@@ -193,6 +203,11 @@ def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None
     from ..inference.predictor import Predictor
 
     here = {name: flags.pop(name) for name in ("device", "threads")}
+    if watch is not None:
+        if cluster is not None or "-" in inputs:
+            raise click.UsageError("--watch reads its inputs again and again: leave out --cluster and -")
+        _watch(Predictor(model, **here), inputs, out, batch.BatchSpec(**flags), watch)
+        return
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
         predictor: Predictor | ClusterPredictor
         if joined is None:
@@ -216,9 +231,28 @@ def predict(model: Path, inputs: tuple[str, ...], out: Path, cluster: str | None
     if predictor.warning:
         click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
     if summary["failed"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary["failed_by"].items())
-        click.echo(f"{summary['failed']:,} image(s) failed: {reasons}; their rows say why", err=True)
+        click.echo(f"{summary['failed']:,} image(s) failed: {_failures(summary)}; their rows say why", err=True)
         sys.exit(1)
+
+
+def _watch(predictor: Any, inputs: tuple[str, ...], out: Path, spec: Any, seconds: float) -> None:
+    """Predict what is new until stopped, a line each round."""
+    from ..data.paths import read
+    from ..inference import batch
+
+    def tell(wanted: Any, summary: dict[str, Any]) -> None:
+        _echo_predicted(summary, predictor.where, out)
+        if summary["failed"]:
+            click.echo(f"{summary['failed']:,} image(s) failed: {_failures(summary)}; their rows say why", err=True)
+
+    if predictor.warning:
+        click.echo(f"note: {predictor.warning.upper()}: these probabilities say nothing about a patient", err=True)
+    click.echo(f"looking for new films every {seconds:g} s; Ctrl-C or SIGTERM stops", err=True)
+    batch.watch(predictor, lambda: read(inputs), out, spec, seconds, tell)
+
+
+def _failures(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in summary["failed_by"].items())
 
 
 def _passed_over(wanted: Any) -> str:
@@ -234,7 +268,7 @@ def _show_batch(bar: ProgressBar, state: Any) -> None:
 
 
 def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
-    from ..inference.batch import studies_path
+    from ..inference.outputs import studies_path
 
     images, reused = summary["images"], summary["reused"]
     rate = (images - reused) / max(summary["seconds"], 1e-9)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import itertools
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -24,12 +23,12 @@ from ..data.images import self_check
 from ..data.paths import Inputs
 from ..errors import InputError, Interrupted
 from ..system import hardware
-from ..system.files import atomic, file_sha256
+from ..system.files import atomic, tree_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
 from .checkpoint import WAL, Checkpoint, beside
-from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, shown
-from .predictor import BATCH, Result
+from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
+from .predictor import BATCH, Result, changed_ns
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 
@@ -71,7 +70,7 @@ class BatchSpec:
 
     `batch_size` images are one call of the model; `workers` threads decode (default: usable cores); `decide` adds the
     findings over their thresholds; `pool` also writes NAME.studies.csv, the images of a study as one; `overwrite`
-    drops what the table holds.
+    drops what the table holds; `append` keeps rows of films that are no longer among the inputs, before the others.
     """
 
     batch_size: int = BATCH
@@ -79,6 +78,7 @@ class BatchSpec:
     decide: bool = False
     pool: Pool | None = None
     overwrite: bool = False
+    append: bool = False
 
 
 @dataclass(kw_only=True)
@@ -103,6 +103,7 @@ class State:
 
 
 OnBatch = Callable[[State], None]
+OnRound = Callable[[Inputs, dict[str, Any]], None]
 
 
 def write(
@@ -110,27 +111,33 @@ def write(
 ) -> dict[str, Any]:
     """Predict `inputs` into `out` (.csv, .parquet or .jsonl, a row an image), and record how in NAME.run.json.
 
-    What `out` holds of the same model and the same files is not predicted again; failed files are tried again. Answers
+    What `out` holds of the same model and the same files is not predicted again, also where a file has moved; failed
+    files are tried again. Answers
     are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. Returns what
     NAME.run.json says.
 
-    Raises InputError for an `out` that cannot be written, holds something else, or is an input; Interrupted after
+    Raises InputError for an `out` that cannot be written, holds something else, is an input, or has answered films that
+    are not among the inputs (unless `append` or `overwrite`); Interrupted after
     SIGINT or SIGTERM, when the batch at hand is kept.
     """
     began, clock, spec = datetime.datetime.now(datetime.UTC), time.perf_counter(), spec or BatchSpec()
+    if spec.append and spec.pool:
+        raise InputError("--append: rows of earlier runs have no study to pool; leave out --append or --study-pool.")
     _check(predictor, inputs, out, spec.pool)
     before = _earlier(out, spec)
-    identity = {"model_sha256": _model_sha256(predictor.path), "pixel_check": self_check()}
+    identity = {"model_sha256": tree_sha256(predictor.path), "pixel_check": self_check()}
     state = State(total=len(inputs.paths))
     with FileLock(out), _kept_so_far(out), Checkpoint(out, identity, overwrite=spec.overwrite) as kept:
+        earlier = _earlier_films(kept, inputs, out, spec)
         _predict(predictor, inputs.paths, kept, state, spec, on_batch)
         writing = time.perf_counter()
-        tables = _write_tables(predictor, inputs, kept, out, spec)
+        tables = _write_tables(predictor, inputs, earlier, kept, out, spec)
         state.seconds["write"] += time.perf_counter() - writing
         summary = {
             **_request(predictor, out, spec),
             **identity,
             "images": state.total,
+            "kept": len(earlier),
             "reused": state.reused,
             "failed": state.failed,
             "failed_by": dict(state.failed_by.most_common()),
@@ -147,14 +154,31 @@ def write(
     return summary
 
 
-def run_path(out: Path) -> Path:
-    """NAME.run.json, which says what made `out`."""
-    return out.with_suffix(".run.json")
+def watch(
+    predictor: Answerer, look: Callable[[], Inputs], out: Path, spec: BatchSpec, seconds: float, on_round: OnRound
+) -> None:
+    """Call `write` with `append` whenever `look` finds other films or files, every `seconds`, until SIGINT or SIGTERM.
+
+    `on_round` gets the inputs and the summary of each round that wrote. A file that is still being written fails or is
+    predicted as it is, and again once it has changed. Raises as `write`.
+    """
+    seen: dict[str, tuple[int, int]] = {}
+    with graceful() as stopped:
+        while not stopped.is_set():
+            inputs = look()
+            found = {path: _version(path) for path in inputs.paths}
+            if found and found != seen:
+                on_round(inputs, write(predictor, inputs, out, replace(spec, append=True)))
+                seen, spec = found, replace(spec, overwrite=False)
+            stopped.wait(seconds)
 
 
-def studies_path(out: Path) -> Path:
-    """NAME.studies.csv (.parquet, .jsonl), a row a study."""
-    return out.with_name(f"{out.stem}.studies{out.suffix}")
+def _version(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1, 0
+    return status.st_size, changed_ns(status)
 
 
 # ---------------------------------------------------------------------------------------------- the parts of `write`
@@ -228,14 +252,6 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _model_sha256(path: Path) -> str:
-    """Of the model file; of a folder, of its files' names and contents in the order of the names."""
-    if path.is_file():
-        return file_sha256(path)
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    return hashlib.sha256("".join(f"{file_sha256(path / name)} {name}\n" for name in names).encode()).hexdigest()
-
-
 def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
     """The part of NAME.run.json that is known before the first answer."""
     own = {"cxr-fast": __version__, "onnxruntime": onnxruntime.__version__}
@@ -255,6 +271,21 @@ def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
         "decide": spec.decide,
         "versions": own | {"numpy": np.__version__, "pillow": PIL.__version__},
     }
+
+
+def _earlier_films(kept: Checkpoint, inputs: Inputs, out: Path, spec: BatchSpec) -> list[str]:
+    """The films of earlier runs that are not among the inputs; those that only moved keep their answers."""
+    absent = kept.absent(inputs.paths)
+    if absent:
+        absent = kept.follow_moved([path for path in inputs.paths if not kept.holds(path)], absent)
+    if spec.append:
+        return absent
+    if lost := [path for path in absent if kept.is_answered(path)]:
+        raise InputError(
+            f"--out: {out} has answers for {len(lost):,} film(s) that are not among the inputs, such as "
+            f"{shown(lost[0])}; --append keeps their rows, --overwrite drops them."
+        )
+    return []
 
 
 def _predict(
@@ -308,13 +339,15 @@ def _progress_in_interrupt(state: State) -> Iterator[None]:
         raise Interrupted(f"{said}; the same command goes on from there.") from None
 
 
-def _write_tables(predictor: Answerer, inputs: Inputs, kept: Checkpoint, out: Path, spec: BatchSpec) -> dict[str, Any]:
-    """Write all rows in input order under the final names; return what answered them, and how they were pooled."""
+def _write_tables(
+    predictor: Answerer, inputs: Inputs, earlier: Sequence[str], kept: Checkpoint, out: Path, spec: BatchSpec
+) -> dict[str, Any]:
+    """Write all rows in input order, after those of earlier films; return what answered them, how pooled."""
     of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": spec.decide}
     by: Counter[str] = Counter()
     found: dict[str, Any] = {"answered_by": by, "study_pool": None}
     with _replacing(out) as file:
-        images = map(_image_row, _answers(kept, inputs.paths, by))
+        images = map(_image_row, _answers(kept, [*earlier, *inputs.paths], by))
         WRITERS[out.suffix](file, Columns(keys=KEYS, **of_model), images)
     if spec.pool:
         with _replacing(studies_path(out)) as file:

@@ -9,7 +9,8 @@ import sqlite3
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,52 @@ class Checkpoint:
             probabilities=None if values is None else np.frombuffer(values, "<f4"),
         )
         return result, provider
+
+    def absent(self, paths: Iterable[str]) -> list[str]:
+        """The answered paths that are not among `paths`, sorted."""
+        with self._errors():
+            known = {
+                bytes(path).decode("utf-8", "surrogatepass") for (path,) in self.db.execute("SELECT path FROM answers")
+            }
+        return sorted(known.difference(paths))
+
+    def is_answered(self, path: str) -> bool:
+        """Whether there are probabilities of a path, of whatever content it had."""
+        try:
+            return self.row(path)[0].ok
+        except KeyError:
+            return False
+
+    def follow_moved(self, paths: Sequence[str], absent: Sequence[str]) -> list[str]:
+        """Give answers of `absent` files that are gone to those of `paths` with the same bytes; return the others.
+
+        Only files of the size of a gone one are read.
+        """
+        gone: dict[int, list[Result]] = {}
+        for path in absent:
+            with contextlib.suppress(KeyError):
+                result, _ = self.row(path)
+                if result.ok and not os.path.lexists(path):
+                    gone.setdefault(result.size, []).append(result)
+        followed = set()
+        for path in paths if gone else ():
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(path)
+                if not (fits := gone.get(status.st_size)) or not stat.S_ISREG(status.st_mode):
+                    continue
+                value = file_sha256(Path(path))
+                old = next((result for result in fits if result.sha256 == value), None)
+                if old is not None:
+                    fits.remove(old)
+                    followed.add(old.path)
+                    self._move(old, path)
+        return [path for path in absent if path not in followed]
+
+    def _move(self, old: Result, path: str) -> None:
+        row = _row(replace(old, path=path, mtime_ns=0), self.row(old.path)[1])
+        with self._errors(), self.db:
+            self.db.execute("REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", (*row, _crc(row)))
+            self.db.execute("DELETE FROM answers WHERE path = ?", (_bytes(old.path),))
 
     def append(self, results: Sequence[Result], provider: str) -> None:
         """Keep a batch, all of it or nothing."""

@@ -155,3 +155,13 @@ class _Study:
         return [shown(study), images, "ok" if self.good else "failed", reason], (
             values.astype(np.float32) if self.good else None
         )
+
+
+def run_path(out: Path) -> Path:
+    """NAME.run.json, which says what made `out`."""
+    return out.with_suffix(".run.json")
+
+
+def studies_path(out: Path) -> Path:
+    """NAME.studies.csv (.parquet, .jsonl), a row a study."""
+    return out.with_name(f"{out.stem}.studies{out.suffix}")

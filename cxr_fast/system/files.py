@@ -81,6 +81,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tree_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes; of a folder, of the names and contents of all files in it."""
+    if path.is_file():
+        return file_sha256(path)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256("".join(f"{file_sha256(path / name)} {name}\n" for name in names).encode()).hexdigest()
+
+
 def write_at(fd: int, data: Any, offset: int) -> None:
     """Write all of `data` at `offset` of an open file."""
     view = memoryview(data).cast("B")

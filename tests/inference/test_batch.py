@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,8 +13,10 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,14 @@ from cxr_fast.data.images import self_check
 from cxr_fast.data.paths import Inputs, read
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.inference import batch
-from cxr_fast.inference.batch import BatchSpec, State, pooled, run_path, studies_path
+from cxr_fast.inference.batch import BatchSpec, State
 from cxr_fast.inference.checkpoint import Checkpoint, beside
-from cxr_fast.inference.outputs import shown
+from cxr_fast.inference.outputs import pooled, run_path, shown, studies_path
 from cxr_fast.inference.predictor import Predictor, Result
 from cxr_fast.system.extras import install
-from cxr_fast.system.files import file_sha256
+from cxr_fast.system.files import file_sha256, tree_sha256
 from cxr_fast.system.locks import FileLock
-from tests.helpers import children
+from tests.helpers import children, states
 from tests.helpers.model_edits import changed, put
 
 THREE = (".csv", ".jsonl", ".parquet")
@@ -306,14 +309,105 @@ def test_a_folder_as_model_has_one_hash(tmp_path: Path) -> None:
     (tmp_path / "m" / "deep").mkdir(parents=True)
     for name in ("a.onnx", "deep/b.json"):
         (tmp_path / "m" / name).write_text(name)
-    found = batch._model_sha256(tmp_path / "m")
+    found = tree_sha256(tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "n")
-    assert batch._model_sha256(tmp_path / "n") == found
+    assert tree_sha256(tmp_path / "n") == found
     (tmp_path / "n" / "deep" / "b.json").write_text("x")
-    assert batch._model_sha256(tmp_path / "n") != found
+    assert tree_sha256(tmp_path / "n") != found
 
 
 # --------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_film_that_moved_keeps_its_answer(
+    predictor: Predictor, files: list[str], tmp_path: Path, counted: list[str]
+) -> None:
+    inbox, done, out = tmp_path / "inbox", tmp_path / "done", tmp_path / "p.csv"
+    inbox.mkdir()
+    for file in files[:3]:
+        shutil.copy(file, inbox)
+    write(predictor, read([str(inbox)]), out)
+    before = rows(out)
+    inbox.rename(done)
+    inbox.mkdir()
+    shutil.copy(files[4], inbox)
+    counted.clear()
+    summary = write(predictor, read([str(inbox), str(done)]), out)
+    assert counted == [str(inbox / Path(files[4]).name)]
+    assert (summary["reused"], summary["kept"]) == (3, 0)
+    assert [row[1:] for row in rows(out)[2:]] == [row[1:] for row in before[1:]]
+    assert [row[0] for row in rows(out)[2:]] == [row[0].replace("inbox", "done") for row in before[1:]]
+
+
+def test_rows_are_never_dropped_in_silence(predictor: Predictor, files: list[str], tmp_path: Path) -> None:
+    """Night after night with an inbox that is emptied: the table of all nights, in an order that does not change."""
+    out, nights = tmp_path / "p.csv", [files[:2], [files[2], files[4]], [], files[5:7]]
+    for films in nights:
+        write(predictor, named(films), out, append=True)
+    assert {row[0] for row in rows(out)[1:]} == set(itertools.chain.from_iterable(nights))
+    again = out.read_bytes()
+    write(predictor, named(nights[-1]), out, append=True)
+    assert out.read_bytes() == again
+    with pytest.raises(InputError, match="--append: rows of earlier runs have no study"):
+        write(predictor, named(files[:2]), out, append=True, pool="mean")
+    write(predictor, named(files[:2]), out, overwrite=True)
+    assert [row[0] for row in rows(out)[1:]] == files[:2]
+
+
+def test_a_missing_package_ends_the_run(
+    predictor: Predictor, files: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(InputError, match="a DICOM file needs pydicom"):
+        write(predictor, named([files[0], str(tmp_path / "a.dcm")]), tmp_path / "p.csv")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_films_that_arrive_while_they_are_written(toy_model: Path, files: list[str], tmp_path: Path) -> None:
+    """The table is whole at every moment, and holds every film in the end, though some were read half written."""
+    inbox, out = tmp_path / "inbox", tmp_path / "p.csv"
+    inbox.mkdir()
+
+    def answered(file: str) -> bool:
+        name = str(inbox / Path(file).name)
+        return out.exists() and any(row[:2] == [name, "ok"] for row in rows(out))
+
+    words = [
+        sys.executable,
+        "-m",
+        "cxr_fast",
+        "predict",
+        str(toy_model),
+        str(inbox),
+        "--out",
+        str(out),
+        "--watch",
+        "0.1",
+    ]
+    with subprocess.Popen(
+        [*words, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for file in files[4:8]:
+                data = Path(file).read_bytes()
+                with open(inbox / Path(file).name, "wb") as film:
+                    for at in range(0, len(data), len(data) // 4 + 1):
+                        film.write(data[at : at + len(data) // 4 + 1])
+                        film.flush()
+                        time.sleep(0.1)
+                        if out.exists():
+                            head, *body = rows(out)
+                            assert all(len(row) == len(head) for row in body)
+                if file == files[6]:  # fetched by somebody else once it is answered
+                    states.wait_until(lambda: answered(files[4]), "an answer to the first film")
+                    os.unlink(inbox / Path(files[4]).name)
+
+            states.wait_until(lambda: all(map(answered, files[4:8])), "a table of four films")
+        finally:
+            process.terminate()
+            said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 def test_only_what_is_new_changed_or_failed_is_done(
@@ -339,15 +433,20 @@ def test_only_what_is_new_changed_or_failed_is_done(
     shutil.copy(files[11], own[3])  # the broken one mended
     os.utime(own[2])  # touched, and still the same
     Path(own[5]).unlink()
-    summary = write(predictor, read([str(folder)]), out, batch_size=4)
+    with pytest.raises(InputError, match=r"answers for 1 film\(s\) that are not among the inputs, such as .*--append"):
+        write(predictor, read([str(folder)]), out, batch_size=4)
+    assert out.read_bytes() == first
+    summary = write(predictor, read([str(folder)]), out, batch_size=4, append=True)
     assert sorted(counted) == [own[1], own[3], own[9]]
     assert (summary["reused"], summary["failed"], summary["images"]) == (6, 0, 9)
     found = rows(out)[1:]
-    assert [row[0] for row in found] == [path for path in own if path != own[5]]
+    assert [row[0] for row in found] == [own[5], *(path for path in own if path != own[5])]
+    assert summary["kept"] == 1
+    found = found[1:]
     fresh = tmp_path / "fresh.csv"
     write(predictor, read([str(folder)]), fresh, batch_size=4)
     a, b = ([[float(c) for c in row[4:]] for row in rows(path)[1:]] for path in (out, fresh))
-    np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(a[1:], b, atol=1e-6)
 
 
 def test_a_lost_table_and_another_choice_cost_no_prediction(
