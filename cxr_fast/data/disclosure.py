@@ -10,13 +10,16 @@ columns are shown by `prepare` alone, which answers whoever holds the table.
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -197,13 +200,22 @@ class Secrets:
         return [self.clean_values(each) for each in value] if isinstance(value, list | tuple) else value
 
     def find(self, text: str) -> str:
-        """Say what a text holds that must not leave; empty where it holds nothing."""
+        """Say what a text holds that must not leave, in whatever spelling; empty where it holds nothing."""
         if path := ABSOLUTE.search(text):
             return f"the path {path[0]}"
+        plain = spell_plainly(text)
         for name in (*self.paths, *self.names):
-            if name in text and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text):
+            key = spell_plainly(name)
+            if key and key in plain and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", plain):
                 return f"{name!r}, a path or the name of an image, a patient or a study of the run"
         return ""
+
+
+def spell_plainly(text: str) -> str:
+    """One spelling of a text for all that mean the same: escapes of HTML, addresses and JSON read, letters composed and
+    without case, and one space for each run of spaces, `_` and `-`."""
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), html.unescape(unquote(text)))
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def list_paths(run: Path, record: Mapping[str, Any]) -> list[str]:

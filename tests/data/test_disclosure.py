@@ -126,3 +126,15 @@ def test_a_huge_column_is_looked_through_quickly(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(disclosure, "is_person", lambda text: seen.append(text))
     why_hidden("remark", [f"text {chr(97 + i % 26)}{'x' * (i % 40)} {i % 997}" for i in range(20_000)], ["p"] * 20_000)
     assert 0 < len(seen) <= disclosure.SAMPLE
+
+
+SPELLINGS = ["Müller Jörg", "Mu\u0308ller Jo\u0308rg", "MÜLLER JÖRG", "müller_jörg", "Müller-Jörg", "Müller\n  Jörg"]
+SPELLINGS += ["Müller\u00a0Jörg", "M%C3%BCller%20J%C3%B6rg", "M\\u00fcller J\\u00f6rg", "M&uuml;ller J&ouml;rg"]
+SPELLINGS += ["Scan_Müller_Jörg_2"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_name_is_found_in_every_spelling(spelling: str) -> None:
+    secrets = Secrets(paths=(), names=("Müller Jörg", "Anna Winter"))
+    assert "Müller Jörg" in secrets.find(f"trained on {spelling}.")
+    assert not secrets.find("trained on Müller films of Jörgensen, Annas Winters")
