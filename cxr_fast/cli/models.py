@@ -67,7 +67,8 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
     Exit 1 where a variant was over its limit and not kept.
     """
     names = [name.strip() for name in variants.split(",")]
-    click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images")
+    if sys.stderr.isatty():  # somebody waits; scripts get what comes of it
+        click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images", err=True)
     from ..export.variants import ExportSpec, export_run
 
     spec = ExportSpec(variants=names, count=check, **flags)

@@ -8,12 +8,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..system.tables import pyarrow
-from .predictor import Result
+
+if TYPE_CHECKING:
+    from .predictor import Result
 
 Row = tuple[list[Any], np.ndarray | None]  # the values of `Columns.keys`, and (C,) float32 where there are any
 ROW_GROUP = 4096

@@ -88,7 +88,7 @@ def test_rows_are_the_prefix_of_the_preprocessed_image(
     file = store.ActivationFile(tmp_path / "a.h5")
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in tower.statistics("model"))
     for row in (0, 5, 12):
-        pixels, sha256 = load(images / file.header.images[row], spec.preprocess)
+        pixels, sha256, _ = load(images / file.header.images[row], spec.preprocess)
         assert file.sha256[row] == sha256
         for v, array in enumerate((pixels, pixels[:, ::-1].copy())):
             x = (torch.from_numpy(array).float().div(255).expand(3, -1, -1) - mean) / std

@@ -214,7 +214,7 @@ def test_cache_may_stop_at_the_first_unreadable_image(toy_data: Path, here: Path
 
 def test_predict_with_an_unreadable_image_ends_with_1(toy_model: Path, toy_data: Path, here: Path) -> None:
     result = done(cxr("predict", toy_model, toy_data, "--out", "p.csv", "--device", "cpu"), 1)
-    assert "1 image(s) failed; their rows say why" in result.stderr
+    assert "1 image(s) failed: 1 truncated; their rows say why" in result.stderr
     with open("p.csv", newline="", encoding="utf-8") as file:
         failed = [row for row in csv.DictReader(file) if row["status"] != "ok"]
     assert len(failed) == 1

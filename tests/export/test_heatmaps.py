@@ -45,7 +45,7 @@ def film(toy_data: Path) -> Path:
 def pixels(run: Run, film: Path) -> torch.Tensor:
     """One image as the tower takes it, (1, 3, S, S)."""
     mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-    grey, _ = load(film, from_dict(PreprocessSpec, run.info["preprocess"]))
+    grey, *_ = load(film, from_dict(PreprocessSpec, run.info["preprocess"]))
     return normalise(torch.from_numpy(grey[None]), mean, std)
 
 
@@ -164,7 +164,7 @@ def test_probabilities_are_calibrated_and_order_the_classes(run: Run, film: Path
     maps["isotonic"] = {"x": [[0.0, 1.0]] * count, "y": [[0.1 * (c % 7), 0.95] for c in range(count)]}
     calibration = {"kind": kind, "fitted": count, **maps[kind]}
     changed = dataclasses.replace(run, info={**run.info, "calibration": calibration})
-    grey, _ = load(film, from_dict(PreprocessSpec, run.info["preprocess"]))
+    grey, *_ = load(film, from_dict(PreprocessSpec, run.info["preprocess"]))
     expected = calibrate.apply(calibration, parity.torch_probabilities(run, grey[None]))[0]
     found = explain(changed, film)
     best = np.argsort(-(expected - np.array(run.info["thresholds"])), kind="stable")[:3]

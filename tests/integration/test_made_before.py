@@ -70,6 +70,10 @@ stop_after(Resume, "append", lambda kept, *_: len(kept._offsets) == 8)
 """
 
 
+# How groups were drawn at that time; today's default draws others.
+DRAWN = "--split-method iterative"
+
+
 class Both:
     """The old code and the present one, side by side in one folder."""
 
@@ -174,14 +178,14 @@ def test_an_unfinished_cache_is_gone_on_with(both: Both) -> None:
 
 
 def test_a_sweep_on_an_old_cache_gives_the_old_bits(both: Both) -> None:
-    both.now(f"{SWEEP} again")
+    both.now(f"{SWEEP} again {DRAWN}")
     both.kept("run", "again")
 
 
 def test_an_interrupted_sweep_goes_on_to_the_old_bits(both: Both) -> None:
     saved = histories(both.folder / "cut.partial")
     assert {config: [*map(len, folds)] for config, folds in saved.items()} == {0: [2, 1]}
-    both.now(f"{SWEEP} cut")
+    both.now(f"{SWEEP} cut {DRAWN}")
     assert not (both.folder / "cut.partial").exists()
     both.kept("run", "cut")
     # An epoch that was trained again would have taken another time.
@@ -193,7 +197,7 @@ def test_an_interrupted_sweep_goes_on_to_the_old_bits(both: Both) -> None:
 def test_an_interrupted_search_over_a_grid_goes_on_to_the_old_bits(both: Both) -> None:
     saved = histories(both.folder / "head-cut.partial")
     assert {config: [*map(len, folds)] for config, folds in saved.items()} == {0: [2, 2]}
-    both.now(f"{HEAD} head-cut")
+    both.now(f"{HEAD} head-cut {DRAWN}")
     both.kept("head-run", "head-cut")
 
 
@@ -201,7 +205,9 @@ def test_a_run_is_described_reported_compared_and_explained(both: Both) -> None:
     both.now("info run")
     shutil.copytree(both.folder / "run", both.folder / "reported")
     both.now("report reported")
-    both.same("run", "reported")
+    for folder in ("run", "reported"):  # of precision and recall other points are drawn since
+        (both.folder / folder / "curves.csv").unlink()
+    both.kept("run", "reported")
     both.now("compare run reported --resamples 100")
     image = next((both.folder / "data" / "images").iterdir()).relative_to(both.folder)
     both.now(f"explain run {image} --out explained.png")
@@ -216,7 +222,7 @@ def test_a_model_is_verified_and_predicts_what_it_did(both: Both) -> None:
     both.now("info run/model.fp32.onnx")
     both.now("verify run/model.fp32.onnx")
     both.now(f"{PREDICT} now.csv")
-    assert (both.folder / "now.csv").read_bytes() == (both.folder / "whole.csv").read_bytes()
+    assert without_notes(both.folder / "now.csv") == without_notes(both.folder / "whole.csv")
 
 
 @pytest.mark.parametrize("table", ["cut.csv", "whole.csv"])
@@ -226,10 +232,19 @@ def test_predictions_are_completed(both: Both, table: str) -> None:
     What an unfinished table keeps its rows in is private and may take another form. The present code may then refuse
     the old one (exit 2), never misread it, and --overwrite has it done from the beginning.
     """
-    whole = (both.folder / "whole.csv").read_bytes()
+    whole = without_notes(both.folder / "whole.csv")
     if both.now(f"{PREDICT} {table}", codes=(0, 2)).code:
         both.now(f"{PREDICT} {table} --overwrite")
-    assert (both.folder / table).read_bytes() == whole
+    assert without_notes(both.folder / table) == whole
+
+
+def without_notes(table: Path) -> list[list[str]]:
+    """The rows of a prediction table but for the column `note`, which came later."""
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    place = rows[0].index("note") if "note" in rows[0] else len(rows[0])
+    assert not any("".join(row[place : place + 1]) for row in rows[1:])
+    return [row[:place] + row[place + 1 :] for row in rows]
 
 
 def without_new_columns(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

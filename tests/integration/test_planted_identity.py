@@ -16,7 +16,7 @@ from cxr_fast.cli.main import main
 
 WEIGHTS = "random:0:test_vit"
 # Files of a run folder that docs/reference/run_folder.md says to keep: they hold paths and a line an image.
-KEPT = {"run.json", "predictions.npz"}
+KEPT = {"run.json", "predictions.npz", "predictions.csv", "predictions.parquet"}
 SHOWN, HIDDEN = {"sex", "weight"}, 9  # of the columns: view and eight of `meta:`
 
 

@@ -262,7 +262,7 @@ def test_the_class_table_is_evaluation_json_per_class_csv_and_run_json(made: Pat
     lines = {line["class"]: line for line in read_csv(made / "per_class.csv")}
     of_run = {row["class"]: row for row in run["per_class"]}
     for row in found["per_class"]:
-        auc, ap, prevalence, jaccard, f1, threshold, positives, tier = rows[row["class"]]
+        auc, ap, prevalence, jaccard, f1, threshold, positives, _, tier = rows[row["class"]]
         assert auc == with_interval(row["auc"])
         assert (ap, jaccard, f1) == tuple(number(row[key]["value"]) for key in ("ap", "jaccard", "f1"))
         assert (prevalence, threshold) == (number(row["prevalence"]), number(row["threshold"]))

@@ -368,7 +368,7 @@ def test_the_hold_out_labels_change_nothing_but_the_hold_out_figures(
         labels[held] = np.where(labels[held] < 0, labels[held], 1 - labels[held])
         h5["labels"][:] = labels
     # The split itself looks at the labels (it spreads them), so it is held where it was.
-    monkeypatch.setattr(dataset.splits, "split", lambda *_, **__: saved["fold"])
+    monkeypatch.setattr(dataset, "split", lambda *_, **__: saved["fold"])
     Sweep(own_cache, tmp_path / "run", SPEC, ON_CPU).run()
     before, after = info(toy_run), info(tmp_path / "run")
     for key in ("chosen", "thresholds", "model_sha256", "budgets", "folds"):
@@ -448,9 +448,9 @@ def test_final_probabilities_are_the_whole_towers_on_the_pixels(toy_run: Path, t
     spec = from_dict(PreprocessSpec, run.info["preprocess"])
     assert spec.size == 160
     pixels = [load(toy_data / "images" / Path(str(image)).name, spec) for image in saved["image"]]
-    assert [sha256 for _, sha256 in pixels] == saved["sha256"].tolist()
+    assert [found.sha256 for found in pixels] == saved["sha256"].tolist()
     mean, std = (torch.tensor(run.info[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
-    x = normalise(torch.from_numpy(np.stack([image for image, _ in pixels])), mean, std)
+    x = normalise(torch.from_numpy(np.stack([found.pixels for found in pixels])), mean, std)
     slow = np.concatenate([run.raw_probabilities(part) for part in x.split(16)])
     difference = np.abs(slow - saved["final"]).max()
     assert 0 < difference < FLOAT16
@@ -818,8 +818,9 @@ def test_fewer_groups_than_folds_are_refused(toy_cache: Path, tmp_path: Path) ->
 def test_a_fold_with_nothing_to_score_is_refused_by_name(own_cache: Path, tmp_path: Path) -> None:
     with h5py.File(own_cache, "r+") as h5:
         h5["labels"][:] = 0
+    spec = dataclasses.replace(SMALL, holdout=0)
     with pytest.raises(InputError, match="fold 1: none of the 35 classes has both"):
-        Sweep(own_cache, tmp_path / "run", SMALL, ON_CPU).run()
+        Sweep(own_cache, tmp_path / "run", spec, ON_CPU).run()
     assert not (tmp_path / "run").exists()
 
 

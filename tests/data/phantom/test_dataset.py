@@ -281,9 +281,9 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     for card in (None, "{", "[]", '{"name": "indiana"}'):
         if card is not None:
             (tmp_path / "dataset.json").write_text(card)
-        with pytest.raises(InputError, match=r"no phantom dataset.*--out"):
+        with pytest.raises(InputError, match=r"no phantom dataset.*name a folder"):
             write_dataset(tmp_path, studies=2, size=16)
-    with pytest.raises(InputError, match=r"is a file.*--out"):
+    with pytest.raises(InputError, match=r"is a file.*name a folder"):
         write_dataset(mine, studies=2, size=16)
     assert mine.read_text() == "mine"
 
