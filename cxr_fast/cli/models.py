@@ -13,6 +13,7 @@ import click
 
 from ..cluster import connection
 from ..config import NOTICE
+from ..errors import InputError
 from ..system.files import write_json
 from ..system.text import Table, counted, gigabytes, number
 from .console import Part, ProgressBar, echo_notes, show, took
@@ -67,6 +68,9 @@ def export(run: Path, variants: str, check: int, **flags: Any) -> None:
     Exit 1 where a variant was over its limit and not kept.
     """
     names = [name.strip() for name in variants.split(",")]
+    out = flags["out"]
+    if out is not None and not (above := next(p for p in Path(out).absolute().parents if p.exists())).is_dir():
+        raise InputError(f"--out: cannot write {out}: {above} is a file.")
     if sys.stderr.isatty():  # somebody waits; scripts get what comes of it
         click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images", err=True)
     from ..export.variants import ExportSpec, export_run
