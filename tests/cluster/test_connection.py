@@ -30,6 +30,7 @@ from cxr_fast.data import paths as inputs
 from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
 from cxr_fast.inference import batch as answers
 from cxr_fast.inference.predictor import Predictor
+from cxr_fast.system.files import file_sha256
 from cxr_fast.training.sweep import Sweep
 from tests.helpers import tasks
 from tests.helpers.ray_nodes import RayNodes, losing, three_nodes, untouched
@@ -515,7 +516,7 @@ def test_nodes_without_the_model_and_names_without_a_folder(
     assert not any(os.path.isabs(path) for path in wanted.paths)
     remote = ClusterPredictor(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
     own.rename(tmp_path / "moved.onnx")  # now no node finds it by its name
-    monkeypatch.setattr(answers, "_model_sha256", lambda _: answers.file_sha256(toy_model))
+    monkeypatch.setattr(answers, "tree_sha256", lambda _: file_sha256(toy_model))
     answers.write(remote, wanted, tmp_path / "cluster.csv", PREDICTED)
     near = (tmp_path / "cluster.csv").read_text().splitlines()
     far = table.read_text().splitlines()
@@ -573,7 +574,7 @@ def test_the_command_predicts_without_torch_on_the_driver(
     )
     assert done.returncode == 1, done.stderr
     assert "cluster: 3 nodes, 3 CPUs, 0 GPUs (Ray " in done.stderr
-    assert "1 image(s) failed; their rows say why" in done.stderr
+    assert "1 image(s) failed: 1 truncated; their rows say why" in done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert out.read_bytes() == table.read_bytes()
 
