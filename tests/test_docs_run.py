@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -26,7 +27,6 @@ LEFT_OUT = {
     "README.md": 3,
     "docs/explanation/benchmarks.md": 1,
     "docs/explanation/scaling.md": 1,
-    "docs/explanation/splits.md": 1,
     "docs/how-to/clusters.md": 3,
     "docs/how-to/hub.md": 2,
     "docs/how-to/install.md": 7,
@@ -93,6 +93,8 @@ def toy_folder(
     (out / "films").symlink_to(phantoms / "images")
     (out / "biomedclip_folder").symlink_to(lively_weights)
     write_table(out, images[4:28])
+    with np.load(toy_run / "predictions.npz") as file:
+        (out / "test_patients.txt").write_text("\n".join(sorted(set(file["group"].tolist()))[:6]) + "\n")
     return out
 
 
@@ -140,6 +142,8 @@ def run_shell(block: Block) -> None:
         wanted = [*ADDED.get(name, ()), *(["--threads 1"] if "--threads" in flags else [])]
         if name == "cache" and "--out" in words:
             wanted.append("--limit 12")
+        if "--split-from" in words:  # takes its folds from the run
+            wanted.remove("--folds 2")
         more = [word for extra in wanted if extra.split()[0] not in words for word in extra.split()]
         result = CliRunner().invoke(main, [*words, *more])
         said = f"{block}: {line}\n{result.output}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import io
 import os
@@ -184,8 +185,8 @@ def is_one_image(image: object) -> bool:
 def _dataset_grey(dataset: object, spec: PreprocessSpec) -> np.ndarray:
     """A pydicom data set in memory to grey, uint8 (H, W)."""
     try:
-        with _quiet():
-            return dicom.decode_dataset(dataset, spec.dicom_policy)[0]
+        with _quiet():  # on a copy: reading an enhanced or mislabelled file changes its elements
+            return dicom.decode_dataset(copy.deepcopy(dataset), spec.dicom_policy)[0]
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything at all

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from ..errors import InputError
 from ..system.files import write_bytes
 from ..system.tables import read_header
 from ..system.text import counted
-from .images import IMAGE_SUFFIXES
 from .labels import CHEXPERT_CLASSES
+from .paths import find_images
 
 # Files of an Indiana folder, and the card of any dataset: its name, and whether it is synthetic.
 REPORTS, PROJECTIONS, CARD = "indiana_reports.csv", "indiana_projections.csv", "dataset.json"
@@ -183,8 +183,7 @@ def note_rules(table: Path, rules: Mapping[str, Any] | None) -> None:
 
 def _refuse_images_alone(folder: Path) -> None:
     """Raise InputError where a folder holds images and no table: it says which table to write, and how to predict."""
-    walked = os.walk(folder)
-    if count := sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, names in walked for name in names):
+    if count := len(find_images(str(folder), Counter())):
         tables = ", ".join(sorted(path.name for suffix in TABLES for path in folder.glob("[!.]*" + suffix))[:3])
         others = f" ({tables}: other columns)" if tables else ""
         raise InputError(

@@ -29,6 +29,7 @@ from .disclosure import META, differ_everywhere, why_hidden
 from .indiana import Unindexed
 from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules
 from .layouts import ListedImages, mark_synthetic, note_rules, read_card, recognise
+from .paths import is_hidden
 from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
@@ -143,7 +144,7 @@ READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """POSIX paths of the files below `root`, links followed once, hidden folders left out."""
+    """POSIX paths of the files below `root`, links followed once; what `paths.is_hidden` names is left out."""
     seen = set()
     for folder, below, files in os.walk(root, followlinks=True):
         stat = os.stat(folder)
@@ -151,9 +152,9 @@ def _walk(root: Path) -> Iterator[str]:
             below.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        below[:] = sorted(name for name in below if not is_hidden(name))
         prefix = Path(folder).relative_to(root).as_posix()
-        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
+        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files if not is_hidden(name))
 
 
 def _find(rows: ListedImages, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:

@@ -74,7 +74,7 @@ def rarity_subsets(groups: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def rarity_classes(labels: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Each group's border, its classes, and their positives in all images of the run, labels (N, C)."""
+    """Each group's border, its classes, and their positives in the images of the folds, labels (n, C)."""
     positives = (labels == 1).sum(axis=0)
     return {
         name: {
@@ -162,12 +162,12 @@ def rarity_notes(classes: Record | None) -> list[str]:
     """Where the borders are, and where known which classes lie between them."""
     if not classes:
         borders = "; ".join(f"{name} classes: {border}" for name, border in BORDERS.items())
-        return [f"{borders}, of the known labels of all images of the run."]
+        return [f"{borders}, of the known labels of the images of the folds."]
     texts = [
         f"{name.capitalize()} ({found['border']}): {name_some(found['classes'])}, {_span(found['positives'])} positives"
         for name, found in classes.items()
     ]
-    return [f"By the share of positives among the known labels of all images of the run. {'; '.join(texts)}."]
+    return [f"By the share of positives among the known labels of the images of the folds. {'; '.join(texts)}."]
 
 
 def _span(counts: Sequence[int]) -> str:

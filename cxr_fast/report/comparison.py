@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,13 +50,12 @@ def compare_runs(
         0.0
     """
     run_a, run_b = Path(run_a), Path(run_b)
-    info_a, a, limits_a, trained_a = _side(run_a, part)
-    info_b, b, limits_b, trained_b = _side(run_b, part)
-    every = read(run_a, info_a).arrays["labels"]
+    one, two = _side(run_a, part), _side(run_b, part)
+    info_a, a, info_b, b = one.run, one.scored, two.run, two.scored
     classes, others = list(info_a["classes"]), list(info_b["classes"])
     _same_classes(run_a, classes, run_b, others)
     order = [others.index(name) for name in classes]
-    leaks = {"trained_a": _count(b, trained_a), "trained_b": _count(a, trained_b)} if part == "holdout" else {}
+    leaks = {"trained_a": _count(b, one.trained), "trained_b": _count(a, two.trained)} if part == "holdout" else {}
     rows_a, rows_b = _common(a, b)
     if any(leaks.values()) and not allow_trained:
         _refuse_trained(run_a, run_b, leaks, len(rows_a))
@@ -70,10 +69,10 @@ def compare_runs(
     probs_b, labels_b = b.probs[rows_b][:, order], b.labels[rows_b][:, order]
     _same_labels(both.labels, labels_b, run_a, run_b)
     resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
-    decided = ((both.probs, limits_a), (probs_b, limits_b[order]))
-    kinds = class_groups(every)
+    decided = ((both.probs, one.limits), (probs_b, two.limits[order]))
+    kinds = class_groups(one.labels)
     figures = _differences(both, decided, classes, kinds, resampling)
-    figures["rarity_classes"] = class_means.rarity_classes(every, kinds, classes)
+    figures["rarity_classes"] = class_means.rarity_classes(one.labels, kinds, classes)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= leaks | {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
     sides = {"a": str(run_a), "b": str(run_b), "part": part}
@@ -82,8 +81,19 @@ def compare_runs(
     return dict(clean({"schema": SCHEMA, **sides, **how, **counted, **figures}))
 
 
-def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray, set[str]]:
-    """A run's record, what it scored in a part, its thresholds, and the hashes of the images it was trained on."""
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """One run: run.json, what it scored in the part, its thresholds (C,), the labels of its folds' images, and the
+    hashes of the images it was trained on."""
+
+    run: dict[str, Any]
+    scored: Scored
+    limits: np.ndarray
+    labels: np.ndarray
+    trained: set[str]
+
+
+def _side(folder: Path, part: Part) -> _Side:
     run = read_info(folder)
     try:
         saved = read(folder, run)
@@ -94,7 +104,8 @@ def _side(folder: Path, part: Part) -> tuple[dict[str, Any], Scored, np.ndarray,
         raise InputError(f"{folder}: {PARTS[part]}: {error}") from error
     hashes, held = saved.arrays["sha256"], saved.arrays["fold"] < 0
     trained = set(hashes[~held].tolist()) - set(hashes[held].tolist())
-    return run, scored, np.array(run["thresholds"], float), trained
+    limits, labels = np.array(run["thresholds"], float), saved.arrays["labels"][~held]
+    return _Side(run=run, scored=scored, limits=limits, labels=labels, trained=trained)
 
 
 def _refuse_trained(run_a: Path, run_b: Path, leaks: Mapping[str, int], common: int) -> None:

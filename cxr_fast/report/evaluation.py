@@ -93,7 +93,8 @@ def evaluate(
     run = read_run_info(folder, logit_adjustment=logit_adjustment, point=point)
     saved, shown = _only_shown(read(folder, run))
     how, every = Resampling(resamples=resamples, seed=seed, level=LEVEL), saved.arrays["labels"]
-    limits, kinds = np.array(run["thresholds"], float), rarity.class_groups(every)
+    dev = every[saved.arrays["fold"] >= 0]
+    limits, kinds = np.array(run["thresholds"], float), rarity.class_groups(dev)
     job = _Job(classes=run["classes"], limits=limits, rarity=kinds, how=how)
     scored = _parts(saved, job)
     intervals = {name: job.intervals(part) if name != "train" else {} for name, part in scored.items()}
@@ -109,7 +110,7 @@ def evaluate(
         "missing": job.missing,
         "parts": parts,
         "out_of_fold_auc": _two_means(saved, parts.get("out_of_fold")),
-        "rarity": class_means.rarity_classes(every, kinds, job.classes),
+        "rarity": class_means.rarity_classes(dev, kinds, job.classes),
         "studies": {"pool": pool, "parts": _studies(scored, pool, job)},
         "views": views,
         "subgroups": columns,

@@ -106,11 +106,11 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
 
 def _score(raw: dict[str, np.ndarray], data: Data, decisions: dict[str, Decisions]) -> dict[str, Any]:
     """Figures of each kind of final model on the hold-out, from its raw probabilities (n, C)."""
-    scored, labels = {}, data.labels[data.assignment == -1]
+    scored, labels, dev = {}, data.labels[data.assignment == -1], data.labels[data.assignment >= 0]
     for kind, values in raw.items():
         decision = decisions[RETRAINED if kind == RETRAINED else "folds"]
         found = calibration.apply(decision.calibration, values)
-        scored[kind] = operating_points.compute_figures(labels, found, decision.thresholds, data.labels)
+        scored[kind] = operating_points.compute_figures(labels, found, decision.thresholds, dev)
     return scored
 
 

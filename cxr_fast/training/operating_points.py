@@ -209,9 +209,9 @@ def choose_thresholds(
     return np.where(np.isnan(found), 0.5, found), text
 
 
-def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray, every: np.ndarray) -> Values:
+def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.ndarray, dev: np.ndarray) -> Values:
     """The published six at the thresholds, the same at 0.5, the AUC of classes with enough positives, and means over
-    head, medium and tail classes, which `every` label of the run (N, C) divides."""
+    head, medium and tail classes, which the labels of the folds' images, `dev` (n, C), divide."""
     aucs = figures.auc(labels, probabilities)
     enough = (labels == 1).sum(axis=0) >= MIN_POSITIVES
     frequent, count = figures.macro(aucs[enough]) if enough.any() else (float("nan"), 0)
@@ -223,7 +223,7 @@ def compute_figures(labels: np.ndarray, probabilities: np.ndarray, limits: np.nd
         "frequent_auc": frequent,
         "frequent_classes": count,
         "frequent_min_positives": MIN_POSITIVES,
-        "rarity": group_means(labels, probabilities, class_groups(every)),
+        "rarity": group_means(labels, probabilities, class_groups(dev)),
     }
 
 
@@ -279,7 +279,7 @@ def decide(
         thresholds=limits,
         source=source,
         out_of_fold=raw,
-        figures=compute_figures(labels[dev], found, limits, labels),
+        figures=compute_figures(labels[dev], found, limits, labels[dev]),
     )
 
 
@@ -306,7 +306,7 @@ def choose_again(saved: Saved, point: OperatingPoint) -> Values:
 
     kind = run["final"]["kind"]
     scored = {
-        each: compute_figures(labels[held], on_holdout(each), of(each).thresholds, labels)
+        each: compute_figures(labels[held], on_holdout(each), of(each).thresholds, labels[dev])
         for each in run["finals"] or {}
     }
     rows = figures.per_class(labels[held], on_holdout(kind), of(kind).thresholds, classes) if scored else []

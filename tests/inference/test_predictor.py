@@ -134,6 +134,15 @@ def test_a_pydicom_data_set_is_an_image(predictor: Predictor, tmp_path: Path) ->
     path.write_bytes(dicom_file(np.arange(90 * 70, dtype=np.uint16).reshape(90, 70) % 4096, bits=12))
     (expected,) = predictor([path])
     assert predictor(pydicom.dcmread(path)) == expected
+    transform, groups = pydicom.Dataset(), pydicom.Dataset()
+    transform.RescaleSlope, transform.RescaleIntercept = -1, 4095
+    groups.PixelValueTransformationSequence = [transform]
+    film = np.arange(90 * 70, dtype=np.uint16).reshape(90, 70) % 4096
+    path.write_bytes(dicom_file(film, bits=12, SharedFunctionalGroupsSequence=[groups]))
+    enhanced = pydicom.dcmread(path)
+    before = str(enhanced)
+    assert predictor(enhanced) == predictor(path) != expected
+    assert str(enhanced) == before, "the caller's data set was changed"
     bad = pydicom.dcmread(path)
     del bad.Rows
     with pytest.raises(ImageError, match="no Rows"):
