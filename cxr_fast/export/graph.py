@@ -7,6 +7,8 @@ changes it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ..metrics.calibration import EDGE
 from ..models.heads import leaves
 from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
+from .int8 import KINDS, Matrix, answers_first_only, member_prefix, plain, round_plainly
 from .nodes import Graph, to_array, to_array_or_none
 
 OPSET = 20
@@ -30,7 +33,12 @@ END_NAMES = ("start", "end", "axis", "step")
 
 
 def build(
-    run: Run, variant: str = "fp32", *, embedding: bool = False, exclude: frozenset[str] = frozenset()
+    run: Run,
+    variant: str = "fp32",
+    *,
+    embedding: bool = False,
+    exclude: frozenset[str] = frozenset(),
+    plan: Mapping[str, Matrix] | None = None,
 ) -> onnx.ModelProto:
     """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E).
 
@@ -38,9 +46,12 @@ def build(
     of the mean. So are those of a run scored on both views (`tta`), each image and its mirrored twin. Where the run is
     calibrated `probabilities` are, `logits` are not, and `raw_probabilities` is a third output. An int8 graph takes its
     images one by one inside (Scan): quantisation follows the range of what it sees, and an image's answer must not hang
-    on its neighbours in the batch.
+    on its neighbours in the batch. `plan` is `int8.choose`'s, by default plain rounding; its shifts and scales are in
+    the float graph too, where a float32 graph is given one.
     """
-    graph = Graph(variant, exclude)
+    if variant == "int8" and plan is None:
+        plan = round_plainly(run)
+    graph = Graph(variant, exclude, plan)
     _image(graph, run)
     size, classes = run.info["preprocess"]["size"], len(run.info["classes"])
     outputs = [("logits", classes), ("probabilities", classes)]
@@ -84,7 +95,7 @@ def _one_by_one(graph: Graph, pixels: Any, outputs: list[Any]) -> onnx.GraphProt
 
 def matrices(run: Run) -> list[str]:
     """The block matrices that int8 may leave out, such as `10.fc2`, as `build` takes them in `exclude`."""
-    return [f"{i}.{name}" for i in range(len(run.visual.trunk.blocks)) for name in ("qkv", "proj", "fc1", "fc2")]
+    return [f"{i}.{name}" for i in range(len(run.visual.trunk.blocks)) for name in KINDS]
 
 
 def _image(graph: Graph, run: Run) -> None:
@@ -97,9 +108,9 @@ def _image(graph: Graph, run: Run) -> None:
     x = graph.cast(x, TensorProto.FLOAT16, "tokens.half")
     with graph.blocks():
         for i, block in enumerate(trunk.blocks[:cut]):
-            x = _block(graph, x, block, i, "", first_only=_first_only(trunk, i))
+            x = _block(graph, x, block, i, "", first_only=answers_first_only(trunk, i))
     several = len(run.members) > 1 or both_views
-    each = [_tail(graph, x, member, cut, f"member{k}." if several else "") for k, member in enumerate(run.members)]
+    each = [_tail(graph, x, member, cut, member_prefix(run, k)) for k, member in enumerate(run.members)]
     if both_views:
         each = [half for logits in each for half in _halves(graph, logits)]
     raw = "probabilities" if run.info["calibration"] is None else RAW
@@ -122,17 +133,12 @@ def _halves(graph: Graph, x: str) -> list[str]:
     return names
 
 
-def _first_only(trunk: Any, i: int) -> bool:
-    """Whether block i has to answer for the class token alone."""
-    return i == len(trunk.blocks) - 1 and trunk.global_pool == "token"
-
-
 def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
     """Blocks from the cut on, norm, pooling, projection, L2 norm and head of one member; its logits."""
     trunk = member.visual.trunk
     with graph.blocks():
         for i, block in enumerate(trunk.blocks[cut:], cut):
-            x = _block(graph, x, block, i, name, first_only=_first_only(trunk, i))
+            x = _block(graph, x, block, i, name, first_only=answers_first_only(trunk, i))
     x = graph.cast(x, TensorProto.FLOAT, f"{name}tokens.float")
     x = graph.layer_norm(x, trunk.norm, f"{name}norm")
     x = _pool(graph, x, trunk, name)
@@ -239,46 +245,68 @@ def _positions(trunk: Any) -> np.ndarray:
 def _block(graph: Graph, x: str, block: Any, number: int, prefix: str, *, first_only: bool) -> str:
     """One transformer block; with `first_only` everything but the keys and values is for the first token alone."""
     name = f"{prefix}blocks.{number}"
-    y = graph.layer_norm(x, block.norm1, f"{name}.norm1")
+    qkv, proj, fc1, fc2 = (graph.plan.get(f"{name}.{kind}") or plain(block, kind) for kind in KINDS)
+    y = graph.layer_norm(x, block.norm1, f"{name}.norm1", qkv)
     if first_only:
         x = _first_token(graph, x, f"{name}.kept")
         y = graph.cast(y, TensorProto.FLOAT, f"{name}.norm1.float")
         with graph.blocks(False):
-            y = _one_query(graph, y, block.attn, name)
+            y = _one_query(graph, y, block.attn, _for_projection(qkv, proj), name)
         y = graph.cast(y, TensorProto.FLOAT16, f"{name}.attention.half")
     else:
-        y = _attention(graph, y, block.attn, number, name)
-    y = graph.linear(y, *_scaled(block.attn.proj, block.ls1), f"{name}.proj", f"{number}.proj")
+        y = _attention(graph, y, block.attn, _for_projection(qkv, proj), number, name)
+    y = graph.product(y, proj, f"{name}.proj", f"{number}.proj")
     x = graph.add("Add", x, y, name=f"{name}.residual1")
-    y = graph.layer_norm(x, block.norm2, f"{name}.norm2")
-    fc1 = to_array(block.mlp.fc1.weight), to_array_or_none(block.mlp.fc1.bias)
-    y = graph.linear(y, *fc1, f"{name}.fc1", f"{number}.fc1")
-    y = graph.add("Gelu", y, name=f"{name}.gelu", approximate=block.mlp.act.approximate)
-    y = graph.linear(y, *_scaled(block.mlp.fc2, block.ls2), f"{name}.fc2", f"{number}.fc2")
-    return graph.add("Add", x, y, name=f"{name}.residual2")
+    y = graph.layer_norm(x, block.norm2, f"{name}.norm2", fc1)
+    parts = _mlp(graph, y, block, (fc1, fc2), number, name)
+    return graph.add("Add" if len(parts) == 1 else "Sum", x, *parts, name=f"{name}.residual2")
 
 
-def _attention(graph: Graph, y: str, attn: Any, number: int, name: str) -> str:
+def _for_projection(qkv: Matrix, proj: Matrix) -> Matrix:
+    """`qkv` whose values are shifted and scaled as `proj` wants its inputs: attention is a mean of values."""
+    third = len(proj.scale)
+    factor, shift = np.ones(len(qkv.weight), np.float32), np.zeros(len(qkv.weight), np.float32)
+    factor[-third:], shift[-third:] = proj.scale, proj.shift
+    bias = qkv.bias
+    if bias is not None or shift.any():
+        bias = ((0.0 if bias is None else bias) - shift) * factor
+    return replace(qkv, weight=qkv.weight * factor[:, None], bias=bias, steps=qkv.steps * factor)
+
+
+def _mlp(graph: Graph, y: str, block: Any, matrices: tuple[Matrix, Matrix], number: int, name: str) -> list[str]:
+    """The summands of an MLP: one for each group of hidden units that shares a range."""
+    fc1, fc2 = matrices
+    whole = (np.arange(len(fc1.weight)),)
+    groups = whole if graph.variant != "int8" or f"{number}.fc2" in graph.exclude else fc2.groups
+    out = []
+    for k, group in enumerate(groups):
+        each = f".{k}" if len(groups) > 1 else ""
+        h = graph.product(y, fc1 if not each else fc1.rows(group), f"{name}.fc1{each}", f"{number}.fc1")
+        h = graph.add("Gelu", h, name=f"{name}.gelu{each}", approximate=block.mlp.act.approximate)
+        second = fc2.columns(k) if each else fc2
+        out.append(graph.product(h, second, f"{name}.fc2{each}", f"{number}.fc2", bias=k == 0))
+    return out
+
+
+def _attention(graph: Graph, y: str, attn: Any, qkv: Matrix, number: int, name: str) -> str:
     """Attention of all tokens (N, T, D) before its projection, in ONNX Runtime's fused form."""
-    weight, bias = to_array(attn.qkv.weight), to_array_or_none(attn.qkv.bias)
-    rows = np.split(weight, 3)
-    parts = [graph.linear(y, part, None, f"{name}.{p}", f"{number}.qkv") for p, part in zip("qkv", rows, strict=True)]
-    if bias is not None:
-        parts.append(graph.weight(f"{name}.qkv.bias", bias))
+    each = zip("qkv", np.split(np.arange(len(qkv.weight)), 3), strict=True)
+    parts = [graph.product(y, qkv.rows(r), f"{name}.{p}", f"{number}.qkv", bias=False) for p, r in each]
+    if qkv.bias is not None:
+        parts.append(graph.weight(f"{name}.qkv.bias", qkv.bias))
     heads = {"num_heads": attn.num_heads, "scale": float(attn.scale)}
     return graph.add("MultiHeadAttention", *parts, name=f"{name}.attention", domain="com.microsoft", **heads)
 
 
-def _one_query(graph: Graph, y: str, attn: Any, name: str) -> str:
+def _one_query(graph: Graph, y: str, attn: Any, qkv: Matrix, name: str) -> str:
     """Attention of the first token alone, (N, T, D) to (N, 1, D), without any token's key or value.
 
     q . (K y) = (K' q) . y and the mean of V y is V times the mean of y: a hundredth of the work. A bias of the keys
     moves every score alike, and softmax does not see it.
     """
     heads, width = attn.num_heads, attn.head_dim
-    to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(to_array(attn.qkv.weight), 3))
-    bias = to_array_or_none(attn.qkv.bias)
-    q_bias, _, v_bias = (None,) * 3 if bias is None else np.split(bias, 3)
+    to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(qkv.weight, 3))
+    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else np.split(qkv.bias, 3)
     scale = float(attn.scale)
     one = _first_token(graph, y, f"{name}.query")
     q = graph.linear(
@@ -367,13 +395,3 @@ def _activation(graph: Graph, x: str, layer: nn.Module, name: str) -> str:
     if isinstance(layer, nn.GELU):
         return graph.add("Gelu", x, name=name, approximate=layer.approximate)
     return graph.add({nn.ReLU: "Relu", nn.Tanh: "Tanh"}[type(layer)], x, name=name)
-
-
-def _scaled(linear: Any, scale: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """Weight and bias of a linear layer with the layer scale behind it folded in."""
-    weight, bias = to_array(linear.weight), to_array_or_none(linear.bias)
-    gamma = getattr(scale, "gamma", None)
-    if gamma is None:
-        return weight, bias
-    factor = to_array(gamma)
-    return weight * factor[:, None], None if bias is None else bias * factor

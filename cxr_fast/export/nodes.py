@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,23 @@ import onnx
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from .int8 import Matrix
+
 
 class Graph:
     """Nodes and weights under construction; each method adds one operation and returns its output's name.
 
     `variant` decides how the blocks compute: float32; float16 (layer norm and softmax keep float32 statistics inside
-    ONNX Runtime's CUDA kernels); or int8 products of float32 values. `exclude` names block matrices left in float32,
-    such as `10.fc2`.
+    ONNX Runtime's CUDA kernels); or int8 products of float32 values, as `plan` gives each block matrix by its name.
+    `exclude` names block matrices left in float32, such as `10.fc2`.
     """
 
-    def __init__(self, variant: str = "fp32", exclude: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, variant: str = "fp32", exclude: frozenset[str] = frozenset(), plan: Mapping[str, Matrix] | None = None
+    ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
-        self.variant, self.exclude = variant, exclude
+        self.variant, self.exclude, self.plan = variant, exclude, plan or {}
         self.in_blocks = False
         self.quantised: set[str] = set()
 
@@ -55,42 +59,39 @@ class Graph:
         """x in another type; only float16 graphs need it."""
         return self.add("Cast", x, name=name, to=to) if self.variant == "fp16" else x
 
-    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str, group: str = "") -> str:
-        """x @ weight.T + bias for x (..., I) and weight (O, I); in int8 where `group`, a matrix of a block, allows."""
-        if self.variant == "int8" and group and group not in self.exclude:
-            return self._linear_int8(x, weight, bias, name)
+    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str) -> str:
+        """x @ weight.T + bias for x (..., I) and weight (O, I), in float."""
         y = self.add("MatMul", x, self.weight(f"{name}.weight", weight.T), name=f"{name}.product")
         return y if bias is None else self.add("Add", y, self.weight(f"{name}.bias", bias), name=name)
 
-    def _linear_int8(self, x: str, weight: np.ndarray, bias: np.ndarray | None, name: str) -> str:
-        """The product in integers: x to uint8 by its own range as it comes, weight to int8 by a scale for each output.
+    def product(self, x: str, matrix: Matrix, name: str, group: str, *, bias: bool = True) -> str:
+        """The product with a block matrix whose inputs share one range; in float where `exclude` has its `group`.
 
-        ONNX Runtime's x86 kernels want unsigned times signed: 2.4 times as fast as unsigned times unsigned (LOG).
+        In integers: x to uint8 by its own range as it comes. ONNX Runtime's x86 kernels want unsigned times signed: 2.4
+        times as fast as unsigned times unsigned (LOG).
         """
+        if self.variant != "int8" or group in self.exclude:
+            return self.linear(x, matrix.weight, matrix.bias if bias else None, name)
         parts = [f"{x}.{part}" for part in ("uint8", "scale", "zero")]
         if x not in self.quantised:
             self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], parts, name=f"{x}.quantised"))
             self.quantised.add(x)
-        scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
-        whole = np.round(weight / scale[:, None]).astype(np.int8)
-        inputs = [
-            parts[0],
-            self._store(f"{name}.weight", whole.T),
-            parts[1],
-            self.weight(f"{name}.scale", scale),
-            parts[2],
-        ]
-        inputs += [] if bias is None else ["", self.weight(f"{name}.bias", bias)]
+        whole, steps = self._store(f"{name}.weight", matrix.whole.T), self.weight(f"{name}.scale", matrix.steps[0])
+        inputs = [parts[0], whole, parts[1], steps, parts[2]]
+        inputs += ["", self.weight(f"{name}.bias", matrix.bias)] if bias and matrix.bias is not None else []
         return self.add("MatMulIntegerToFloat", *inputs, name=name, domain="com.microsoft")
 
-    def layer_norm(self, x: str, norm: nn.Module, name: str) -> str:
-        """Layer norm over the last axis; an Identity adds nothing."""
+    def layer_norm(self, x: str, norm: nn.Module, name: str, following: Matrix | None = None) -> str:
+        """Layer norm over the last axis, shifted and scaled as the `following` matrix wants it; an Identity adds
+        nothing."""
         if isinstance(norm, nn.Identity):
             return x
         assert isinstance(norm, nn.LayerNorm)
-        scale = self.weight(f"{name}.weight", to_array(norm.weight))
-        bias = self.weight(f"{name}.bias", to_array(norm.bias))
-        return self.add("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=norm.eps)
+        scale, bias = to_array(norm.weight), to_array(norm.bias)
+        if following is not None:
+            scale, bias = scale * following.scale, (bias - following.shift) * following.scale
+        weights = self.weight(f"{name}.weight", scale), self.weight(f"{name}.bias", bias)
+        return self.add("LayerNormalization", x, *weights, name=name, axis=-1, epsilon=norm.eps)
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
