@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..system.text import Table
+from ..system.text import Figure, Table
 from .console import Part
 
 
@@ -43,8 +43,10 @@ def describe_manifest(manifest: Any) -> list[Part]:
             f"skipped {total['skipped_missing']:,} listed image(s) that are not below {os.path.abspath(manifest.root)}"
         )
     found = class_table(manifest)
-    rows: list[list[Any]] = [[r.name, r.positives, f"{r.percent:.2f}", r.negatives, r.unknown, r.groups] for r in found]
-    parts += ["", Table(columns=["class", "positives", "% of images", "negatives", "unknown", "groups"], rows=rows)]
+    rows: list[list[Any]] = [
+        [r.name, r.positives, Figure(value=r.percent, digits=2), r.negatives, r.unknown, r.groups] for r in found
+    ]
+    parts += ["", Table(columns=["class", "positives", "% of known", "negatives", "unknown", "groups"], rows=rows)]
     parts += describe_labels(manifest, [r.name for r in found if r.positives and not r.negatives])
     if manifest.info.get("kind") in ("indiana", "openi"):
         from ..data.labels import TRAPS

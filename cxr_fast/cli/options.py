@@ -18,7 +18,7 @@ from ..data.labels import SOFT, Blank, LabelRules, Uncertain
 from ..errors import CxrFastError, InputError
 from ..recipes import RECIPES
 from ..system import extras
-from .console import ProgressBar
+from .console import ProgressBar, echo_notes
 
 if TYPE_CHECKING:
     from ..data.manifest import Manifest
@@ -234,7 +234,7 @@ def dataset_options(command: Any) -> Any:
 
 
 def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = None) -> Manifest:
-    """The dataset that a command names, read as its dataset options say."""
+    """The dataset that a command names, read as its dataset options say; its notes are shown."""
     from ..data.manifest import read_dataset
 
     missing: Any = "unchecked" if flags.get("labels_only") else "skip" if flags["skip_missing"] else "refuse"
@@ -243,8 +243,11 @@ def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = N
     if flags.get("split") == "published":
         from ..data.splits.published import read_published
 
-        return read_published(source, missing=missing, limit=limit, rules=rules, **named)
-    return read_dataset(source, missing=missing, limit=limit, rules=rules, **named)
+        manifest = read_published(source, missing=missing, limit=limit, rules=rules, **named)
+    else:
+        manifest = read_dataset(source, missing=missing, limit=limit, rules=rules, **named)
+    echo_notes(manifest.notes)
+    return manifest
 
 
 def with_recipe(ctx: click.Context, recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,11 @@ def _other_labels(manifest: Path | None) -> Any:
     """The labels of --manifest; images that are not found keep their names, so that a cache's can be matched."""
     from ..data.manifest import read_dataset
 
-    return None if manifest is None else read_dataset(manifest, missing="keep")
+    if manifest is None:
+        return None
+    read = read_dataset(manifest, missing="keep")
+    echo_notes(read.notes)
+    return read
 
 
 def epoch_line(bar: ProgressBar, plan: Any, spec: SweepSpec) -> Any:

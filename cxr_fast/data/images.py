@@ -24,6 +24,7 @@ from ..errors import ImageError
 from .formats import dicom
 from .formats.limits import MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_size
 from .formats.pictures import BMP_HEADERS, END, MAGIC, deep_to_grey, float_to_grey, open_picture, to_grey
+from .near_names import hint_at
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
@@ -70,7 +71,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         with open(name, "rb") as file:
             data = file.read(MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("missing", f"{name}: no such file") from None
+        near = hint_at(os.fsdecode(name))
+        raise ImageError("missing", f"{name}: no such file" + (f"; {near}" if near else "")) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ImageError("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not data:

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..system.tables import Cells, filled, multi_hot, need, read_csv
 from . import labels
+from .identifiers import spell_id
 from .layouts import PROJECTIONS, ListedImages, by_name, by_stem
 
 Unindexed = Literal["normal", "unknown"]
@@ -79,20 +80,22 @@ def read_kaggle(reports: Path, unindexed: Unindexed) -> ListedImages:
     need(studies, ["uid"], reports)
     need(images, ["uid", "filename", "projection"], projections)
     values, info = _indiana_study_labels(studies, reports, unindexed)
-    row_of = {uid: row for row, uid in enumerate(filled(studies, "uid", reports))}
-    if len(row_of) < len(studies["uid"]):
-        raise InputError(f"{reports} lists uid {Counter(studies['uid']).most_common(1)[0][0]} twice.")
-    if lost := sorted(set(filled(images, "uid", projections)) - set(row_of)):
+    uids = [spell_id(uid) for uid in filled(studies, "uid", reports)]
+    row_of = {uid: row for row, uid in enumerate(uids)}
+    if len(row_of) < len(uids):
+        raise InputError(f"{reports} lists uid {Counter(uids).most_common(1)[0][0]} twice.")
+    wanted = [spell_id(uid) for uid in filled(images, "uid", projections)]
+    if lost := sorted(set(wanted) - set(row_of)):
         named = ", ".join(lost[:5])
         raise InputError(f"{projections}: {len(lost)} uid(s) have no row in {reports.name}, first {named}.")
     return ListedImages(
         kind="indiana",
         file=projections,
         images=filled(images, "filename", projections),
-        groups=images["uid"],
+        groups=wanted,
         views=images["projection"],
         classes=labels.CLASSES,
-        labels=values[[row_of[uid] for uid in images["uid"]]],
+        labels=values[[row_of[uid] for uid in wanted]],
         key=by_name,
         info=info,
     )

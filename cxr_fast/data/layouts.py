@@ -35,7 +35,7 @@ class ListedImages:
     """The images a dataset lists (N), as its files name them, with labels (N, C) int8: 1, 0, UNKNOWN or UNCERTAIN.
 
     `file` is what an error names. `key` makes a listed name and a path below the dataset comparable;
-    None where the listed name is itself a path from the folder of `file`.
+    None where the listed name is itself a path from the folder of `file`. `notes` are lines for people.
     """
 
     kind: str
@@ -50,6 +50,7 @@ class ListedImages:
     subgroups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     key: Callable[[str], str] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def by_name(path: str) -> str:

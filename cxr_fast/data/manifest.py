@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from collections import Counter
@@ -26,10 +27,11 @@ from ..system.tables import (
 )
 from . import indiana, public_tables
 from .disclosure import META, differ_everywhere, why_hidden
+from .identifiers import note_groups
 from .indiana import Unindexed
-from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules
+from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules, check_class_names
 from .layouts import ListedImages, mark_synthetic, note_rules, read_card, recognise
-from .paths import is_hidden
+from .locate import Located, find_listed, refuse_missing
 from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
@@ -49,7 +51,8 @@ class Manifest:
     unknown and -2 for uncertain (a target of 0.7 in training, unknown in every figure); `views` keeps the dataset's
     own word, "" where unknown; `studies` equals `groups` where the dataset has none; `splits` is empty, or says for
     each image `train`, `holdout`, or "" (drawn); `subgroups` are further columns (N values each) to break figures down
-    by. `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
+    by. `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels. `notes` are
+    lines for people about this reading of the table; no file keeps them.
 
         >>> manifest = read_dataset("indiana")
         >>> manifest.labels.shape == (len(manifest), len(manifest.classes))
@@ -67,6 +70,7 @@ class Manifest:
     splits: tuple[str, ...] = ()
     subgroups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = [self.groups, self.views, self.studies, *self.subgroups.values()]
@@ -143,57 +147,12 @@ READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {
 # ---------------------------------------------------------------------------------------------- images
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """POSIX paths of the files below `root`, links followed once; what `paths.is_hidden` names is left out."""
-    seen = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        below[:] = sorted(name for name in below if not is_hidden(name))
-        prefix = Path(folder).relative_to(root).as_posix()
-        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files if not is_hidden(name))
-
-
-def _find(rows: ListedImages, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
-    """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
-    if rows.key is None:
-        return [image if os.path.isfile(root / image) else None for image in wanted]
-    keys = [rows.key(image) for image in wanted]
-    below: dict[str, list[str]] = {key: [] for key in keys}
-    for path in _walk(root):
-        if (key := rows.key(path)) in below:
-            below[key].append(path)
-    out: list[str | None] = []
-    for image, key in zip(wanted, keys, strict=True):
-        fits = [image] if image in below[key] else sorted(below[key])
-        if len(fits) > 1 and not twice:
-            raise InputError(
-                f"{root}: {image} is both {fits[0]} and {fits[1]}. Give the folder that counts with --images."
-            )
-        out.append(fits[0] if len(fits) == 1 else None)
-    return out
-
-
 def _refuse_twice(rows: ListedImages) -> None:
     first: dict[str, int] = {}
     for row, image in enumerate(rows.images):
         before = first.setdefault(rows.key(image) if rows.key else image, row)
         if before != row:
             raise InputError(f"{rows.file} lists {image} twice, in data rows {before + 1} and {row + 1}.")
-
-
-def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: Path) -> None:
-    named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    mend = "Give their folder with --images" + (
-        ", or leave them out with --skip-missing." if len(missing) < of else "."
-    )
-    raise InputError(
-        f"{len(missing):,} of the {of:,} images that {rows.file.name} lists are not below {os.path.abspath(root)}: "
-        f"{named}\n{mend}"
-    )
 
 
 def read_dataset(
@@ -229,31 +188,50 @@ def read_dataset(
     if kind not in RULED and (wrong := [name for name, word in asdict(rules).items() if word != "unknown"]):
         raise InputError(f"--{wrong[0]} is for the tables of CheXpert and MIMIC-CXR; {file} is none of them.")
     rows = READERS[kind](file, unindexed)
+    check_class_names(rows.classes, rows.file)
     _refuse_twice(rows)
     folder = source if source.is_dir() else source.parent
     root = folder if images is None else Path(images)
     if not root.is_dir():
         raise InputError(f"--images: {root} is not a folder.")
-    # With --skip-missing the first images that exist are meant, so all must be looked for.
-    keep = list(range(len(rows.images)))[: None if missing == "skip" else limit]
-    wanted = [rows.images[row] for row in keep]
-    found: list[str | None] = [*wanted]
-    if missing != "unchecked":
-        found = _find(rows, wanted, root, twice=missing == "keep")
-    if missing == "keep":
-        found = [path or image for path, image in zip(found, wanted, strict=True)]
-    lost = [image for image, path in zip(wanted, found, strict=True) if path is None]
-    if lost and (missing == "refuse" or len(lost) == len(wanted)):
-        _refuse_missing(rows, lost, len(wanted), root)
-    placed = [(row, path) for row, path in zip(keep, found, strict=True) if path is not None][:limit]
+    placed, lost, notes = _place(rows, root, missing, limit)
     about = read_card(folder)
     stem = file.name.partition(".")[0]
     plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
-    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(lost), **rows.info}
+    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": lost, **rows.info}
     if kind == "manifest" and (noted := about.get("label_rules", {}).get(file.name)):
         info["label_rules"] = noted
     manifest = _manifest(rows, placed, str(about.get("name", plain)), root, info)
-    return _apply(rules, manifest) if kind in RULED else manifest
+    manifest = _apply(rules, manifest) if kind in RULED else manifest
+    return replace(manifest, notes=(*notes, *note_groups(manifest.groups), *_note_labels(manifest)))
+
+
+def _place(
+    rows: ListedImages, root: Path, missing: Missing, limit: int | None
+) -> tuple[list[tuple[int, str]], int, tuple[str, ...]]:
+    """(row, path) of the images to take, how many were not found, and notes. Raises InputError for missing ones."""
+    # With --skip-missing the first images that exist are meant, so all must be looked for.
+    keep = list(range(len(rows.images)))[: None if missing == "skip" else limit]
+    wanted = [rows.images[row] for row in keep]
+    located = Located(paths=wanted)
+    if missing != "unchecked":
+        located = find_listed(rows, wanted, root, twice=missing == "keep")
+    if missing == "keep":
+        kept = [path or image for path, image in zip(located.paths, wanted, strict=True)]
+        located = replace(located, paths=kept, doubts=())
+    lost = sum(path is None for path in located.paths)
+    if lost and (missing == "refuse" or lost == len(wanted)):
+        refuse_missing(rows, located, wanted, root)
+    placed = [(row, path) for row, path in zip(keep, located.paths, strict=True) if path is not None][:limit]
+    return placed, lost, (*rows.notes, *located.notes)
+
+
+def _note_labels(manifest: Manifest) -> Iterator[str]:
+    """A line where no label is known, or none is positive: then columns or identifiers were not read as was meant."""
+    if (manifest.labels < 0).all():
+        yield "No label is known: every image has a blank or uncertain label in every class."
+    elif not (manifest.labels == 1).any():
+        yield "No image has a positive label in any class."
 
 
 def _apply(rules: LabelRules, manifest: Manifest) -> Manifest:
@@ -303,6 +281,7 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     out = Path(out)
     if clash := [name for name in manifest.classes if name in RESERVED or name.startswith(META)]:
         raise InputError(f"{out}: a class cannot be named {clash[0]!r} in a manifest.")
+    check_class_names(manifest.classes, out)
     start, end = os.path.realpath(manifest.root), os.path.realpath(out.parent)
     # Lexical, one call a distinct folder: relpath on each of 200,000 images would take seconds.
     moved = {
@@ -336,8 +315,8 @@ def _join(folder: str, name: str) -> str:
 
 
 class ClassRow(NamedTuple):
-    """One class: images with 1, their percentage of all images, images that are neither 1 nor 0, groups with a 1, and
-    images with 0."""
+    """One class: images with 1, their percentage of those with 1 or 0 (NaN where there are none), images that are
+    neither, groups with a 1, and images with 0."""
 
     name: str
     positives: int
@@ -350,12 +329,12 @@ class ClassRow(NamedTuple):
 def class_table(manifest: Manifest) -> list[ClassRow]:
     """A `ClassRow` for each class, in the order of `manifest.classes`."""
     group = np.unique(np.array(manifest.groups), return_inverse=True)[1]
-    positive, n = manifest.labels == 1, max(len(manifest), 1)
+    positive, known = manifest.labels == 1, (manifest.labels >= 0).sum(axis=0)
     return [
         ClassRow(
             name,
             int(positive[:, c].sum()),
-            100 * float(positive[:, c].sum()) / n,
+            100 * float(positive[:, c].sum() / known[c]) if known[c] else math.nan,
             int((manifest.labels[:, c] < 0).sum()),
             len(np.unique(group[positive[:, c]])),
             int((manifest.labels[:, c] == 0).sum()),

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..system.tables import Cells, filled, read_csv, read_parquet
 from .formats.dicom import looks_like_dicom
 from .images import IMAGE_SUFFIXES
+from .near_names import NearNames
 
 MANIFESTS = (".csv", ".csv.gz", ".parquet")
 # Of Apple's archives; what lies in it, and files of names with `._`, hold no picture.
@@ -202,8 +203,11 @@ def _manifest(path: Path) -> tuple[str, dict[str, str]]:
     by = next((name for name in BY if name in cells), "")
     studies = cells[by] if by else [""] * len(images)
     found: dict[str, str] = {}
+    near, folder = NearNames(), os.path.dirname(path)
     for image, study in zip(images, studies, strict=True):
-        name = os.path.join(os.path.dirname(path), image)
+        name = os.path.join(folder, image)
+        if not os.path.lexists(name) and len(fits := near.find(folder or os.curdir, image)) == 1:
+            name = os.path.join(folder, fits[0])
         if found.setdefault(name, study) != study:
             raise InputError(f"{path}: {image} is in {by} {found[name]!r} and in {study!r}.")
     return by, found
