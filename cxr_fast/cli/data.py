@@ -25,12 +25,14 @@ from .options import (
     cluster_option,
     dataset_options,
     device_option,
+    read_prepared,
     read_source,
     recipe_option,
     source_argument,
     spec_from,
     spec_options,
     split_option,
+    table_options,
     threads_option,
     with_recipe,
 )
@@ -40,14 +42,16 @@ from .options import (
 @source_argument
 @click.option("--out", type=PATH, help="Write a manifest here (.csv or .parquet).")
 @click.option("--labels-only", is_flag=True, help="Do not look for the images.")
-@split_option
+@table_options
 @dataset_options
 def prepare(source: Path, out: Path | None, **flags: Any) -> None:
-    """Read a dataset folder or manifest and print its class table.
+    """Read a dataset or any table of films and print its class table.
 
-    SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, or a manifest.
+    SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, a manifest; a table of
+    your own (CSV with commas, semicolons or tabs, Excel, Parquet) whose columns --path to --meta name; or a folder of
+    DICOM files, or of folders named by findings.
     """
-    manifest = read_source(source, flags)
+    manifest = read_prepared(source, flags)
     show(describe_manifest(manifest))
     if warning := choose_columns(manifest).warning():
         echo_notes([warning])

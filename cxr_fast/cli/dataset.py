@@ -48,6 +48,10 @@ def describe_manifest(manifest: Any) -> list[Part]:
     ]
     parts += ["", Table(columns=["class", "positives", "% of known", "negatives", "unknown", "groups"], rows=rows)]
     parts += describe_labels(manifest, [r.name for r in found if r.positives and not r.negatives])
+    if not found:
+        parts.append("No classes: name findings with --classes, or add a column for each to the written table.")
+    elif manifest.info.get("kind") == "manifest":
+        parts.append(f"Every other column is a class: {', '.join(manifest.classes)}. --classes A,B takes only some.")
     if manifest.info.get("kind") in ("indiana", "openi"):
         from ..data.labels import TRAPS
 

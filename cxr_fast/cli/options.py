@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 import os
@@ -22,6 +23,7 @@ from .console import ProgressBar, echo_notes
 
 if TYPE_CHECKING:
     from ..data.manifest import Manifest
+    from ..data.tables.columns import TableSpec
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
@@ -231,6 +233,66 @@ def dataset_options(command: Any) -> Any:
     command = blank_option(uncertain_option(command))
     skip = click.option("--skip-missing", is_flag=True, help="Go on without the images that are not found.")
     return images_option(skip(unindexed_option(command)))
+
+
+def table_options(command: Any) -> Any:
+    """The options of `prepare` that name columns of a table."""
+    flags = {
+        "--path": "Column of the image files, where its name is not a usual one.",
+        "--group": "Column of the patient, whose images stay on one side of a split.",
+        "--study": "Column of the examination.",
+        "--view": "Column of the projection.",
+        "--labels": "Column that lists the findings; `folder` where SOURCE is a folder: class/film.png.",
+        "--label-sep": "What separates the findings in the column of --labels.  [default: |]",
+        "--classes": "Comma-separated columns that are findings, or words of the column of --labels.",
+        "--meta": "Comma-separated columns to break figures down by, such as sex.",
+    }
+    for flag, said in reversed(flags.items()):
+        kind = {"--classes": "COL,...", "--meta": "COL,...", "--label-sep": "TEXT"}.get(flag, "COL")
+        command = click.option(flag, metavar=kind, help=said)(command)
+    return click.option(
+        "--split",
+        metavar="COL|published",
+        default="column",
+        help="Hold-out from a column (train, val, test), or from the published lists of NIH, CheXpert or MIMIC.  "
+        "[default: the column split, if any]",
+    )(command)
+
+
+def table_spec(flags: Mapping[str, Any]) -> TableSpec:
+    """The columns that a user named. Raises InputError for an empty name."""
+    from ..data.tables.columns import TableSpec
+
+    names = ("path", "group", "study", "view", "labels", "label_sep")
+    given: dict[str, Any] = {name: flags[name] for name in names if flags[name]}
+    for name in ("classes", "meta"):
+        if flags[name] is not None:
+            given[name] = tuple(part.strip() for part in next(csv.reader([flags[name]]), []))
+            if not given[name] or "" in given[name]:
+                raise InputError(f"--{name}: {flags[name]!r} names an empty column; give names between commas.")
+    if flags["split"] not in ("column", "published"):
+        given["split"] = flags["split"]
+    if flags["label_sep"] is not None and not flags["labels"]:
+        raise InputError("--label-sep is for the column of --labels; name that too.")
+    return TableSpec(**given)
+
+
+def read_prepared(source: Path, flags: Mapping[str, Any]) -> Manifest:
+    """What `prepare` is given: as `read_source`, and tables and folders of no known layout; its notes are shown."""
+    from ..data.tables.source import read_any
+
+    spec = table_spec(flags)
+    missing: Any = "unchecked" if flags["labels_only"] else "skip" if flags["skip_missing"] else "refuse"
+    rules = LabelRules(blank=flags["blank"], uncertain=flags["uncertain"])
+    if flags["split"] == "published" and spec.named():
+        raise InputError(f"{spec.named()[0]}: --split published is for tables as they are published, without it.")
+    if flags["split"] == "published":
+        return read_source(source, flags)
+    manifest = read_any(source, spec, images=flags["images"], missing=missing, rules=rules)
+    if manifest is None:
+        return read_source(source, flags)
+    echo_notes(manifest.notes)
+    return manifest
 
 
 def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = None) -> Manifest:

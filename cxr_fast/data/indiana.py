@@ -71,6 +71,13 @@ def _indiana_study_labels(studies: Cells, file: Path, unindexed: Unindexed) -> t
     return values, _doubt(values, headings, unindexed) if headings else {}
 
 
+def _note_no_headings(info: dict[str, Any], studies: int) -> tuple[str, ...]:
+    """A line where no study has a heading that gives a class, so that all would be Normal."""
+    if not studies or info.get("unindexed_studies", 0) + info.get("only_dropped_studies", 0) < studies:
+        return ()
+    return (f"No study of {studies:,} has a heading that gives a class: Normal is all that is known of them.",)
+
+
 def read_kaggle(reports: Path, unindexed: Unindexed) -> ListedImages:
     """The Kaggle copy of Indiana University: reports, and projections beside them, which list the images."""
     projections = reports.with_name(PROJECTIONS)
@@ -98,6 +105,7 @@ def read_kaggle(reports: Path, unindexed: Unindexed) -> ListedImages:
         labels=values[[row_of[uid] for uid in wanted]],
         key=by_name,
         info=info,
+        notes=_note_no_headings(info, len(uids)),
     )
 
 
@@ -176,4 +184,5 @@ def read_openi(source: Path, unindexed: Unindexed) -> ListedImages:
         labels=values[study],
         key=by_stem,
         info=info,
+        notes=_note_no_headings(info, len(uids)),
     )

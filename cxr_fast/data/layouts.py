@@ -190,6 +190,7 @@ def _refuse_images_alone(folder: Path) -> None:
         raise InputError(
             f"{folder} holds {counted(count, 'image')} but no table of labels{others}. "
             f"Write {folder / 'manifest.csv'} with the header image,group,FINDING,... and a row per image: image is "
-            "the file, group the patient, each finding 1, 0 or blank (docs/how-to/own_tables.md).\n"
+            "the file, group the patient, each finding 1, 0 or blank (docs/how-to/own_tables.md); where films lie in "
+            f"folders named by findings, `cxrfast prepare {folder} --labels folder --out my.csv` writes it.\n"
             f"To predict with a model you have: `cxrfast predict MODEL {folder} --out predictions.csv`."
         )

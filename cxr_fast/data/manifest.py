@@ -15,14 +15,13 @@ import numpy as np
 
 from ..errors import InputError
 from ..system.files import AnyPath
+from ..system.table_files import read_table
 from ..system.tables import (
     KNOWN_OR_NOT,
     Cells,
     coded,
     filled,
     need,
-    read_csv,
-    read_parquet,
     write_table,
 )
 from . import indiana, public_tables
@@ -90,9 +89,24 @@ class Manifest:
 # ---------------------------------------------------------------------------------------------- layout
 
 
+def spell_reserved(cells: Cells) -> Cells:
+    """Columns that differ from `image`, `group`, `view`, `study`, `split` or `meta:` in case alone, spelled so."""
+    out: Cells = {}
+    for name, column in cells.items():
+        lower = name.lower()
+        if lower in RESERVED and lower not in cells:
+            name = lower
+        elif lower.startswith(META):
+            name = META + name[len(META) :]
+        if name in out:
+            raise InputError(f"Two columns are named {name!r}, but for upper and lower case.")
+        out[name] = column
+    return out
+
+
 def _read_own(file: Path, _: Unindexed) -> ListedImages:
     """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
-    cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
+    cells = spell_reserved(read_table(file))
     need(cells, MEANING, file)
     if "" in cells:
         raise InputError(f"{file}: column {[*cells].index('') + 1} has no name (pandas: write with index=False).")
@@ -187,22 +201,31 @@ def read_dataset(
     rules = rules or LabelRules()
     if kind not in RULED and (wrong := [name for name, word in asdict(rules).items() if word != "unknown"]):
         raise InputError(f"--{wrong[0]} is for the tables of CheXpert and MIMIC-CXR; {file} is none of them.")
-    rows = READERS[kind](file, unindexed)
+    folder = source if source.is_dir() else source.parent
+    manifest = list_images(READERS[kind](file, unindexed), folder, images=images, missing=missing, limit=limit)
+    return _apply(rules, manifest) if kind in RULED else manifest
+
+
+def list_images(
+    rows: ListedImages, folder: Path, *, images: AnyPath | None, missing: Missing, limit: int | None
+) -> Manifest:
+    """Find the images that a table lists, below `images` or its `folder`, and make a manifest of them.
+
+    `missing` and `limit` are those of `read_dataset`, and so are the errors.
+    """
     check_class_names(rows.classes, rows.file)
     _refuse_twice(rows)
-    folder = source if source.is_dir() else source.parent
     root = folder if images is None else Path(images)
     if not root.is_dir():
         raise InputError(f"--images: {root} is not a folder.")
     placed, lost, notes = _place(rows, root, missing, limit)
-    about = read_card(folder)
-    stem = file.name.partition(".")[0]
-    plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
+    about, kind = read_card(folder), rows.kind
+    stem = rows.file.name.partition(".")[0]
+    plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi", "table") else stem
     info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": lost, **rows.info}
-    if kind == "manifest" and (noted := about.get("label_rules", {}).get(file.name)):
+    if kind == "manifest" and (noted := about.get("label_rules", {}).get(rows.file.name)):
         info["label_rules"] = noted
     manifest = _manifest(rows, placed, str(about.get("name", plain)), root, info)
-    manifest = _apply(rules, manifest) if kind in RULED else manifest
     return replace(manifest, notes=(*notes, *note_groups(manifest.groups), *_note_labels(manifest)))
 
 
@@ -228,9 +251,9 @@ def _place(
 
 def _note_labels(manifest: Manifest) -> Iterator[str]:
     """A line where no label is known, or none is positive: then columns or identifiers were not read as was meant."""
-    if (manifest.labels < 0).all():
+    if (manifest.labels < 0).all() and manifest.classes:
         yield "No label is known: every image has a blank or uncertain label in every class."
-    elif not (manifest.labels == 1).any():
+    elif not (manifest.labels == 1).any() and manifest.classes:
         yield "No image has a positive label in any class."
 
 

@@ -81,8 +81,7 @@ class NearNames:
                 names = []
             for each in names:
                 whole.setdefault(_spell_whole(each), []).append(each)
-                if _SUFFIXES.search(each):
-                    stems.setdefault(spell_name(each), []).append(each)
+                stems.setdefault(spell_name(each), []).append(each)
             self._folders[folder] = whole, stems
         whole, stems = self._folders[folder]
         return whole.get(_spell_whole(name), []), stems.get(spell_name(name), [])

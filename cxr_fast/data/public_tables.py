@@ -151,7 +151,7 @@ def _match_studies(
             )
     if not lost:
         return found, ()
-    first = wanted[found.index(-1)]
+    named = wanted[found.index(-1)]
     return found, (
-        f"{lost:,} of {len(found):,} images have no labels: their studies, first {first}, are not in {file.name}.",
+        f"{lost:,} of {len(found):,} images have no labels: their studies, first {named}, are not in {file.name}.",
     )

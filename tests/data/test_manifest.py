@@ -540,7 +540,7 @@ def test_own_manifest_paths_may_leave_its_folder_or_be_absolute(tmp_path: Path) 
         ("image,group,A\na.png,1,-1\n", ["'A'", "'-1'", "data row 1"]),
         ("image,group,age,A\na.png,1,63,1\n", ["'age'", "'63'", "meta:"]),
         ("image,A\na.png,1\n", ["lacks the column(s) group (the patient, whose images stay on one side of a split)."]),
-        ("Image,Group,A\na.png,1,1\n", ["group (the patient,", "write 'Image' as 'image', write 'Group' as 'group'"]),
+        ("Image,image,group,IMAGE,A\na.png,b.png,1,c.png,1\n", ["'Image'", "a.png"]),
         ("group,A\na.png,1\n", ["lacks the column(s) image"]),
         ("image,group\na.png,1\n", ["no class column"]),
         ("image,group,A,A\na.png,1,1,1\n", ["two columns", "'A'"]),
@@ -549,7 +549,7 @@ def test_own_manifest_paths_may_leave_its_folder_or_be_absolute(tmp_path: Path) 
         ("image,group,study,A\na.png,1,,1\n", ["'study'", "blank"]),
         (",image,group,A\n0,a.png,1,1\n", ["column 1 has no name", "index=False"]),
         ("image,group,A\na.png,1,1\n./a.png,2,0\n", ["a.png twice", "data rows 1 and 2"]),
-        ("image;group;A\na.png;1;1\n", ["commas"]),
+        ("image group A\na.png 1 1\n", ["commas"]),
         ("name,sex\na,b\n", ["no table cxr-fast knows", "name, sex", "image, group"]),
         ("image,group,A\na.png,1\n", ["line 2", "2 fields", "header has 3"]),
         ("", ["empty"]),
@@ -558,6 +558,16 @@ def test_own_manifest_paths_may_leave_its_folder_or_be_absolute(tmp_path: Path) 
 )
 def test_own_manifest_bad(tmp_path: Path, text: str | bytes, parts: list[str]) -> None:
     refuses(put(tmp_path / "list.csv", text), "list.csv", *parts)
+
+
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+@pytest.mark.parametrize("head", ["image,group,Meta:sex,A", "Image,GROUP,meta:sex,A", "IMAGE,Group,META:sex,A"])
+def test_own_manifest_with_other_delimiters_and_in_any_case(tmp_path: Path, mark: str, head: str) -> None:
+    text = f"{head}\na.png,1,F,1\nb.png,2,M,\n".replace(",", mark)
+    found = read_dataset(put(tmp_path / "list.csv", text), missing="unchecked")
+    assert (found.images, found.groups, found.classes) == (("a.png", "b.png"), ("1", "2"), ("A",))
+    assert found.labels.tolist() == [[1], [-1]]
+    assert found.subgroups == {"sex": ("F", "M")}
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
