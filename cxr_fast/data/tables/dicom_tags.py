@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,10 @@ def read_tags(root: Path, names: Sequence[str]) -> tuple[list[FilmTags | None], 
 
 def _read_file(pydicom: Any, path: Path) -> tuple[FilmTags | None, str]:
     try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_READ, force=True)
-        text = {name: _text(ds, name) for name in _READ}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that the standard does not allow
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_READ, force=True)
+            text = {name: _text(ds, name) for name in _READ}
     except Exception:  # pydicom raises whatever the bytes make it raise
         return None, NOT_READ
     if not text["Rows"] or not text["Columns"]:
