@@ -93,14 +93,19 @@ def _kind_of_file(file: Path) -> str:
     if name.endswith(".parquet"):
         return "manifest"
     if not name.endswith(TABLES):
-        raise InputError(f"{file} is no dataset: give a folder, a .csv or .parquet manifest, or OpenI's .tgz.")
+        raise InputError(
+            f"{file} is no dataset: give a folder, a .csv or .parquet manifest, or OpenI's .tgz; "
+            "`cxrfast prepare` makes a manifest of Excel and text tables."
+        )
     header = read_header(file)
     if kind := _kind_of(header):
         return kind
     if {"image", "group"} & {name.lower() for name in header}:
         return "manifest"  # with the other column forgotten, or in upper case: its reader says so
     shown = ", ".join(header[:6])[:120]
-    mend = "separate columns by commas" if len(header) == 1 else "a manifest has image, group, then one column a class"
+    mend = "a manifest has image, group, then one column a class; `cxrfast prepare` makes one of other tables"
+    if len(header) == 1:
+        mend = "separate columns by commas, semicolons or tabs"
     raise InputError(f"{file} is no table cxr-fast knows (columns: {shown}): {mend}.")
 
 
