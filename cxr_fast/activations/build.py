@@ -259,7 +259,7 @@ def write_notes(path: Path, noted: Sequence[tuple[str, str]]) -> Path:
     """Write `NAME.notes.csv` beside the cache (image, note); remove it where no image has a note."""
     out = path.with_name(cache.stem(path) + ".notes.csv")
     if noted:
-        write_csv(out, ["image", "note"], noted)
+        write_csv(out, ["image", "note"], noted, "--out")
     else:
         out.unlink(missing_ok=True)
     return out
@@ -269,7 +269,9 @@ def write_errors(path: Path, failed: Sequence[tuple[str, str]]) -> Path:
     """Write `NAME.errors.csv` beside the cache (image, reason code, message); remove it where nothing failed."""
     out = path.with_name(cache.stem(path) + ".errors.csv")
     if failed:
-        write_csv(out, ["image", "reason", "message"], ([image, *error.split(": ", 1)] for image, error in failed))
+        write_csv(
+            out, ["image", "reason", "message"], ([image, *error.split(": ", 1)] for image, error in failed), "--out"
+        )
     else:
         out.unlink(missing_ok=True)
     return out

@@ -17,7 +17,7 @@ from ..data.images import decode_grey, read_bytes, resize
 from ..errors import InputError
 from ..metrics import calibration
 from ..models.backbone import embed
-from ..system.files import write_bytes
+from ..system.files import atomic, write_bytes
 from ..training.run_folder import Member, Run, read_run
 from .overlay import Explained, Map, picture
 
@@ -33,11 +33,13 @@ def write(
     """
     _check_outputs(image, out, npy)
     found = explain(read_run(folder), image, classes=classes, top=top)
-    write_bytes(out, picture(found), "--out", folders=True)
-    if npy is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack([each.shares for each in found.maps]))
-        write_bytes(npy, buffer.getvalue(), "--npy", folders=True)
+    with atomic(out, "--out", folders=True) as file:  # both files or none
+        file.write(picture(found))
+        file.flush()
+        if npy is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack([each.shares for each in found.maps]))
+            write_bytes(npy, buffer.getvalue(), "--npy", folders=True)
     return found
 
 

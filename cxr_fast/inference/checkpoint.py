@@ -53,6 +53,7 @@ class Checkpoint:
                 f"--out: {out} exists but {self.path.name} is missing, so it is unknown which model wrote {out.name}; "
                 f"{MEND}."
             )
+        new = not self.path.exists()
         with self._errors():
             self.db = sqlite3.connect(f"{self.path.absolute().as_uri()}?vfs=unix-none", uri=True)
         try:
@@ -60,6 +61,9 @@ class Checkpoint:
                 self._open(dict(model))
         except BaseException:
             self.db.close()
+            if new:  # no answer is in it
+                self.path.unlink(missing_ok=True)
+                out.with_name(out.name + WAL).unlink(missing_ok=True)
             raise
         self._synced = time.monotonic()
 
