@@ -291,7 +291,7 @@ def make_file(
     with FileLock(out), graceful() as stopped:
         paths = [file.manifest.path(row) for row in range(total)]
         hasher = reuse.ImageHasher(paths, job.threads, stopped.is_set, on_compared)
-        pending = reuse.prepare(file.header, out, hasher, repair=job.repair, also=file.also)
+        pending = reuse.prepare(file.header, out, hasher, repair=job.repair, strict=job.strict, also=file.also)
         if stopped.is_set():
             raise Interrupted(NOTHING_YET.format(out))
         if not pending:

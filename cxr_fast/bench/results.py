@@ -146,15 +146,8 @@ def writable(out: Path | None, flag: str, suffix: str = "") -> None:
         return
     if suffix and out.suffix.lower() != suffix:
         raise InputError(f"{flag}: {out} must end in {suffix}.")
-    why = ""
-    if out.is_dir():
-        why = "it is a folder"
-    elif not out.parent.is_dir():
-        why = f"{out.parent} is no folder"
-    elif not os.access(out if out.exists() else out.parent, os.W_OK):
-        why = "no permission, or a read-only disk"
-    if why:
-        raise InputError(f"{flag}: cannot write {out}: {why}.")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise InputError(f"{flag}: cannot write {out}; give the name of a file in a folder that may be written.")
 
 
 def write(result: Any, out: Path) -> None:

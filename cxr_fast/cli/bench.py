@@ -283,7 +283,11 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
     some, left_out = caching.few(manifest, count, spec.preprocess)
     with tempfile.TemporaryDirectory() as scratch:
         parts = caching.Parts(tower, spec, some, Path(scratch), device)
-        result = caching.measure(parts, rounds, on_round=_rounds(rounds))
+        try:
+            result = caching.measure(parts, rounds, on_round=_rounds(rounds))
+        except InputError as error:  # of the caches that are timed, which go into a temporary folder
+            text = str(error).replace("--out: ", "TMPDIR, the folder of temporary files: ")
+            raise InputError(text) from error
     result["left_out"] = left_out
     finish(result, caching.describe(result), json_out)
 

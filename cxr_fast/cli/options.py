@@ -149,6 +149,12 @@ threads_option = click.option(
     help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
 )
 
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse films whose DICOM header names another modality or body part than a film of a chest.",
+)
+
 recipe_option = click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),

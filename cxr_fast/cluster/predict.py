@@ -46,6 +46,7 @@ class PredictSetup:
     workers: int
     folder: str
     pixels: str
+    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ class ClusterPredictor:
         device: str = "auto",
         threads: int | None = None,
         workers: int | None = None,
+        strict: bool = False,
     ) -> None:
+        self.strict = strict
         self.cluster, self.nodes = cluster, connection.check_nodes(cluster, PACKAGES)
         self.target = cluster.target(device)
         found = session.locate(model, self.target, explicit=True)
@@ -108,6 +111,7 @@ class ClusterPredictor:
             workers=workers or self.threads,
             folder=os.getcwd(),
             pixels=self_check(),
+            strict=self.strict,
         )
         return [tasks.share(setup)]
 
@@ -216,10 +220,10 @@ def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
             f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here."
         )
     if same_file(setup.path, setup.sha256):
-        return Predictor(setup.path, setup.device, setup.threads), setup
+        return Predictor(setup.path, setup.device, setup.threads, strict=setup.strict), setup
     if not setup.content:
         raise InputError(f"{setup.path}: a node that joined after the command began does not see it; run it again.")
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
         path = Path(folder) / Path(setup.path).name
         tasks.fetch(setup.content[0]).tofile(path)
-        return Predictor(path, setup.device, setup.threads), setup
+        return Predictor(path, setup.device, setup.threads, strict=setup.strict), setup
