@@ -204,7 +204,7 @@ def predict(
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
     per line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
-    from ..cluster.predict import ClusterPredictor
+    from ..cluster.predict import ClusterPredictor, NodeSpec
     from ..data.paths import read
     from ..inference import batch
     from ..inference.predictor import Predictor
@@ -221,7 +221,7 @@ def predict(
             predictor, wanted = Predictor(model, **here), read(inputs)
         else:
             wanted = read(inputs)
-            predictor = ClusterPredictor(joined, model, wanted.paths, workers=flags["workers"], **here)
+            predictor = ClusterPredictor(joined, model, wanted.paths, NodeSpec(workers=flags["workers"], **here))
             click.echo(f"cluster: {joined}", err=True)
         if not wanted.paths:
             click.echo(f"nothing new: no image among the inputs{_passed_over(wanted)}; {out} is as it was")

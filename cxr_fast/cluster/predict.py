@@ -58,6 +58,17 @@ class ChunkAnswer:
     node: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeSpec:
+    """How nodes run a model: the device, threads of the model, threads that decode, and whether films are refused that
+    their header calls no film of a chest."""
+
+    device: str = "auto"
+    threads: int | None = None
+    workers: int | None = None
+    strict: bool = False
+
+
 class ClusterPredictor:
     """A model file that a cluster's nodes run; an `inference.batch.Answerer`, as `Predictor` is.
 
@@ -71,29 +82,26 @@ class ClusterPredictor:
         cluster: Cluster,
         model: Path,
         sample: Sequence[str],
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        workers: int | None = None,
-        strict: bool = False,
+        spec: NodeSpec | None = None,
     ) -> None:
-        self.strict = strict
+        spec = spec or NodeSpec()
+        self.strict = spec.strict
         self.cluster, self.nodes = cluster, connection.check_nodes(cluster, PACKAGES)
-        self.target = cluster.target(device)
+        self.target = cluster.target(spec.device)
         found = session.locate(model, self.target, explicit=True)
         self.path, self.source = found.path, found.source
         with hub.named_by_address(self.source, self.path):
             self.info = model_file.read(self.path)
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
-        self.threads = threads or hardware.cpu_count()
+        self.threads = spec.threads or hardware.cpu_count()
         self.cpus = 1 if self.target == "cuda" else min(self.threads, cluster.largest())
         _require_seen(cluster, sample)
         self.token, self.answered = secrets.token_hex(8), Counter[str]()
-        self._setup = self._share(workers)
+        self._setup = self._share(spec.workers)
         (_, described), *_ = tasks.run_tasks(cluster, describe, [(self.token, self._setup)], self._size())
         self.provider, where, why = described
-        if device == "auto":  # a task gets cpu or cuda by name, the command did not
+        if spec.device == "auto":  # a task gets cpu or cuda by name, the command did not
             why = why.replace("as asked", "a node lends a GPU" if self.target == "cuda" else "no node lends a GPU", 1)
         self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {found.why}' if found.why else ''}"
 
