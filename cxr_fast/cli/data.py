@@ -32,6 +32,7 @@ from .options import (
     spec_from,
     spec_options,
     split_option,
+    strict_option,
     table_options,
     threads_option,
     with_recipe,
@@ -90,6 +91,7 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     show_default=True,
     help="What an image that cannot be read does; it is never trained on.",
 )
+@strict_option
 @click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
 @split_option
 @dataset_options
@@ -119,7 +121,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         spec=with_size(spec, tower),
         out=_cache_path(out, manifest.name, flags),
         stop_on_error=flags["on_error"] == "stop",
-        **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair")},
+        **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair", "strict")},
     )
     line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
@@ -318,7 +320,9 @@ def echo_verdict(found: Any, file: Path) -> int:
         )
         for image, reason in found.bad[:20]:
             click.echo(f"  {image}: {reason}", err=True)
-    why = [f"{found.absent:,} images are not below {found.root}; give their folder with --images"] * bool(found.absent)
+    why = []
+    if found.absent:
+        why.append(f"{found.absent:,} images are not found ({found.tried}); give their folder with --images")
     why += [f"{image} {reason}" for image, reason in found.unproven[:3]]
     if found.asked and not found.reencoded and not found.bad:
         raise InputError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import math
 import os
 import signal
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
+# What a disk says that refuses a file; where no closer place names the flag, the line names the file.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 
 
 class FiniteFloat(click.FloatRange):
@@ -80,6 +84,12 @@ class Group(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            where = error.filename or f"what is written, or temporary files below {tempfile.gettempdir()}"
+            click.echo(f"error: {where}: {error.strerror or error}.", err=True)
+            ctx.exit(2)
 
 
 def full_memory(error: Exception) -> str:
@@ -139,6 +149,12 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
+)
+
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse films whose DICOM header names another modality or body part than a film of a chest.",
 )
 
 recipe_option = click.option(

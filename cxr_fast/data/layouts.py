@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..system.files import write_bytes
+from ..system.files import atomic
 from ..system.tables import read_header
 from ..system.text import counted
 from .labels import CHEXPERT_CLASSES
@@ -166,25 +167,32 @@ def read_card(folder: Path) -> dict[str, Any]:
     return about
 
 
-def mark_synthetic(name: str, folder: Path) -> None:
-    """Carry the mark of a drawn data set to where its manifest goes: it must not pass for a real one there."""
-    about = folder / CARD
-    if about.is_file() and not read_card(folder).get("synthetic"):
-        raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
-    if not about.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps({"name": name, "synthetic": True}) + "\n", encoding="utf-8")
+@contextlib.contextmanager
+def replace_card(table: Path, *, synthetic: str | None, rules: Mapping[str, Any] | None) -> Iterator[None]:
+    """Write the card beside a table where the `with` block, which writes the table, ends well: both or none.
 
-
-def note_rules(table: Path, rules: Mapping[str, Any] | None) -> None:
-    """Note in the card beside a table how its blank and uncertain labels counted; a cache of it records that."""
-    about = read_card(table.parent)
+    `synthetic`, the name of a drawn data set, carries its mark to where its manifest goes: it must not pass for a real
+    one there. `rules` say how blank and uncertain labels of the table counted; a cache of it records that.
+    """
+    card = table.parent / CARD
+    about = old = read_card(table.parent)
+    if synthetic is not None:
+        if card.is_file() and not about.get("synthetic"):
+            raise InputError(f"{card} says the data is real and this manifest is synthetic: write to another folder.")
+        about = about or {"name": synthetic, "synthetic": True}
     noted = about.get("label_rules", {})
     kept = {name: words for name, words in noted.items() if name != table.name}
     if rules:
         kept[table.name] = {name: rules[name] for name in ("blank", "uncertain")}
     if kept != noted:
-        write_bytes(table.parent / CARD, (json.dumps(about | {"label_rules": kept}) + "\n").encode())
+        about = about | {"label_rules": kept}
+    if about == old:
+        yield
+        return
+    with atomic(card, "--out", folders=True) as file:
+        file.write((json.dumps(about) + "\n").encode())
+        file.flush()
+        yield
 
 
 def _refuse_images_alone(folder: Path) -> None:

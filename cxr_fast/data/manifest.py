@@ -29,7 +29,7 @@ from .disclosure import META, differ_everywhere, why_hidden
 from .identifiers import note_groups
 from .indiana import Unindexed
 from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules, check_class_names
-from .layouts import ListedImages, mark_synthetic, note_rules, read_card, recognise
+from .layouts import ListedImages, read_card, recognise, replace_card
 from .locate import Located, find_listed, refuse_missing
 from .splits.given import check_words
 
@@ -327,10 +327,9 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     code = {1: 1, 0: 0, UNKNOWN: None, UNCERTAIN: SOFT}
     for name, values in zip(manifest.classes, manifest.labels.T, strict=True):
         columns[name] = [code[int(value)] for value in values]
-    write_table(columns, out)
-    if manifest.info.get("synthetic"):
-        mark_synthetic(manifest.name, out.parent)
-    note_rules(out, manifest.info.get("label_rules"))
+    synthetic = manifest.name if manifest.info.get("synthetic") else None
+    with replace_card(out, synthetic=synthetic, rules=manifest.info.get("label_rules")):
+        write_table(columns, out, "--out")
 
 
 def _join(folder: str, name: str) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from ..errors import InputError
@@ -141,6 +141,27 @@ def find_images(root: str, passed: Counter[str]) -> list[str]:
     if root == os.curdir:
         found = [path.removeprefix(f"{os.curdir}{os.sep}") for path in found]
     return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # a folder's files stay together
+
+
+def recorded_places(name: str, root: Path, images: Path | None = None) -> list[Path]:
+    """List where an image that a cache or a run names may lie, the likeliest place first.
+
+    `name` is absolute or relative to `root`, the folder it was found in. Where `images` says where the films are now,
+    the last parts of the name are looked for below it, the longest first: of /a/b/c.png `images`/a/b/c.png,
+    `images`/b/c.png and `images`/c.png; an absolute name itself comes last.
+    """
+    if images is None:
+        return [root / name]
+    path = PurePath(name)
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    below = [images.joinpath(*parts[start:]) for start in range(len(parts))]
+    return [*below, Path(name)] if path.is_absolute() else below
+
+
+def describe_places(places: Sequence[Path], most: int = 4) -> str:
+    """Say where an image was looked for."""
+    more = f" and {len(places) - most:,} more" if len(places) > most else ""
+    return f"tried {', '.join(map(str, places[:most]))}{more}"
 
 
 def _begins_as_dicom(path: str) -> bool:

@@ -185,16 +185,17 @@ def read_parquet(path: Path) -> Cells:
     return {name.strip(): [_cell(value) for value in values] for name, values in columns.items()}
 
 
-def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
+def write_table(columns: Mapping[str, Sequence[Any]], path: Path, flag: str = "") -> None:
     """Write columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
 
-    Raises InputError for another suffix, and where the folder cannot be written.
+    Raises InputError, which names `flag` if one is given, for another suffix, and where the folder cannot be written.
     """
     if path.suffix == ".csv":
-        write_csv(path, columns, zip(*columns.values(), strict=True), end="\n", folders=True)
+        write_csv(path, columns, zip(*columns.values(), strict=True), flag, end="\n", folders=True)
     elif path.suffix == ".parquet":
         table = pyarrow("pyarrow", path).table(dict(columns))
-        with atomic(path, folders=True) as file:
+        with atomic(path, flag, folders=True) as file:
             pyarrow("pyarrow.parquet", path).write_table(table, file)
     else:
-        raise InputError(f"{path}: a manifest is written as .csv or .parquet.")
+        what = f"{flag}: {path}" if flag else str(path)
+        raise InputError(f"{what}: a manifest is written as .csv or .parquet.")

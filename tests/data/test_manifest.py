@@ -636,7 +636,7 @@ def test_write_refuses(tmp_path: Path) -> None:
     m = read_dataset(own(tmp_path))
     for out, part in (
         (tmp_path / "out.xlsx", ".csv or .parquet"),
-        (tmp_path / "c.png" / "out.csv", "cannot write it"),
+        (tmp_path / "c.png" / "out.csv", "c.png is a file, not a folder"),
     ):
         with pytest.raises(InputError, match=part):
             write_manifest(m, out)
