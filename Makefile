@@ -63,7 +63,7 @@ demo: install
 
 # Two processes of one thread: on two cores two thirds of the time that one process takes.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
 
 # Real Ray clusters, nodes and workers killed; by themselves, since beside the others they take twice as long.
 test-ray: install

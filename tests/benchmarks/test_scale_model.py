@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,6 @@ SCALES = st.floats(0.01, 100.0)
 SCARCE = ("link", "storage", "start-up", "task", "cores", "float32 speed", "16-bit speed", "host memory", "GPU memory")
 
 
-@settings(max_examples=300)
 @given(
     images=st.integers(1, 20_000_000),
     scales=st.fixed_dictionaries(dict.fromkeys(SCARCE, SCALES)),
