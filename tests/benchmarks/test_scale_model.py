@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
@@ -151,10 +151,12 @@ def test_a_lost_node_costs_half_a_task_a_start_and_its_replacement() -> None:
 
 # Properties.
 
+BASE = model.values(model.collect(BENCHMARKS / "nowhere"))
 SCALES = st.floats(0.01, 100.0)
 SCARCE = ("link", "storage", "start-up", "task", "cores", "float32 speed", "16-bit speed", "host memory", "GPU memory")
 
 
+@settings(max_examples=300)
 @given(
     images=st.integers(1, 20_000_000),
     scales=st.fixed_dictionaries(dict.fromkeys(SCARCE, SCALES)),
@@ -163,7 +165,7 @@ SCARCE = ("link", "storage", "start-up", "task", "cores", "float32 speed", "16-b
 )
 def test_more_gpus_are_never_slower(images: int, scales: dict[str, float], node: int, configurations: int) -> None:
     """Losses aside: on a full storage more GPUs make longer tasks, of which a lost node wastes more."""
-    base = model.values(model.collect(BENCHMARKS / "nowhere")) | {"nodes lost": 0.0}
+    base = BASE | {"nodes lost": 0.0}
     n = base | {name: base[name] * scale for name, scale in scales.items()}
     n |= {"GPUs a node": float(node), "configurations": float(configurations)}
     data = replace(DATA, images=images)
