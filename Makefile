@@ -61,13 +61,14 @@ demo: install
 	@echo "report: $(DEMO)/run/report.html"
 	@echo "next, on real data:  $(CXR) prepare DATASET;  $(CXR) cache DATASET;  $(CXR) sweep --recipe tuned"
 
-# Two processes of one thread: on two cores two thirds of the time that one process takes.
+# Two processes of one thread: on two cores two thirds of the time that one process takes. Compiled modules are kept, whatever
+# the machine says: without them each process of a test compiles the package again.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
 
 # Real Ray clusters, nodes and workers killed; by themselves, since beside the others they take twice as long.
 test-ray: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 lint: install
 	$(BIN)/ruff check .

@@ -227,16 +227,17 @@ def where(data: DataSet, workers: int, n: Numbers) -> str:
 
 def sweep(data: DataSet, workers: int, n: Numbers) -> Phase:
     """Folds x configurations, a task a GPU, on as many GPUs as are fastest: more nodes may mean more copies to load."""
-    each = [sweep_on(data, use, workers, n) for use in range(1, workers + 1)]
+    places = {where(data, rented, n) for rented in range(1, workers + 1)}  # where more fits, less may be used
+    each = [sweep_on(data, use, place, n) for use in range(1, workers + 1) for place in sorted(places)]
     best = min(each, key=lambda phase: phase.seconds)
     # All of them, unless fewer are really faster: an epoch's end more or less decides nothing.
     return replace(best, workers=max(p.workers for p in each if p.seconds <= 1.01 * best.seconds))
 
 
-def sweep_on(data: DataSet, use: int, rented: int, n: Numbers) -> Phase:
-    """A sweep on `use` GPUs of those rented; the tasks are spread over their nodes."""
+def sweep_on(data: DataSet, use: int, place: str, n: Numbers) -> Phase:
+    """A sweep on `use` GPUs with the activations in one place; the tasks are spread over their nodes."""
     tasks = int(n["folds"] * n["configurations"])
-    busy, place, size = min(use, tasks), where(data, rented, n), data.images * n["views"] * n["row"]
+    busy, size = min(use, tasks), data.images * n["views"] * n["row"]
     active, rounds = min(nodes(use, n), tasks), math.ceil(tasks / busy)
     trained, validated = (n["epochs"] * share * data.images for share in (TRAINED, VALIDATED))
     products = trained * n["training work"] / (n["16-bit speed"] * n["share, training"])

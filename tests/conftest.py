@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,14 @@ TOY = "random:0:test_vit"  # 6 blocks, width 64, 160 x 160 pixels, class token
 TOY_AVERAGE = "random:0:test_vit2"  # 8 blocks, no class token, one register, average pooling, layer scale
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One torch thread for every test and its fixtures, whatever a command before it left: toy tensors gain nothing
+    from a second one, and two that wait for each other by spinning took ten times the CPU in tests/models."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real radiographs and labels, or a skip that says how to get the test to run."""
@@ -31,6 +41,18 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("set CXR_FAST_REAL_DATA to a folder of real radiographs to run this")
     return Path(folder)
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports make their figures and do not draw them: drawing takes half of a toy sweep, and tests/report draws."""
+    from PIL import Image
+
+    from cxr_fast.report import charts
+
+    empty = io.BytesIO()
+    Image.new("L", (160, 160)).save(empty, "png")
+    monkeypatch.setattr(charts, "render", lambda _: dict.fromkeys(charts.FORMATS, empty.getvalue()))
 
 
 @pytest.fixture(scope="session")

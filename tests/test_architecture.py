@@ -6,6 +6,7 @@ Each check is a function of sources, so that a test can plant a violation and se
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import shutil
 import subprocess
@@ -45,6 +46,9 @@ def sources() -> Sources:
     return found
 
 
+parse = functools.cache(ast.parse)  # several checks look at the same source
+
+
 def folder(module: str) -> str:
     """The package a module is in, or the module itself where it stands beside the packages."""
     return module.partition(".")[0]
@@ -67,7 +71,7 @@ def imports(module: str, source: str, known: set[str], *, top: bool = False) -> 
             longer = f"{inside}.{each}".strip(".")
             found.add(longer if longer in known else inside or "__init__")
 
-    for node in walk(ast.parse(source), top):
+    for node in walk(parse(source), top):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 add(alias.name, [])
@@ -173,7 +177,7 @@ def functions(found: Sources) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunc
                 visit(child, path)
 
     for module, source in sorted(found.items()):
-        visit(ast.parse(source), f"{module}:")
+        visit(parse(source), f"{module}:")
     return out
 
 
@@ -200,7 +204,7 @@ def shared_class_names(found: Sources) -> list[str]:
     """Public classes of one name in two modules."""
     where: dict[str, list[str]] = defaultdict(list)
     for module, source in sorted(found.items()):
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 where[node.name].append(module)
     return [f"{name} in {', '.join(modules)}" for name, modules in sorted(where.items()) if len(modules) > 1]
@@ -211,7 +215,7 @@ def plural_aliases(found: Sources) -> list[str]:
     singular = {module.rpartition(".")[2] for module in found}
     out = []
     for module, source in sorted(found.items()):
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cxr_fast")):
                 out += [
                     f"{module} imports {alias.name} as {alias.asname}"

@@ -107,6 +107,7 @@ def write_table(folder: Path, images: list[Path]) -> None:
             table.writerow([image, f"p{row}", "Frontal", "FM"[row % 2], row % 2, row // 2 % 2])
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("page", [name for name in PAGES if blocks("sh", name) or blocks("python", name)])
 def test_the_blocks_of_a_page_run(page: str, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"

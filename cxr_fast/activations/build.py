@@ -259,7 +259,7 @@ def write_notes(path: Path, noted: Sequence[tuple[str, str]]) -> Path:
     """Write `NAME.notes.csv` beside the cache (image, note); remove it where no image has a note."""
     out = path.with_name(cache.stem(path) + ".notes.csv")
     if noted:
-        write_csv(out, ["image", "note"], noted)
+        write_csv(out, ["image", "note"], noted, "--out")
     else:
         out.unlink(missing_ok=True)
     return out
@@ -269,7 +269,9 @@ def write_errors(path: Path, failed: Sequence[tuple[str, str]]) -> Path:
     """Write `NAME.errors.csv` beside the cache (image, reason code, message); remove it where nothing failed."""
     out = path.with_name(cache.stem(path) + ".errors.csv")
     if failed:
-        write_csv(out, ["image", "reason", "message"], ([image, *error.split(": ", 1)] for image, error in failed))
+        write_csv(
+            out, ["image", "reason", "message"], ([image, *error.split(": ", 1)] for image, error in failed), "--out"
+        )
     else:
         out.unlink(missing_ok=True)
     return out
@@ -289,7 +291,7 @@ def make_file(
     with FileLock(out), graceful() as stopped:
         paths = [file.manifest.path(row) for row in range(total)]
         hasher = reuse.ImageHasher(paths, job.threads, stopped.is_set, on_compared)
-        pending = reuse.prepare(file.header, out, hasher, repair=job.repair, also=file.also)
+        pending = reuse.prepare(file.header, out, hasher, repair=job.repair, strict=job.strict, also=file.also)
         if stopped.is_set():
             raise Interrupted(NOTHING_YET.format(out))
         if not pending:

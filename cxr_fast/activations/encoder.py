@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ class Decoded:
     note: str = ""
 
 
-def decode(path: Path, spec: CacheSpec) -> Decoded:
-    """Decode and resize an image file; for one that cannot be read the result holds the reason."""
+def decode(path: Path, spec: CacheSpec, *, strict: bool = False) -> Decoded:
+    """Decode and resize an image file; for one that cannot be read, or is refused by `strict`, the result holds the
+    reason."""
     try:
-        found = load(path, spec.preprocess)
+        found = load(path, spec.preprocess, strict=strict)
     except ImageError as error:
         return Decoded(error=f"{error.reason}: {error}", sha256=hash_image(path))
     return Decoded(pixels=found.pixels, sha256=found.sha256, note=found.note)
@@ -184,7 +186,8 @@ class Pipeline:
 
         def enqueue() -> None:
             if (rows := next(upcoming, None)) is not None:
-                queue.append([pool.submit(decode, self.paths[row], self.job.spec) for row in rows])
+                read = partial(decode, spec=self.job.spec, strict=self.job.strict)
+                queue.append([pool.submit(read, self.paths[row]) for row in rows])
 
         for _ in range(2 + self.job.threads // self.encoder.block):
             enqueue()
@@ -200,7 +203,11 @@ class Pipeline:
 
     def _stop_at_first(self, rows: Sequence[int], errors: Sequence[str | None]) -> None:
         for row, error in zip(rows, errors, strict=True):
-            if self.job.stop_on_error and error is not None:
+            if error is None:
+                continue
+            if error.startswith("needs_pydicom: "):  # which every further film of the kind would say again
+                raise InputError(error.removeprefix("needs_pydicom: "))
+            if self.job.stop_on_error:
                 raise InputError(f"stopped at the first image that failed, {self.paths[row]}: {error}")
 
     def _report(self, more: int) -> None:

@@ -257,8 +257,8 @@ class ActivationFile:
         pending = int((self.state == PENDING).sum())
         if pending and not partial:
             raise InputError(
-                f"{self.path}: {pending:,} of {len(self.state):,} rows are not encoded yet; "
-                "run the same `cxrfast cache` command again to finish it."
+                f"{self.path}: {pending:,} of {len(self.state):,} rows are not encoded yet; run the same `cxrfast "
+                "cache` command again to finish it."
             )
         self._map: np.memmap | None = None
 
@@ -334,9 +334,8 @@ def _open_hdf5(path: Path) -> h5py.File:
     """Open a file with the locking that this process already uses for it, else without.
 
     HDF5's own lock protects nothing here: HDF5 writes nothing after the file has a name, and rows are guarded by the
-    map's lock. It would only keep `info` from a file in the making. But the library shares one handle among all who
-    open a file in a process, and refuses a second one that asks for another locking than the first, say a plain
-    `h5py.File(path)` left open in a notebook.
+    map's lock. It would only keep `info` from a file in the making. But the library shares one handle in a process, and
+    refuses a second one that asks for another locking than the first, such as a plain `h5py.File(path)`.
     """
     for locking in (False, "best-effort", True):
         try:
@@ -347,7 +346,8 @@ def _open_hdf5(path: Path) -> h5py.File:
                 break
     else:
         raise InputError(f"{path}: this process has it open through h5py already; close that `h5py.File` first.")
-    raise InputError(f"{path}: not an HDF5 file, or damaged ({reason}).")
+    mend = "; copy it again, or remove it and run `cxrfast cache` again" * ("signature not found" not in reason)
+    raise InputError(f"{path}: not an HDF5 file, or damaged ({reason}){mend}.")
 
 
 def read_header(path: Path) -> Header:

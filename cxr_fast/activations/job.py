@@ -31,7 +31,7 @@ class CacheJob:
     `shards` None is one activation file at `out`; K is K files beside `out`, which becomes their index. `batch_size`
     images are one call of the model (default: 8 on a CPU, 64 on a GPU), `workers` threads decode (default: the usable
     cores). `repair` also encodes rows again whose bytes fail their checksum; `stop_on_error` ends the run at the first
-    image that fails.
+    image that fails; with `strict` an image fails whose DICOM header names another modality or body part.
     """
 
     manifest: Manifest
@@ -44,6 +44,7 @@ class CacheJob:
     workers: int | None = None
     repair: bool = False
     stop_on_error: bool = False
+    strict: bool = False
 
     @property
     def block(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import PARTIAL
+from ..data.formats.dicom import other_subject
 from ..data.images import read_bytes
 from ..errors import ImageError, InputError
 from . import cache
@@ -184,12 +185,21 @@ def same_rows(old: store.Header, new: store.Header) -> bool:
     return columns and np.array_equal(old.labels, new.labels) and metas[0] == metas[1]
 
 
-def prepare(header: store.Header, out: Path, hasher: ImageHasher, *, repair: bool, also: Sequence[Path] = ()) -> bool:
+def prepare(
+    header: store.Header,
+    out: Path,
+    hasher: ImageHasher,
+    *,
+    repair: bool,
+    strict: bool = False,
+    also: Sequence[Path] = (),
+) -> bool:
     """Leave a partial file at `out` in which only what must be encoded is pending; False when nothing is.
 
     A file of the same rows is continued, a complete one reopened; rows of any other file of this fingerprint, those in
     `also` included, are copied where the image's bytes are the same. Images whose bytes changed and images that failed
-    are encoded again, with `repair` also rows that fail their checksum.
+    are encoded again, with `repair` also rows that fail their checksum. With `strict` no row is kept whose note says
+    that it is no film of a chest.
     """
     partial = store.partial_path(out)
     for path in (*find_files(out), *also):
@@ -197,9 +207,9 @@ def prepare(header: store.Header, out: Path, hasher: ImageHasher, *, repair: boo
     if partial.exists() and not same_rows(store.read_header(partial), header):
         set_aside(partial, out)
     if partial.exists():
-        _forget(out, _stale_rows(partial, hasher, repair))
+        _forget(out, _stale_rows(partial, hasher, repair, strict))
     elif out.exists() and same_rows(store.read_header(out), header):
-        stale = _stale_rows(out, hasher, repair)
+        stale = _stale_rows(out, hasher, repair, strict)
         if not stale:
             remove_asides(out)  # a run killed between the last rename and this may have left files aside
             return False
@@ -208,12 +218,12 @@ def prepare(header: store.Header, out: Path, hasher: ImageHasher, *, repair: boo
     else:
         store.create(out, header)
     if sources := [path for path in (*find_files(out), *also) if path != partial]:
-        _copy(sources, out, hasher)
+        _copy(sources, out, hasher, strict)
     return True
 
 
-def _stale_rows(path: Path, hasher: ImageHasher, repair: bool) -> list[int]:
-    """Rows that failed, whose image changed since, or (with `repair`) whose bytes are damaged."""
+def _stale_rows(path: Path, hasher: ImageHasher, repair: bool, strict: bool) -> list[int]:
+    """Rows that failed, whose image changed since, whose bytes are damaged (`repair`), or of no chest (`strict`)."""
     file = store.ActivationFile(path, partial=True)
     stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
     rows = np.flatnonzero(file.ok).tolist()
@@ -221,6 +231,8 @@ def _stale_rows(path: Path, hasher: ImageHasher, repair: bool) -> list[int]:
     stale |= {row for row, found in hasher.hash_rows(rows) if found and found != file.sha256[row]}
     if repair:
         stale |= {row for row, _ in file.damaged()}
+    if strict:
+        stale |= {row for row in rows if other_subject(file.errors[row])}
     return sorted(stale)
 
 
@@ -230,11 +242,13 @@ def _forget(out: Path, stale: list[int]) -> None:
             writer.forget(stale)
 
 
-def _copy(sources: Sequence[Path], out: Path, hasher: ImageHasher) -> None:
+def _copy(sources: Sequence[Path], out: Path, hasher: ImageHasher, strict: bool) -> None:
     """Copy rows of `sources` whose image has the same bytes into the pending rows of the partial file."""
     known: dict[str, list[tuple[store.ActivationFile, int]]] = {}
     for file in (store.ActivationFile(path, partial=True) for path in sources):
         for row in np.flatnonzero(file.ok).tolist():
+            if strict and other_subject(file.errors[row]):
+                continue
             known.setdefault(file.sha256[row], []).append((file, row))
     with store.Writer(out) as writer:
         pending = np.flatnonzero(writer.state == store.PENDING).tolist()

@@ -11,6 +11,7 @@ import numpy as np
 from ..config import CacheSpec, from_dict
 from ..data.images import load as load_image
 from ..data.images import self_check
+from ..data.paths import describe_places, recorded_places
 from ..errors import ImageError, InputError
 from ..models.backbone import load, prefix_sha256
 from ..models.device import pick_device
@@ -28,8 +29,8 @@ class CacheVerdict:
     """What was checked and what is wrong: (image, reason) of every bad row; `largest` is relative to a row's peak.
 
     `asked` rows were to be encoded again, `reencoded` were. `unproven` (image, reason) could not be, which says nothing
-    against them; `absent` counts the images of all rows that are not below `root`, 0 unless one was missed;
-    `shards` is 0 for one file.
+    against them; `absent` counts the images of all rows that are not found, 0 unless one was missed, and `tried` says
+    where one of them was looked for; `shards` is 0 for one file.
     """
 
     rows: int
@@ -40,7 +41,7 @@ class CacheVerdict:
     bad: tuple[tuple[str, str], ...]
     unproven: tuple[tuple[str, str], ...]
     absent: int
-    root: Path
+    tried: str = ""
     shards: int = 0
 
 
@@ -68,7 +69,6 @@ def check_cache(
     """
     again = again or ReencodeSpec()
     file = open_cache(path)
-    root = again.images or Path(file.meta["dataset"]["root"])
     bad: dict[int, str] = {}
     rows = np.flatnonzero(file.ok).tolist()
     for count, row in enumerate(rows, 1):
@@ -78,12 +78,12 @@ def check_cache(
             on_progress(count, len(rows))
     sound = np.random.default_rng(again.seed).permutation([row for row in rows if row not in bad]).tolist()
     asked = min(again.count, len(sound))
-    chosen = [row for row, _ in zip(_existing(file, sound, root), range(asked), strict=False)]
+    chosen = [row for row, _ in zip(_existing(file, sound, again), range(asked), strict=False)]
     largest, unproven = 0.0, dict[int, str]()
     if chosen:
-        largest, wrong, unproven = _reencode(file, chosen, root, again)
+        largest, wrong, unproven = _reencode(file, chosen, again)
         bad |= wrong
-    absent = len(sound) - len(list(_existing(file, sound, root))) if len(chosen) < asked else 0
+    absent = sorted(set(sound).difference(_existing(file, sound, again))) if len(chosen) < asked else []
 
     def named(found: dict[int, str]) -> tuple[tuple[str, str], ...]:
         return tuple((file.header.images[row], reason) for row, reason in sorted(found.items()))
@@ -96,19 +96,28 @@ def check_cache(
         largest=largest,
         bad=named(bad),
         unproven=named(unproven),
-        absent=absent,
-        root=root,
+        absent=len(absent),
+        tried=describe_places(_places(file, absent[0], again)) if absent else "",
         shards=len(file.files) if file.sharded else 0,
     )
 
 
-def _existing(file: Cache, rows: list[int], root: Path) -> Iterator[int]:
-    return (row for row in rows if (root / file.header.images[row]).is_file())
+def _places(file: Cache, row: int, again: ReencodeSpec) -> list[Path]:
+    return recorded_places(file.header.images[row], Path(file.meta["dataset"]["root"]), again.images)
 
 
-def _reencode(
-    file: Cache, rows: list[int], root: Path, again: ReencodeSpec
-) -> tuple[float, dict[int, str], dict[int, str]]:
+def _existing(file: Cache, rows: list[int], again: ReencodeSpec) -> Iterator[int]:
+    return (row for row in rows if any(place.is_file() for place in _places(file, row, again)))
+
+
+def _place(file: Cache, row: int, again: ReencodeSpec) -> Path:
+    """Where a row's image lies: of several files of its name the one with its bytes, else the first."""
+    found = [place for place in _places(file, row, again) if place.is_file()]
+    same = (place for place in found if len(found) > 1 and hash_image(place) == file.sha256[row])
+    return next(same, found[0])
+
+
+def _reencode(file: Cache, rows: list[int], again: ReencodeSpec) -> tuple[float, dict[int, str], dict[int, str]]:
     """Largest difference, and which rows are wrong or could not be encoded again, each with the reason."""
     parts = file.meta["fingerprint_parts"]
     if parts.get(PIXEL_CHECK, self_check()) != self_check():
@@ -123,7 +132,7 @@ def _reencode(
     encoder = Encoder(backbone, spec, pick_device(again.device), block=int(file.meta["block"]))
     largest, bad, unproven = 0.0, dict[int, str](), dict[int, str]()
     for row in rows:
-        path = root / file.header.images[row]
+        path = _place(file, row, again)
         try:
             pixels, sha256 = load_image(path, spec.preprocess)[:2]
         except ImageError as error:

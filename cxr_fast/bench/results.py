@@ -147,7 +147,7 @@ def writable(out: Path | None, flag: str, suffix: str = "") -> None:
     if suffix and out.suffix.lower() != suffix:
         raise InputError(f"{flag}: {out} must end in {suffix}.")
     if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise InputError(f"{flag}: cannot write {out}.")
+        raise InputError(f"{flag}: cannot write {out}; give the name of a file in a folder that may be written.")
 
 
 def write(result: Any, out: Path) -> None:

@@ -21,6 +21,7 @@ from ..activations.loader import Activations
 from ..config import CacheSpec, SweepSpec, TrainSpec, from_dict
 from ..data.images import load as load_image
 from ..data.manifest import Manifest
+from ..data.paths import recorded_places
 from ..errors import InputError
 from ..models.backbone import Backbone, load, prefix, prefix_sha256
 from ..models.device import pick_device
@@ -87,23 +88,25 @@ def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: 
     """
     file = index.open_cache(cache)
     spec = from_dict(CacheSpec, file.meta["spec"])
-    root = images or Path(file.meta["dataset"]["root"])
+    root = Path(file.meta["dataset"]["root"])
     ok = np.flatnonzero(file.ok)
     wanted = ok[spread_evenly(len(ok), count)] if len(ok) else ok
-    found = readable([root / file.header.images[row] for row in wanted], spec.preprocess)
+    places = [recorded_places(file.header.images[row], root, images) for row in wanted]
+    paths = [next((place for place in some if place.is_file()), some[0]) for some in places]
+    found = readable(paths, spec.preprocess)
     kept = [i for i in range(len(wanted)) if i in found and found[i][1] == file.sha256[wanted[i]]]
     kept = kept[: len(kept) - len(kept) % BATCH] if len(kept) >= BATCH else kept
     if len(kept) < 4:
         raise InputError(
-            f"{cache}: of {len(wanted)} images {len(kept)} are below {root} as they were cached, and the plain "
-            "pipeline needs at least 4; give their folder with --images."
+            f"{cache}: of {len(wanted)} images {len(kept)} are below {images or root} as they were cached, and the "
+            "plain pipeline needs at least 4; give their folder with --images."
         )
     tower = load(weights or file.meta["weights"])
     if prefix_sha256(tower.visual, spec.unfreeze_blocks) != file.meta["fingerprint_parts"]["prefix_sha256"]:
         raise InputError(f"--weights {tower.source}: not the weights {cache} was made with.")
     return TrainingImages(
         tower=tower,
-        paths=[root / file.header.images[wanted[i]] for i in kept],
+        paths=[paths[i] for i in kept],
         pixels=np.stack([found[i][0] for i in kept]),
         activations=np.array(file.activations[wanted[kept]]),
         unfreeze_blocks=spec.unfreeze_blocks,

@@ -170,7 +170,7 @@ def throughput(
     finish(result, measuring.describe(result), json_out, plot)
 
 
-def _writable(json_out: Path | None, plot: Path | None) -> None:
+def _writable(json_out: Path | None, plot: Path | None = None) -> None:
     """Said before minutes are measured."""
     from ..bench import results
 
@@ -233,6 +233,7 @@ def compare(
     """
     from ..bench import comparison
 
+    _writable(json_out)
     if (model_b is None) == (against is None):
         raise InputError("give two models, or one and --against torch.")
     if images is not None and manifest is not None:
@@ -268,6 +269,7 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
 
     They are SOURCE's, evenly spread. The plain pipeline's pass over the same images is timed beside.
     """
+    _writable(json_out)
     manifest = read_source(source, flags)
     from ..activations import encoder
     from ..bench import caching
@@ -281,7 +283,11 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
     some, left_out = caching.few(manifest, count, spec.preprocess)
     with tempfile.TemporaryDirectory() as scratch:
         parts = caching.Parts(tower, spec, some, Path(scratch), device)
-        result = caching.measure(parts, rounds, on_round=_rounds(rounds))
+        try:
+            result = caching.measure(parts, rounds, on_round=_rounds(rounds))
+        except InputError as error:  # of the caches that are timed, which go into a temporary folder
+            text = str(error).replace("--out: ", "TMPDIR, the folder of temporary files: ")
+            raise InputError(text) from error
     result["left_out"] = left_out
     finish(result, caching.describe(result), json_out)
 
@@ -311,6 +317,7 @@ def train(
     """
     from ..bench import training
 
+    _writable(json_out)
     cpu.pick_device(device)
     cpu.prepare(threads)
     arms = training.Arms(training.from_cache(cache, count=count, images=images, weights=weights), device)

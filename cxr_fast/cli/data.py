@@ -25,12 +25,15 @@ from .options import (
     cluster_option,
     dataset_options,
     device_option,
+    read_prepared,
     read_source,
     recipe_option,
     source_argument,
     spec_from,
     spec_options,
     split_option,
+    strict_option,
+    table_options,
     threads_option,
     with_recipe,
 )
@@ -40,14 +43,16 @@ from .options import (
 @source_argument
 @click.option("--out", type=PATH, help="Write a manifest here (.csv or .parquet).")
 @click.option("--labels-only", is_flag=True, help="Do not look for the images.")
-@split_option
+@table_options
 @dataset_options
 def prepare(source: Path, out: Path | None, **flags: Any) -> None:
-    """Read a dataset folder or manifest and print its class table.
+    """Read a dataset or any table of films and print its class table.
 
-    SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, or a manifest.
+    SOURCE: a Kaggle Indiana folder, an NIH folder, OpenI reports, CheXpert or MIMIC-CXR tables, a manifest; a table of
+    your own (CSV with commas, semicolons or tabs, Excel, Parquet) whose columns --path to --meta name; or a folder of
+    DICOM files, or of folders named by findings.
     """
-    manifest = read_source(source, flags)
+    manifest = read_prepared(source, flags)
     show(describe_manifest(manifest))
     if warning := choose_columns(manifest).warning():
         echo_notes([warning])
@@ -86,6 +91,7 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
     show_default=True,
     help="What an image that cannot be read does; it is never trained on.",
 )
+@strict_option
 @click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
 @split_option
 @dataset_options
@@ -115,7 +121,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         spec=with_size(spec, tower),
         out=_cache_path(out, manifest.name, flags),
         stop_on_error=flags["on_error"] == "stop",
-        **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair")},
+        **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair", "strict")},
     )
     line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
@@ -314,7 +320,9 @@ def echo_verdict(found: Any, file: Path) -> int:
         )
         for image, reason in found.bad[:20]:
             click.echo(f"  {image}: {reason}", err=True)
-    why = [f"{found.absent:,} images are not below {found.root}; give their folder with --images"] * bool(found.absent)
+    why = []
+    if found.absent:
+        why.append(f"{found.absent:,} images are not found ({found.tried}); give their folder with --images")
     why += [f"{image} {reason}" for image, reason in found.unproven[:3]]
     if found.asked and not found.reencoded and not found.bad:
         raise InputError(

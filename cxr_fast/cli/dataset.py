@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..system.text import Table
+from ..system.text import Figure, Table
 from .console import Part
 
 
@@ -43,9 +43,15 @@ def describe_manifest(manifest: Any) -> list[Part]:
             f"skipped {total['skipped_missing']:,} listed image(s) that are not below {os.path.abspath(manifest.root)}"
         )
     found = class_table(manifest)
-    rows: list[list[Any]] = [[r.name, r.positives, f"{r.percent:.2f}", r.negatives, r.unknown, r.groups] for r in found]
-    parts += ["", Table(columns=["class", "positives", "% of images", "negatives", "unknown", "groups"], rows=rows)]
+    rows: list[list[Any]] = [
+        [r.name, r.positives, Figure(value=r.percent, digits=2), r.negatives, r.unknown, r.groups] for r in found
+    ]
+    parts += ["", Table(columns=["class", "positives", "% of known", "negatives", "unknown", "groups"], rows=rows)]
     parts += describe_labels(manifest, [r.name for r in found if r.positives and not r.negatives])
+    if not found:
+        parts.append("No classes: name findings with --classes, or add a column for each to the written table.")
+    elif manifest.info.get("kind") == "manifest":
+        parts.append(f"Every other column is a class: {', '.join(manifest.classes)}. --classes A,B takes only some.")
     if manifest.info.get("kind") in ("indiana", "openi"):
         from ..data.labels import TRAPS
 

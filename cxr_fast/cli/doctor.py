@@ -52,6 +52,7 @@ OPTIONAL = (
     ("pydicom", "3.0", "DICOM files", "dicom"),
     ("pylibjpeg", "2.0", "compressed DICOM files", "dicom"),
     ("pyarrow", "15", "Parquet manifests", "parquet"),
+    ("openpyxl", "3.1", "Excel tables", "excel"),
 )
 RUNTIMES, RUNTIME_LEAST = ("onnxruntime-gpu", "onnxruntime"), "1.20"
 # An Indiana cache takes 4.5 GB (NIH-14 68 GB); a sweep of it holds 1.2 GB.

@@ -25,6 +25,7 @@ from .options import (
     device_option,
     images_option,
     point_options,
+    strict_option,
     threads_option,
 )
 
@@ -188,6 +189,7 @@ def signed(value: float | None) -> str:
     metavar="SECONDS",
     help="Look for new films so often until stopped; keeps rows as --append does.",
 )
+@strict_option
 @device_option
 @threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
@@ -202,12 +204,12 @@ def predict(
     INPUTS are files, folders (recursive), globs, a manifest with a column `image` (.csv, .parquet), @FILE with a path
     per line, or - for such a list on standard input. The same command again does only what is missing or has changed.
     """
-    from ..cluster.predict import ClusterPredictor
+    from ..cluster.predict import ClusterPredictor, NodeSpec
     from ..data.paths import read
     from ..inference import batch
     from ..inference.predictor import Predictor
 
-    here = {name: flags.pop(name) for name in ("device", "threads")}
+    here = {name: flags.pop(name) for name in ("device", "threads", "strict")}
     if watch is not None:
         if cluster is not None or "-" in inputs:
             raise click.UsageError("--watch reads its inputs again and again: leave out --cluster and -")
@@ -219,7 +221,7 @@ def predict(
             predictor, wanted = Predictor(model, **here), read(inputs)
         else:
             wanted = read(inputs)
-            predictor = ClusterPredictor(joined, model, wanted.paths, workers=flags["workers"], **here)
+            predictor = ClusterPredictor(joined, model, wanted.paths, NodeSpec(workers=flags["workers"], **here))
             click.echo(f"cluster: {joined}", err=True)
         if not wanted.paths:
             click.echo(f"nothing new: no image among the inputs{_passed_over(wanted)}; {out} is as it was")
@@ -300,7 +302,8 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
 @click.option("--top", type=click.IntRange(1), help="Show those highest above their thresholds.  [default: 3]")
 @click.option("--out", type=PATH, required=True, help="PNG of the film beside its heat maps.")
 @click.option("--npy", type=PATH, help="Also the maps on the patch grid, (classes, rows, columns), as a .npy file.")
-def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, npy: Path | None) -> None:
+@click.option("--images", type=PATH, help="Folder of the films, for an IMAGE that is named as in the run's tables.")
+def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, **flags: Any) -> None:
     """Draw heat maps of an image: where the class token looked.
 
     Its attention is weighted by the gradient of a class's logit. A heat map is no proof of a finding.
@@ -309,7 +312,8 @@ def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, o
         raise click.UsageError("--top chooses classes where no --class does; give one of the two")
     from ..export import heatmaps
 
-    found = heatmaps.write(run, image, out, npy=npy, classes=classes, top=top or heatmaps.TOP)
+    film, npy = heatmaps.find_film(run, image, flags["images"]), flags["npy"]
+    found = heatmaps.write(run, film, out, npy=npy, classes=classes, top=top or heatmaps.TOP)
     rows = [
         [each.name, number(each.probability), number(each.threshold), f"{each.shares.max():.1%}"] for each in found.maps
     ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import errno
 import math
 import os
 import signal
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +21,16 @@ from ..data.labels import SOFT, Blank, LabelRules, Uncertain
 from ..errors import CxrFastError, InputError
 from ..recipes import RECIPES
 from ..system import extras
-from .console import ProgressBar
+from .console import ProgressBar, echo_notes
 
 if TYPE_CHECKING:
     from ..data.manifest import Manifest
+    from ..data.tables.columns import TableSpec
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
+# What a disk says that refuses a file; where no closer place names the flag, the line names the file.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 
 
 class FiniteFloat(click.FloatRange):
@@ -78,6 +84,12 @@ class Group(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            where = error.filename or f"what is written, or temporary files below {tempfile.gettempdir()}"
+            click.echo(f"error: {where}: {error.strerror or error}.", err=True)
+            ctx.exit(2)
 
 
 def full_memory(error: Exception) -> str:
@@ -137,6 +149,12 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     help="Threads of the model; fewer on a shared machine.  [default: usable cores]",
+)
+
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse films whose DICOM header names another modality or body part than a film of a chest.",
 )
 
 recipe_option = click.option(
@@ -233,8 +251,68 @@ def dataset_options(command: Any) -> Any:
     return images_option(skip(unindexed_option(command)))
 
 
+def table_options(command: Any) -> Any:
+    """The options of `prepare` that name columns of a table."""
+    flags = {
+        "--path": "Column of the image files, where its name is not a usual one.",
+        "--group": "Column of the patient, whose images stay on one side of a split.",
+        "--study": "Column of the examination.",
+        "--view": "Column of the projection.",
+        "--labels": "Column that lists the findings; `folder` where SOURCE is a folder: class/film.png.",
+        "--label-sep": "What separates the findings in the column of --labels.  [default: |]",
+        "--classes": "Comma-separated columns that are findings, or words of the column of --labels.",
+        "--meta": "Comma-separated columns to break figures down by, such as sex.",
+    }
+    for flag, said in reversed(flags.items()):
+        kind = {"--classes": "COL,...", "--meta": "COL,...", "--label-sep": "TEXT"}.get(flag, "COL")
+        command = click.option(flag, metavar=kind, help=said)(command)
+    return click.option(
+        "--split",
+        metavar="COL|published",
+        default="column",
+        help="Hold-out from a column (train, val, test), or from the published lists of NIH, CheXpert or MIMIC.  "
+        "[default: the column split, if any]",
+    )(command)
+
+
+def table_spec(flags: Mapping[str, Any]) -> TableSpec:
+    """The columns that a user named. Raises InputError for an empty name."""
+    from ..data.tables.columns import TableSpec
+
+    names = ("path", "group", "study", "view", "labels", "label_sep")
+    given: dict[str, Any] = {name: flags[name] for name in names if flags[name]}
+    for name in ("classes", "meta"):
+        if flags[name] is not None:
+            given[name] = tuple(part.strip() for part in next(csv.reader([flags[name]]), []))
+            if not given[name] or "" in given[name]:
+                raise InputError(f"--{name}: {flags[name]!r} names an empty column; give names between commas.")
+    if flags["split"] not in ("column", "published"):
+        given["split"] = flags["split"]
+    if flags["label_sep"] is not None and not flags["labels"]:
+        raise InputError("--label-sep is for the column of --labels; name that too.")
+    return TableSpec(**given)
+
+
+def read_prepared(source: Path, flags: Mapping[str, Any]) -> Manifest:
+    """What `prepare` is given: as `read_source`, and tables and folders of no known layout; its notes are shown."""
+    from ..data.tables.source import read_any
+
+    spec = table_spec(flags)
+    missing: Any = "unchecked" if flags["labels_only"] else "skip" if flags["skip_missing"] else "refuse"
+    rules = LabelRules(blank=flags["blank"], uncertain=flags["uncertain"])
+    if flags["split"] == "published" and spec.named():
+        raise InputError(f"{spec.named()[0]}: --split published is for tables as they are published, without it.")
+    if flags["split"] == "published":
+        return read_source(source, flags)
+    manifest = read_any(source, spec, images=flags["images"], missing=missing, rules=rules)
+    if manifest is None:
+        return read_source(source, flags)
+    echo_notes(manifest.notes)
+    return manifest
+
+
 def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = None) -> Manifest:
-    """The dataset that a command names, read as its dataset options say."""
+    """The dataset that a command names, read as its dataset options say; its notes are shown."""
     from ..data.manifest import read_dataset
 
     missing: Any = "unchecked" if flags.get("labels_only") else "skip" if flags["skip_missing"] else "refuse"
@@ -243,8 +321,11 @@ def read_source(source: Path, flags: Mapping[str, Any], *, limit: int | None = N
     if flags.get("split") == "published":
         from ..data.splits.published import read_published
 
-        return read_published(source, missing=missing, limit=limit, rules=rules, **named)
-    return read_dataset(source, missing=missing, limit=limit, rules=rules, **named)
+        manifest = read_published(source, missing=missing, limit=limit, rules=rules, **named)
+    else:
+        manifest = read_dataset(source, missing=missing, limit=limit, rules=rules, **named)
+    echo_notes(manifest.notes)
+    return manifest
 
 
 def with_recipe(ctx: click.Context, recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
     """
     if out is not None and len(runs) < 2:
         raise InputError("--out: where the comparison of several runs goes; a single run's page goes into its folder.")
+    if out is not None and out.is_dir():
+        raise InputError(f"--out: {out} is a folder; give the name of a file, such as {out / 'comparison.html'}.")
     if len(runs) > 1 and flags["resamples"] < 1:
         raise InputError("--resamples: a comparison needs at least 1; 1000 is usual.")
     for name in ("logit_adjustment", "threshold_target", "calibration"):

@@ -126,7 +126,10 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
     show(describe_run(run))
-    written = writer.write_report(job.out)
+    try:
+        written = writer.write_report(job.out)
+    except InputError as error:
+        raise InputError(f"{error} The run is complete; `cxrfast report {job.out}` writes its report.") from error
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 
@@ -162,7 +165,11 @@ def _other_labels(manifest: Path | None) -> Any:
     """The labels of --manifest; images that are not found keep their names, so that a cache's can be matched."""
     from ..data.manifest import read_dataset
 
-    return None if manifest is None else read_dataset(manifest, missing="keep")
+    if manifest is None:
+        return None
+    read = read_dataset(manifest, missing="keep")
+    echo_notes(read.notes)
+    return read
 
 
 def epoch_line(bar: ProgressBar, plan: Any, spec: SweepSpec) -> Any:

@@ -18,6 +18,7 @@ from ..activations import build, reuse
 from ..activations import file as store
 from ..activations.build import BuildOutcome, BuildPlan, FileOutcome, OnProgress, TotalProgress, make_file
 from ..activations.job import BLOCKS, CacheJob, FileJob, select_rows, shard_ranges
+from ..data.formats.dicom import other_subject
 from ..data.images import self_check
 from ..errors import InputError, Interrupted
 from ..models import device as cpu
@@ -131,13 +132,15 @@ class ClusterBuild:
     def _known_hashes(self, shard: FileJob) -> tuple[str, ...]:
         """With `gather`: sha256 of the images of a shard that is complete here without failures, else nothing.
 
-        With `repair` it must be without damaged rows too.
+        With `repair` it must be without damaged rows too, with `strict` without films of no chest.
         """
         if not self.gather or not shard.path.is_file():
             return ()
         file = store.ActivationFile(shard.path)
         sound = file.ok.all() and reuse.same_rows(file.header, shard.header)
         if not sound or (self.job.repair and any(file.damaged())):
+            return ()
+        if self.job.strict and any(map(other_subject, file.errors)):
             return ()
         return file.sha256
 

@@ -46,6 +46,7 @@ class PredictSetup:
     workers: int
     folder: str
     pixels: str
+    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ class ChunkAnswer:
     batches: list[list[Result]]
     seconds: dict[str, float]
     node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSpec:
+    """How nodes run a model: the device, threads of the model, threads that decode, and whether films are refused that
+    their header calls no film of a chest."""
+
+    device: str = "auto"
+    threads: int | None = None
+    workers: int | None = None
+    strict: bool = False
 
 
 class ClusterPredictor:
@@ -70,27 +82,26 @@ class ClusterPredictor:
         cluster: Cluster,
         model: Path,
         sample: Sequence[str],
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        workers: int | None = None,
+        spec: NodeSpec | None = None,
     ) -> None:
+        spec = spec or NodeSpec()
+        self.strict = spec.strict
         self.cluster, self.nodes = cluster, connection.check_nodes(cluster, PACKAGES)
-        self.target = cluster.target(device)
+        self.target = cluster.target(spec.device)
         found = session.locate(model, self.target, explicit=True)
         self.path, self.source = found.path, found.source
         with hub.named_by_address(self.source, self.path):
             self.info = model_file.read(self.path)
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
-        self.threads = threads or hardware.cpu_count()
+        self.threads = spec.threads or hardware.cpu_count()
         self.cpus = 1 if self.target == "cuda" else min(self.threads, cluster.largest())
         _require_seen(cluster, sample)
         self.token, self.answered = secrets.token_hex(8), Counter[str]()
-        self._setup = self._share(workers)
+        self._setup = self._share(spec.workers)
         (_, described), *_ = tasks.run_tasks(cluster, describe, [(self.token, self._setup)], self._size())
         self.provider, where, why = described
-        if device == "auto":  # a task gets cpu or cuda by name, the command did not
+        if spec.device == "auto":  # a task gets cpu or cuda by name, the command did not
             why = why.replace("as asked", "a node lends a GPU" if self.target == "cuda" else "no node lends a GPU", 1)
         self.where, self.why = f"{where} a task, {cluster}", f"{why}{f'; {found.why}' if found.why else ''}"
 
@@ -108,6 +119,7 @@ class ClusterPredictor:
             workers=workers or self.threads,
             folder=os.getcwd(),
             pixels=self_check(),
+            strict=self.strict,
         )
         return [tasks.share(setup)]
 
@@ -216,10 +228,10 @@ def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
             f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here."
         )
     if same_file(setup.path, setup.sha256):
-        return Predictor(setup.path, setup.device, setup.threads), setup
+        return Predictor(setup.path, setup.device, setup.threads, strict=setup.strict), setup
     if not setup.content:
         raise InputError(f"{setup.path}: a node that joined after the command began does not see it; run it again.")
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
         path = Path(folder) / Path(setup.path).name
         tasks.fetch(setup.content[0]).tofile(path)
-        return Predictor(path, setup.device, setup.threads), setup
+        return Predictor(path, setup.device, setup.threads, strict=setup.strict), setup

@@ -24,6 +24,7 @@ from ..errors import ImageError
 from .formats import dicom
 from .formats.limits import MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_size
 from .formats.pictures import BMP_HEADERS, END, MAGIC, deep_to_grey, float_to_grey, open_picture, to_grey
+from .near_names import hint_at
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
@@ -39,6 +40,7 @@ REASONS: dict[str, str] = {
     "unsupported": "a pixel layout that has no single grey reading; save it as 8 or 16 bit grey",
     "flat": "values that differ become one grey, or hundreds of them a few: nothing would be seen; save it again",
     "bad_range": "floating-point pixels outside 0..1; save them as 16 bit, or divide by their full range",
+    "no_chest": "with --strict: the DICOM header names another modality or body part; leave it out",
     "elongated": "too long and narrow to crop a square from; use --resize squash or pad",
     "needs_pydicom": "DICOM files need pydicom, which the extra dicom brings; `cxrfast doctor` says how to install it",
     "needs_plugin": "this DICOM compression needs pylibjpeg and its plugins, of the extra dicom; see `cxrfast doctor`",
@@ -70,7 +72,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         with open(name, "rb") as file:
             data = file.read(MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("missing", f"{name}: no such file") from None
+        near = hint_at(os.fsdecode(name))
+        raise ImageError("missing", f"{name}: no such file" + (f"; {near}" if near else "")) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ImageError("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not data:
@@ -121,8 +124,8 @@ class Loaded(NamedTuple):
     note: str = ""
 
 
-def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> Loaded:
-    """Read one image file.
+def load(path: str | os.PathLike[str], spec: PreprocessSpec, *, strict: bool = False) -> Loaded:
+    """Read one image file; with `strict` one whose DICOM header names another modality or body part is refused.
 
     Its pixels equal `resize(decode_grey(read_bytes(path)))` to the last bit. Safe to call from several threads, and
     worth it: reading, hashing, decoding and resizing all release the GIL. Raises ImageError.
@@ -131,20 +134,33 @@ def load(path: str | os.PathLike[str], spec: PreprocessSpec) -> Loaded:
     name = os.fspath(path)
     grey, note = _decode(data, spec, name)
     with _naming(name):
+        if strict:
+            _refuse_other_subject(note)
         return Loaded(np.array(_square(grey, spec)), hashlib.sha256(data).hexdigest(), note)
 
 
-def pixels_of(image: object, spec: PreprocessSpec) -> np.ndarray:
+def _refuse_other_subject(note: str) -> None:
+    if said := dicom.other_subject(note):
+        raise ImageError("no_chest", f"{said}, which is no film of a chest")
+
+
+def pixels_of(image: object, spec: PreprocessSpec, *, strict: bool = False) -> np.ndarray:
     """One image of any kind that people hold to pixels, uint8 (size, size), by the rules of `decode_grey`.
 
     A path (text or os.PathLike); the bytes of an image file, or a file object open for reading bytes; a PIL image; a
     NumPy array as `array_pixels` takes it; a torch tensor, which is such an array or has its channels first, (1, H, W)
-    or (3, H, W); or a pydicom data set. Raises ImageError; its message never holds the bytes.
+    or (3, H, W); or a pydicom data set. `strict` is that of `load`. Raises ImageError; its message never holds the
+    bytes.
     """
     if isinstance(image, (str, os.PathLike)):
-        return load(image, spec).pixels
+        return load(image, spec, strict=strict).pixels
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return resize(decode_grey(bytes(image), spec=spec, name=f"{len(image):,} bytes"), spec)
+        name = f"{len(image):,} bytes"
+        grey, note = _decode(bytes(image), spec, name)
+        with _naming(name):
+            if strict:
+                _refuse_other_subject(note)
+            return np.array(_square(grey, spec))
     if isinstance(image, np.ndarray):
         return array_pixels(image, spec)
     kind = type(image)
@@ -160,14 +176,17 @@ def pixels_of(image: object, spec: PreprocessSpec) -> np.ndarray:
             array = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
         return array_pixels(array, spec)
     if kind.__module__.split(".")[0] == "pydicom" and hasattr(image, "file_meta"):
-        return resize(_dataset_grey(image, spec), spec)
+        pixels, note = _dataset_grey(image, spec)
+        if strict:
+            _refuse_other_subject(note)
+        return resize(pixels, spec)
     if callable(read := getattr(image, "read", None)):
         data = read()
         if not isinstance(data, bytes):
             raise ImageError(
                 "bad_array", f"a file object that reads {type(data).__name__}; open it in binary mode, 'rb'"
             )
-        return pixels_of(data, spec)
+        return pixels_of(data, spec, strict=strict)
     raise ImageError(
         "bad_array",
         f"a {kind.__name__} is no image; give a path, bytes, a file object, a PIL image, a NumPy array, a torch tensor "
@@ -182,11 +201,11 @@ def is_one_image(image: object) -> bool:
     return isinstance(image, one) or library in ("torch", "pydicom") or hasattr(image, "read")
 
 
-def _dataset_grey(dataset: object, spec: PreprocessSpec) -> np.ndarray:
-    """A pydicom data set in memory to grey, uint8 (H, W)."""
+def _dataset_grey(dataset: object, spec: PreprocessSpec) -> tuple[np.ndarray, str]:
+    """A pydicom data set in memory to grey, uint8 (H, W), and a note."""
     try:
         with _quiet():  # on a copy: reading an enhanced or mislabelled file changes its elements
-            return dicom.decode_dataset(copy.deepcopy(dataset), spec.dicom_policy)[0]
+            return dicom.decode_dataset(copy.deepcopy(dataset), spec.dicom_policy)
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything at all

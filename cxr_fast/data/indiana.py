@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..system.tables import Cells, filled, multi_hot, need, read_csv
 from . import labels
+from .identifiers import spell_id
 from .layouts import PROJECTIONS, ListedImages, by_name, by_stem
 
 Unindexed = Literal["normal", "unknown"]
@@ -70,6 +71,13 @@ def _indiana_study_labels(studies: Cells, file: Path, unindexed: Unindexed) -> t
     return values, _doubt(values, headings, unindexed) if headings else {}
 
 
+def _note_no_headings(info: dict[str, Any], studies: int) -> tuple[str, ...]:
+    """A line where no study has a heading that gives a class, so that all would be Normal."""
+    if not studies or info.get("unindexed_studies", 0) + info.get("only_dropped_studies", 0) < studies:
+        return ()
+    return (f"No study of {studies:,} has a heading that gives a class: Normal is all that is known of them.",)
+
+
 def read_kaggle(reports: Path, unindexed: Unindexed) -> ListedImages:
     """The Kaggle copy of Indiana University: reports, and projections beside them, which list the images."""
     projections = reports.with_name(PROJECTIONS)
@@ -79,22 +87,25 @@ def read_kaggle(reports: Path, unindexed: Unindexed) -> ListedImages:
     need(studies, ["uid"], reports)
     need(images, ["uid", "filename", "projection"], projections)
     values, info = _indiana_study_labels(studies, reports, unindexed)
-    row_of = {uid: row for row, uid in enumerate(filled(studies, "uid", reports))}
-    if len(row_of) < len(studies["uid"]):
-        raise InputError(f"{reports} lists uid {Counter(studies['uid']).most_common(1)[0][0]} twice.")
-    if lost := sorted(set(filled(images, "uid", projections)) - set(row_of)):
+    uids = [spell_id(uid) for uid in filled(studies, "uid", reports)]
+    row_of = {uid: row for row, uid in enumerate(uids)}
+    if len(row_of) < len(uids):
+        raise InputError(f"{reports} lists uid {Counter(uids).most_common(1)[0][0]} twice.")
+    wanted = [spell_id(uid) for uid in filled(images, "uid", projections)]
+    if lost := sorted(set(wanted) - set(row_of)):
         named = ", ".join(lost[:5])
         raise InputError(f"{projections}: {len(lost)} uid(s) have no row in {reports.name}, first {named}.")
     return ListedImages(
         kind="indiana",
         file=projections,
         images=filled(images, "filename", projections),
-        groups=images["uid"],
+        groups=wanted,
         views=images["projection"],
         classes=labels.CLASSES,
-        labels=values[[row_of[uid] for uid in images["uid"]]],
+        labels=values[[row_of[uid] for uid in wanted]],
         key=by_name,
         info=info,
+        notes=_note_no_headings(info, len(uids)),
     )
 
 
@@ -173,4 +184,5 @@ def read_openi(source: Path, unindexed: Unindexed) -> ListedImages:
         labels=values[study],
         key=by_stem,
         info=info,
+        notes=_note_no_headings(info, len(uids)),
     )

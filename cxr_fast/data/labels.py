@@ -41,6 +41,14 @@ CHEXPERT_CLASSES = (
 )  # fmt: skip
 
 
+def check_class_names(classes: Iterable[str], file: Path) -> None:
+    """Raise InputError for a class name with a semicolon, which separates the findings of a film in predictions."""
+    if joined := [name for name in classes if ";" in name]:
+        raise InputError(
+            f"{file}: the class {joined[0]!r} holds ';', which separates findings in predictions; rename it."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelRules:
     """How the labels of CheXpert and MIMIC-CXR count that are blank (not mentioned) or -1 (uncertain).

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..system.files import write_bytes
+from ..system.files import atomic
 from ..system.tables import read_header
 from ..system.text import counted
 from .labels import CHEXPERT_CLASSES
@@ -35,7 +36,7 @@ class ListedImages:
     """The images a dataset lists (N), as its files name them, with labels (N, C) int8: 1, 0, UNKNOWN or UNCERTAIN.
 
     `file` is what an error names. `key` makes a listed name and a path below the dataset comparable;
-    None where the listed name is itself a path from the folder of `file`.
+    None where the listed name is itself a path from the folder of `file`. `notes` are lines for people.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class ListedImages:
     subgroups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     key: Callable[[str], str] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def by_name(path: str) -> str:
@@ -92,14 +94,19 @@ def _kind_of_file(file: Path) -> str:
     if name.endswith(".parquet"):
         return "manifest"
     if not name.endswith(TABLES):
-        raise InputError(f"{file} is no dataset: give a folder, a .csv or .parquet manifest, or OpenI's .tgz.")
+        raise InputError(
+            f"{file} is no dataset: give a folder, a .csv or .parquet manifest, or OpenI's .tgz; "
+            "`cxrfast prepare` makes a manifest of Excel and text tables."
+        )
     header = read_header(file)
     if kind := _kind_of(header):
         return kind
     if {"image", "group"} & {name.lower() for name in header}:
         return "manifest"  # with the other column forgotten, or in upper case: its reader says so
     shown = ", ".join(header[:6])[:120]
-    mend = "separate columns by commas" if len(header) == 1 else "a manifest has image, group, then one column a class"
+    mend = "a manifest has image, group, then one column a class; `cxrfast prepare` makes one of other tables"
+    if len(header) == 1:
+        mend = "separate columns by commas, semicolons or tabs"
     raise InputError(f"{file} is no table cxr-fast knows (columns: {shown}): {mend}.")
 
 
@@ -160,25 +167,32 @@ def read_card(folder: Path) -> dict[str, Any]:
     return about
 
 
-def mark_synthetic(name: str, folder: Path) -> None:
-    """Carry the mark of a drawn data set to where its manifest goes: it must not pass for a real one there."""
-    about = folder / CARD
-    if about.is_file() and not read_card(folder).get("synthetic"):
-        raise InputError(f"{about} says the data is real and this manifest is synthetic: write to another folder.")
-    if not about.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps({"name": name, "synthetic": True}) + "\n", encoding="utf-8")
+@contextlib.contextmanager
+def replace_card(table: Path, *, synthetic: str | None, rules: Mapping[str, Any] | None) -> Iterator[None]:
+    """Write the card beside a table where the `with` block, which writes the table, ends well: both or none.
 
-
-def note_rules(table: Path, rules: Mapping[str, Any] | None) -> None:
-    """Note in the card beside a table how its blank and uncertain labels counted; a cache of it records that."""
-    about = read_card(table.parent)
+    `synthetic`, the name of a drawn data set, carries its mark to where its manifest goes: it must not pass for a real
+    one there. `rules` say how blank and uncertain labels of the table counted; a cache of it records that.
+    """
+    card = table.parent / CARD
+    about = old = read_card(table.parent)
+    if synthetic is not None:
+        if card.is_file() and not about.get("synthetic"):
+            raise InputError(f"{card} says the data is real and this manifest is synthetic: write to another folder.")
+        about = about or {"name": synthetic, "synthetic": True}
     noted = about.get("label_rules", {})
     kept = {name: words for name, words in noted.items() if name != table.name}
     if rules:
         kept[table.name] = {name: rules[name] for name in ("blank", "uncertain")}
     if kept != noted:
-        write_bytes(table.parent / CARD, (json.dumps(about | {"label_rules": kept}) + "\n").encode())
+        about = about | {"label_rules": kept}
+    if about == old:
+        yield
+        return
+    with atomic(card, "--out", folders=True) as file:
+        file.write((json.dumps(about) + "\n").encode())
+        file.flush()
+        yield
 
 
 def _refuse_images_alone(folder: Path) -> None:
@@ -189,6 +203,7 @@ def _refuse_images_alone(folder: Path) -> None:
         raise InputError(
             f"{folder} holds {counted(count, 'image')} but no table of labels{others}. "
             f"Write {folder / 'manifest.csv'} with the header image,group,FINDING,... and a row per image: image is "
-            "the file, group the patient, each finding 1, 0 or blank (docs/how-to/own_tables.md).\n"
+            "the file, group the patient, each finding 1, 0 or blank (docs/how-to/own_tables.md); where films lie in "
+            f"folders named by findings, `cxrfast prepare {folder} --labels folder --out my.csv` writes it.\n"
             f"To predict with a model you have: `cxrfast predict MODEL {folder} --out predictions.csv`."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from collections import Counter
@@ -14,22 +15,22 @@ import numpy as np
 
 from ..errors import InputError
 from ..system.files import AnyPath
+from ..system.table_files import read_table
 from ..system.tables import (
     KNOWN_OR_NOT,
     Cells,
     coded,
     filled,
     need,
-    read_csv,
-    read_parquet,
     write_table,
 )
 from . import indiana, public_tables
 from .disclosure import META, differ_everywhere, why_hidden
+from .identifiers import note_groups
 from .indiana import Unindexed
-from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules
-from .layouts import ListedImages, mark_synthetic, note_rules, read_card, recognise
-from .paths import is_hidden
+from .labels import RULED, SOFT, UNCERTAIN, UNKNOWN, LabelRules, check_class_names
+from .layouts import ListedImages, read_card, recognise, replace_card
+from .locate import Located, find_listed, refuse_missing
 from .splits.given import check_words
 
 Missing = Literal["refuse", "skip", "keep", "unchecked"]
@@ -49,7 +50,8 @@ class Manifest:
     unknown and -2 for uncertain (a target of 0.7 in training, unknown in every figure); `views` keeps the dataset's
     own word, "" where unknown; `studies` equals `groups` where the dataset has none; `splits` is empty, or says for
     each image `train`, `holdout`, or "" (drawn); `subgroups` are further columns (N values each) to break figures down
-    by. `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels.
+    by. `info` holds `kind`, `synthetic`, `skipped_missing` and what the layout has to say about its labels. `notes` are
+    lines for people about this reading of the table; no file keeps them.
 
         >>> manifest = read_dataset("indiana")
         >>> manifest.labels.shape == (len(manifest), len(manifest.classes))
@@ -67,6 +69,7 @@ class Manifest:
     splits: tuple[str, ...] = ()
     subgroups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = [self.groups, self.views, self.studies, *self.subgroups.values()]
@@ -86,9 +89,24 @@ class Manifest:
 # ---------------------------------------------------------------------------------------------- layout
 
 
+def spell_reserved(cells: Cells) -> Cells:
+    """Columns that differ from `image`, `group`, `view`, `study`, `split` or `meta:` in case alone, spelled so."""
+    out: Cells = {}
+    for name, column in cells.items():
+        lower = name.lower()
+        if lower in RESERVED and lower not in cells:
+            name = lower
+        elif lower.startswith(META):
+            name = META + name[len(META) :]
+        if name in out:
+            raise InputError(f"Two columns are named {name!r}, but for upper and lower case.")
+        out[name] = column
+    return out
+
+
 def _read_own(file: Path, _: Unindexed) -> ListedImages:
     """Our own manifest, CSV or Parquet. Raises InputError naming the column, the value and the row."""
-    cells = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
+    cells = spell_reserved(read_table(file))
     need(cells, MEANING, file)
     if "" in cells:
         raise InputError(f"{file}: column {[*cells].index('') + 1} has no name (pandas: write with index=False).")
@@ -143,57 +161,12 @@ READERS: dict[str, Callable[[Path, Unindexed], ListedImages]] = {
 # ---------------------------------------------------------------------------------------------- images
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """POSIX paths of the files below `root`, links followed once; what `paths.is_hidden` names is left out."""
-    seen = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        below[:] = sorted(name for name in below if not is_hidden(name))
-        prefix = Path(folder).relative_to(root).as_posix()
-        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files if not is_hidden(name))
-
-
-def _find(rows: ListedImages, wanted: Sequence[str], root: Path, *, twice: bool) -> list[str | None]:
-    """Each wanted image as a path below `root`, None where there is none. Where two fit: None too, or InputError."""
-    if rows.key is None:
-        return [image if os.path.isfile(root / image) else None for image in wanted]
-    keys = [rows.key(image) for image in wanted]
-    below: dict[str, list[str]] = {key: [] for key in keys}
-    for path in _walk(root):
-        if (key := rows.key(path)) in below:
-            below[key].append(path)
-    out: list[str | None] = []
-    for image, key in zip(wanted, keys, strict=True):
-        fits = [image] if image in below[key] else sorted(below[key])
-        if len(fits) > 1 and not twice:
-            raise InputError(
-                f"{root}: {image} is both {fits[0]} and {fits[1]}. Give the folder that counts with --images."
-            )
-        out.append(fits[0] if len(fits) == 1 else None)
-    return out
-
-
 def _refuse_twice(rows: ListedImages) -> None:
     first: dict[str, int] = {}
     for row, image in enumerate(rows.images):
         before = first.setdefault(rows.key(image) if rows.key else image, row)
         if before != row:
             raise InputError(f"{rows.file} lists {image} twice, in data rows {before + 1} and {row + 1}.")
-
-
-def _refuse_missing(rows: ListedImages, missing: Sequence[str], of: int, root: Path) -> None:
-    named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    mend = "Give their folder with --images" + (
-        ", or leave them out with --skip-missing." if len(missing) < of else "."
-    )
-    raise InputError(
-        f"{len(missing):,} of the {of:,} images that {rows.file.name} lists are not below {os.path.abspath(root)}: "
-        f"{named}\n{mend}"
-    )
 
 
 def read_dataset(
@@ -228,32 +201,60 @@ def read_dataset(
     rules = rules or LabelRules()
     if kind not in RULED and (wrong := [name for name, word in asdict(rules).items() if word != "unknown"]):
         raise InputError(f"--{wrong[0]} is for the tables of CheXpert and MIMIC-CXR; {file} is none of them.")
-    rows = READERS[kind](file, unindexed)
-    _refuse_twice(rows)
     folder = source if source.is_dir() else source.parent
+    manifest = list_images(READERS[kind](file, unindexed), folder, images=images, missing=missing, limit=limit)
+    return _apply(rules, manifest) if kind in RULED else manifest
+
+
+def list_images(
+    rows: ListedImages, folder: Path, *, images: AnyPath | None, missing: Missing, limit: int | None
+) -> Manifest:
+    """Find the images that a table lists, below `images` or its `folder`, and make a manifest of them.
+
+    `missing` and `limit` are those of `read_dataset`, and so are the errors.
+    """
+    check_class_names(rows.classes, rows.file)
+    _refuse_twice(rows)
     root = folder if images is None else Path(images)
     if not root.is_dir():
         raise InputError(f"--images: {root} is not a folder.")
+    placed, lost, notes = _place(rows, root, missing, limit)
+    about, kind = read_card(folder), rows.kind
+    stem = rows.file.name.partition(".")[0]
+    plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi", "table") else stem
+    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": lost, **rows.info}
+    if kind == "manifest" and (noted := about.get("label_rules", {}).get(rows.file.name)):
+        info["label_rules"] = noted
+    manifest = _manifest(rows, placed, str(about.get("name", plain)), root, info)
+    return replace(manifest, notes=(*notes, *note_groups(manifest.groups), *_note_labels(manifest)))
+
+
+def _place(
+    rows: ListedImages, root: Path, missing: Missing, limit: int | None
+) -> tuple[list[tuple[int, str]], int, tuple[str, ...]]:
+    """(row, path) of the images to take, how many were not found, and notes. Raises InputError for missing ones."""
     # With --skip-missing the first images that exist are meant, so all must be looked for.
     keep = list(range(len(rows.images)))[: None if missing == "skip" else limit]
     wanted = [rows.images[row] for row in keep]
-    found: list[str | None] = [*wanted]
+    located = Located(paths=wanted)
     if missing != "unchecked":
-        found = _find(rows, wanted, root, twice=missing == "keep")
+        located = find_listed(rows, wanted, root, twice=missing == "keep")
     if missing == "keep":
-        found = [path or image for path, image in zip(found, wanted, strict=True)]
-    lost = [image for image, path in zip(wanted, found, strict=True) if path is None]
-    if lost and (missing == "refuse" or len(lost) == len(wanted)):
-        _refuse_missing(rows, lost, len(wanted), root)
-    placed = [(row, path) for row, path in zip(keep, found, strict=True) if path is not None][:limit]
-    about = read_card(folder)
-    stem = file.name.partition(".")[0]
-    plain = folder.resolve().name if stem == "manifest" or kind not in ("manifest", "openi") else stem
-    info = {"kind": kind, "synthetic": about.get("synthetic", False), "skipped_missing": len(lost), **rows.info}
-    if kind == "manifest" and (noted := about.get("label_rules", {}).get(file.name)):
-        info["label_rules"] = noted
-    manifest = _manifest(rows, placed, str(about.get("name", plain)), root, info)
-    return _apply(rules, manifest) if kind in RULED else manifest
+        kept = [path or image for path, image in zip(located.paths, wanted, strict=True)]
+        located = replace(located, paths=kept, doubts=())
+    lost = sum(path is None for path in located.paths)
+    if lost and (missing == "refuse" or lost == len(wanted)):
+        refuse_missing(rows, located, wanted, root)
+    placed = [(row, path) for row, path in zip(keep, located.paths, strict=True) if path is not None][:limit]
+    return placed, lost, (*rows.notes, *located.notes)
+
+
+def _note_labels(manifest: Manifest) -> Iterator[str]:
+    """A line where no label is known, or none is positive: then columns or identifiers were not read as was meant."""
+    if (manifest.labels < 0).all() and manifest.classes:
+        yield "No label is known: every image has a blank or uncertain label in every class."
+    elif not (manifest.labels == 1).any() and manifest.classes:
+        yield "No image has a positive label in any class."
 
 
 def _apply(rules: LabelRules, manifest: Manifest) -> Manifest:
@@ -303,6 +304,7 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     out = Path(out)
     if clash := [name for name in manifest.classes if name in RESERVED or name.startswith(META)]:
         raise InputError(f"{out}: a class cannot be named {clash[0]!r} in a manifest.")
+    check_class_names(manifest.classes, out)
     start, end = os.path.realpath(manifest.root), os.path.realpath(out.parent)
     # Lexical, one call a distinct folder: relpath on each of 200,000 images would take seconds.
     moved = {
@@ -325,10 +327,9 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
     code = {1: 1, 0: 0, UNKNOWN: None, UNCERTAIN: SOFT}
     for name, values in zip(manifest.classes, manifest.labels.T, strict=True):
         columns[name] = [code[int(value)] for value in values]
-    write_table(columns, out)
-    if manifest.info.get("synthetic"):
-        mark_synthetic(manifest.name, out.parent)
-    note_rules(out, manifest.info.get("label_rules"))
+    synthetic = manifest.name if manifest.info.get("synthetic") else None
+    with replace_card(out, synthetic=synthetic, rules=manifest.info.get("label_rules")):
+        write_table(columns, out, "--out")
 
 
 def _join(folder: str, name: str) -> str:
@@ -336,8 +337,8 @@ def _join(folder: str, name: str) -> str:
 
 
 class ClassRow(NamedTuple):
-    """One class: images with 1, their percentage of all images, images that are neither 1 nor 0, groups with a 1, and
-    images with 0."""
+    """One class: images with 1, their percentage of those with 1 or 0 (NaN where there are none), images that are
+    neither, groups with a 1, and images with 0."""
 
     name: str
     positives: int
@@ -350,12 +351,12 @@ class ClassRow(NamedTuple):
 def class_table(manifest: Manifest) -> list[ClassRow]:
     """A `ClassRow` for each class, in the order of `manifest.classes`."""
     group = np.unique(np.array(manifest.groups), return_inverse=True)[1]
-    positive, n = manifest.labels == 1, max(len(manifest), 1)
+    positive, known = manifest.labels == 1, (manifest.labels >= 0).sum(axis=0)
     return [
         ClassRow(
             name,
             int(positive[:, c].sum()),
-            100 * float(positive[:, c].sum()) / n,
+            100 * float(positive[:, c].sum() / known[c]) if known[c] else math.nan,
             int((manifest.labels[:, c] < 0).sum()),
             len(np.unique(group[positive[:, c]])),
             int((manifest.labels[:, c] == 0).sum()),

@@ -8,13 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from ..errors import InputError
 from ..system.tables import Cells, filled, read_csv, read_parquet
 from .formats.dicom import looks_like_dicom
 from .images import IMAGE_SUFFIXES
+from .near_names import NearNames
 
 MANIFESTS = (".csv", ".csv.gz", ".parquet")
 # Of Apple's archives; what lies in it, and files of names with `._`, hold no picture.
@@ -142,6 +143,27 @@ def find_images(root: str, passed: Counter[str]) -> list[str]:
     return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # a folder's files stay together
 
 
+def recorded_places(name: str, root: Path, images: Path | None = None) -> list[Path]:
+    """List where an image that a cache or a run names may lie, the likeliest place first.
+
+    `name` is absolute or relative to `root`, the folder it was found in. Where `images` says where the films are now,
+    the last parts of the name are looked for below it, the longest first: of /a/b/c.png `images`/a/b/c.png,
+    `images`/b/c.png and `images`/c.png; an absolute name itself comes last.
+    """
+    if images is None:
+        return [root / name]
+    path = PurePath(name)
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    below = [images.joinpath(*parts[start:]) for start in range(len(parts))]
+    return [*below, Path(name)] if path.is_absolute() else below
+
+
+def describe_places(places: Sequence[Path], most: int = 4) -> str:
+    """Say where an image was looked for."""
+    more = f" and {len(places) - most:,} more" if len(places) > most else ""
+    return f"tried {', '.join(map(str, places[:most]))}{more}"
+
+
 def _begins_as_dicom(path: str) -> bool:
     """Whether a file of no known suffix is DICOM, as scanners write it; a pipe or what cannot be read is not."""
     try:
@@ -202,8 +224,11 @@ def _manifest(path: Path) -> tuple[str, dict[str, str]]:
     by = next((name for name in BY if name in cells), "")
     studies = cells[by] if by else [""] * len(images)
     found: dict[str, str] = {}
+    near, folder = NearNames(), os.path.dirname(path)
     for image, study in zip(images, studies, strict=True):
-        name = os.path.join(os.path.dirname(path), image)
+        name = os.path.join(folder, image)
+        if not os.path.lexists(name) and len(fits := near.find(folder or os.curdir, image)) == 1:
+            name = os.path.join(folder, fits[0])
         if found.setdefault(name, study) != study:
             raise InputError(f"{path}: {image} is in {by} {found[name]!r} and in {study!r}.")
     return by, found

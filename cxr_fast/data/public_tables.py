@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..system.tables import KNOWN_OR_NOT, Cells, coded, filled, multi_hot, need, read_csv
-from .labels import CHEXPERT_CLASSES, NIH_FINDINGS, UNCERTAIN
+from .identifiers import spell_id
+from .labels import CHEXPERT_CLASSES, NIH_FINDINGS, UNCERTAIN, UNKNOWN
 from .layouts import ListedImages, by_name, by_stem, by_study
 
 CHEXPERT_CODES = KNOWN_OR_NOT | {"-1": UNCERTAIN, "-1.0": UNCERTAIN}
@@ -63,7 +64,7 @@ def read_chexpert(file: Path) -> ListedImages:
     """CheXpert: `Path` names patient, study and view; a label of -1 is UNCERTAIN, a blank one UNKNOWN."""
     cells = read_csv(file)
     need(cells, ["Path", *CHEXPERT_CLASSES], file)
-    parts = [path.split("/") for path in filled(cells, "Path", file)]
+    parts = [path.replace("\\", "/").split("/") for path in filled(cells, "Path", file)]
     if short := [path for path, part in zip(cells["Path"], parts, strict=True) if len(part) < 3]:
         raise InputError(f"{file}: 'Path' holds {short[0]!r}; it needs patient/study/view.")
     return ListedImages(
@@ -83,21 +84,24 @@ def read_chexpert(file: Path) -> ListedImages:
 def read_mimic(file: Path) -> ListedImages:
     """MIMIC-CXR: one table with `dicom_id` and labels, or its labels of each study beside `*metadata.csv*`.
 
-    A label of -1 is UNCERTAIN, a blank one UNKNOWN.
+    A label of -1 is UNCERTAIN, a blank one UNKNOWN. Studies are matched as identifiers, however the two tables spell
+    them. Raises InputError where no study matches, where a study is listed twice with different labels, and where the
+    tables give it to two patients.
     """
     cells = read_csv(file)
     need(cells, ["subject_id", "study_id", *CHEXPERT_CLASSES], file)
     values = coded(cells, CHEXPERT_CLASSES, CHEXPERT_CODES, file)
+    notes: tuple[str, ...] = ()
     if "dicom_id" not in cells:
         beside = sorted(file.parent.glob("*metadata.csv*"))
         if len(beside) != 1:
             raise InputError(f"{file} has no dicom_id: it needs MIMIC-CXR's metadata CSV beside it, one of them.")
-        row_of = {study: row for row, study in enumerate(cells["study_id"])}
-        file, cells = beside[0], read_csv(beside[0])
-        need(cells, ["dicom_id", "subject_id", "study_id"], file)
+        images = read_csv(beside[0])
+        need(images, ["dicom_id", "subject_id", "study_id"], beside[0])
+        row_of, notes = _match_studies(cells, values, file, images, beside[0])
         # A few studies have images and no labels: their last row here is all unknown.
-        values = np.vstack([values, np.full((1, values.shape[1]), -1, np.int8)])
-        values = values[[row_of.get(study, -1) for study in cells["study_id"]]]
+        values = np.vstack([values, np.full((1, values.shape[1]), UNKNOWN, np.int8)])[row_of]
+        file, cells = beside[0], images
     return ListedImages(
         kind="mimic",
         file=file,
@@ -109,4 +113,45 @@ def read_mimic(file: Path) -> ListedImages:
         labels=values,
         subgroups=_people(_first_of(cells, "gender", "sex", "Sex"), _first_of(cells, "anchor_age", "Age")),
         key=by_stem,
+        notes=notes,
+    )
+
+
+def _spell_ids(cells: Cells, column: str, file: Path) -> list[str]:
+    """A column of MIMIC's identifiers in one spelling: without the `p` and `s` that its folders have."""
+    letter = {"subject_id": "p", "study_id": "s"}[column]
+    return [spell_id(text).removeprefix(letter) for text in filled(cells, column, file)]
+
+
+def _match_studies(
+    studies: Cells, labels: np.ndarray, file: Path, images: Cells, metadata: Path
+) -> tuple[list[int], tuple[str, ...]]:
+    """The row in `studies` of each image, -1 where its study is not there; a note of how many these are."""
+    row_of: dict[str, int] = {}
+    patients = _spell_ids(studies, "subject_id", file)
+    for row, study in enumerate(_spell_ids(studies, "study_id", file)):
+        first = row_of.setdefault(study, row)
+        if (labels[first] != labels[row]).any() or patients[first] != patients[row]:
+            raise InputError(
+                f"{file} lists study {study} twice with different labels or patients, in data rows {first + 1} and "
+                f"{row + 1}; keep the one that is right."
+            )
+    wanted = _spell_ids(images, "study_id", metadata)
+    found = [row_of.get(study, -1) for study in wanted]
+    if (lost := found.count(-1)) == len(found):
+        raise InputError(
+            f"No study of {metadata.name} is in {file.name}: the first are {wanted[0]} and {next(iter(row_of))}; "
+            "give tables of the same studies."
+        )
+    for at, (row, patient) in enumerate(zip(found, _spell_ids(images, "subject_id", metadata), strict=True)):
+        if row >= 0 and patients[row] != patient:
+            raise InputError(
+                f"Study {wanted[at]} is of patient {patient} in {metadata.name}, data row {at + 1}, and of "
+                f"{patients[row]} in {file.name}, data row {row + 1}; correct one of them."
+            )
+    if not lost:
+        return found, ()
+    named = wanted[found.index(-1)]
+    return found, (
+        f"{lost:,} of {len(found):,} images have no labels: their studies, first {named}, are not in {file.name}.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
 from ..data.images import decode_grey, read_bytes, resize
+from ..data.paths import describe_places, recorded_places
 from ..errors import InputError
 from ..metrics import calibration
 from ..models.backbone import embed
-from ..system.files import write_bytes
-from ..training.run_folder import Member, Run, read_run
+from ..system.files import atomic, write_bytes
+from ..training.run_folder import Member, Run, read_info, read_run
 from .overlay import Explained, Map, picture
 
 TOP = 3
@@ -33,12 +35,29 @@ def write(
     """
     _check_outputs(image, out, npy)
     found = explain(read_run(folder), image, classes=classes, top=top)
-    write_bytes(out, picture(found), "--out", folders=True)
-    if npy is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack([each.shares for each in found.maps]))
-        write_bytes(npy, buffer.getvalue(), "--npy", folders=True)
+    with atomic(out, "--out", folders=True) as file:  # both files or none
+        file.write(picture(found))
+        file.flush()
+        if npy is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack([each.shares for each in found.maps]))
+            write_bytes(npy, buffer.getvalue(), "--npy", folders=True)
     return found
+
+
+def find_film(run_folder: Path, image: Path, images: Path | None) -> Path:
+    """Find an image by its path, or by its name in the run's tables, which `images` gives another folder.
+
+    Raises InputError that names the places where it was looked for.
+    """
+    if os.path.lexists(image) and images is None:
+        return image
+    root = Path(read_info(run_folder)["cache"]["dataset"]["root"])
+    places = [*recorded_places(str(image), root, images), image]
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    tried = describe_places(list(dict.fromkeys(places)))
+    raise InputError(f"{image}: no such file ({tried}); give the folder of the films with --images.")
 
 
 def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TOP) -> Explained:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 
 from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
-from ..data.images import load
+from ..data.images import Loaded, load
+from ..data.paths import describe_places, recorded_places
 from ..errors import ImageError, InputError
 from ..inference.predictor import golden_pixels
 from ..inference.session import open_model
@@ -114,7 +116,7 @@ def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[
             saved = {name: file[name] for name in ("image", "sha256", "fold", "labels", "final")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{run.folder / 'predictions.npz'}: cannot be read; run the sweep again.") from error
-    root = images or Path(run.info["cache"]["dataset"]["root"])
+    root = Path(run.info["cache"]["dataset"]["root"])
     spec = from_dict(PreprocessSpec, run.info["preprocess"])
     pixels: list[np.ndarray] = []
     kept: list[int] = []
@@ -122,21 +124,33 @@ def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[
     for i in _order(saved["fold"], most):
         if len(kept) == most:
             break
-        try:
-            image, sha256 = load(root / str(saved["image"][i]), spec)[:2]
-        except ImageError:
-            continue
-        if sha256 != saved["sha256"][i]:
-            changed += 1
+        found = _load_any(recorded_places(str(saved["image"][i]), root, images), spec)
+        image = next((each.pixels for each in found if each.sha256 == saved["sha256"][i]), None)
+        if image is None:
+            changed += bool(found)
             continue
         pixels.append(image)
         kept.append(i)
     if not kept:
         raise InputError(
             f"export checks itself on the cached images, and none of the {len(saved['fold']):,} is readable under "
-            f"{root} ({changed} changed since); give their folder with --images DIR."
+            f"{images or root} ({changed} changed since; {_tried(saved, root, images)}); give their folder with "
+            "--images DIR."
         )
     return np.stack(pixels), np.array(kept), saved
+
+
+def _load_any(places: Sequence[Path], spec: PreprocessSpec) -> list[Loaded]:
+    """Read what can be read of the places where one image may lie."""
+    found = []
+    for place in places:
+        with contextlib.suppress(ImageError):
+            found.append(load(place, spec))
+    return found
+
+
+def _tried(saved: Mapping[str, Any], root: Path, images: Path | None) -> str:
+    return describe_places(recorded_places(str(saved["image"][0]), root, images))
 
 
 def _order(fold: np.ndarray, most: int) -> np.ndarray:

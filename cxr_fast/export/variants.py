@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..inference.predictor import golden_pixels
 from ..inference.verify import LOOSEST
 from ..metrics import calibration, drift
 from ..metrics.drift import Drift
-from ..system.files import AnyPath
+from ..system.files import AnyPath, disk_reason, folders_above
 from ..system.hardware import machine
 from ..training.operating_points import OperatingPoint
 from ..training.run_folder import Run, clean, read_run
@@ -150,10 +150,8 @@ def _export_variant(job: _Job, variant: str, path: Path, exclude: frozenset[str]
     """Build, check and keep one file; one over its limit leaves nothing behind. `exclude` stays in float."""
     run, checks = job.run, job.checks
     model = build(run, variant, embedding=job.spec.embedding, exclude=exclude)
-    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
     info = metadata(run, model) | {"variant": variant, "float_matrices": sorted(exclude)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(path) as scratch:
         _save(model, info, scratch)
         file = OpenFile(scratch)
         parity, probabilities = check(run, file, checks, job.on_progress)
@@ -169,14 +167,24 @@ def _export_variant(job: _Job, variant: str, path: Path, exclude: frozenset[str]
         size = _save(model, info, scratch)
         if not reason:
             os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"--out: cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
     return Exported(
         variant=variant, path=path, size=size, parity=parity, drift=far, seconds=seconds, info=info, reason=reason
     )
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Give the name of a file beside `path` that is removed at the end. InputError where the disk refuses one."""
+    scratch = path.with_name(path.name + f".partial.{os.getpid()}")
+    try:
+        with folders_above(path):
+            try:
+                yield scratch
+            finally:
+                with contextlib.suppress(OSError):
+                    scratch.unlink()
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path}: {disk_reason(path, error)}.") from error
 
 
 def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: bool) -> str:

@@ -42,6 +42,7 @@ class Answerer(Protocol):
     thresholds: np.ndarray
     threads: int
     provider: str
+    strict: bool
 
     @property
     def warning(self) -> str:
@@ -127,7 +128,7 @@ def write(
     before = _earlier(out, spec)
     identity = {"model_sha256": tree_sha256(predictor.path), "pixel_check": self_check()}
     state = State(total=len(inputs.paths))
-    with FileLock(out), _kept_so_far(out), Checkpoint(out, identity, overwrite=spec.overwrite) as kept:
+    with FileLock(out), _kept_so_far(out), _checkpoint(predictor, out, identity, spec) as kept:
         earlier = _earlier_films(kept, inputs, out, spec)
         _predict(predictor, inputs.paths, kept, state, spec, on_batch)
         writing = time.perf_counter()
@@ -206,6 +207,10 @@ def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) ->
         raise InputError("--study-pool: one manifest at a time, for two may mean different studies by one name.")
 
 
+def _checkpoint(predictor: Answerer, out: Path, identity: dict[str, str], spec: BatchSpec) -> Checkpoint:
+    return Checkpoint(out, identity, overwrite=spec.overwrite, strict=predictor.strict)
+
+
 def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
     """Refuse to write a file that is also read."""
     tables = (out, run_path(out), studies_path(out))
@@ -269,6 +274,7 @@ def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
         "labels": list(predictor.labels),
         "thresholds": predictor.thresholds.tolist(),
         "decide": spec.decide,
+        "strict": predictor.strict,
         "versions": own | {"numpy": np.__version__, "pillow": PIL.__version__},
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.formats.dicom import other_subject
 from ..errors import InputError
 from ..system.files import file_sha256
 from .predictor import Result, changed_ns
@@ -44,7 +45,8 @@ class Checkpoint:
     where the disk is full or cannot be written. Use as a context manager, under the lock of `out`.
     """
 
-    def __init__(self, out: Path, model: Mapping[str, str], *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, model: Mapping[str, str], *, overwrite: bool = False, strict: bool = False) -> None:
+        self.strict = strict
         self.out, self.path = out, beside(out)
         if overwrite:
             self.path.unlink(missing_ok=True)  # SQLite removes a WAL without its file
@@ -53,6 +55,7 @@ class Checkpoint:
                 f"--out: {out} exists but {self.path.name} is missing, so it is unknown which model wrote {out.name}; "
                 f"{MEND}."
             )
+        new = not self.path.exists()
         with self._errors():
             self.db = sqlite3.connect(f"{self.path.absolute().as_uri()}?vfs=unix-none", uri=True)
         try:
@@ -60,6 +63,9 @@ class Checkpoint:
                 self._open(dict(model))
         except BaseException:
             self.db.close()
+            if new:  # no answer is in it
+                self.path.unlink(missing_ok=True)
+                out.with_name(out.name + WAL).unlink(missing_ok=True)
             raise
         self._synced = time.monotonic()
 
@@ -70,9 +76,14 @@ class Checkpoint:
         self.db.close()  # moves the WAL into the file
 
     def holds(self, path: str) -> bool:
-        """Whether there are probabilities of this very file: of its size and time, else of its content."""
+        """Whether there are probabilities of this very file: of its size and time, else of its content.
+
+        With `strict` those whose note says that it is no film of a chest do not count.
+        """
         try:
             known, status = self.row(path)[0], os.stat(path)
+            if self.strict and other_subject(known.note):
+                return False
             if not known.ok or not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
                 return False
             return changed_ns(status) == known.mtime_ns or file_sha256(Path(path)) == known.sha256

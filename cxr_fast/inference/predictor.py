@@ -74,7 +74,8 @@ class Predictor:
     `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
     it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
     damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
-    the file. `check` is that of `session.open_model`.
+    the file. `check` is that of `session.open_model`. With `strict` an image whose DICOM header names another modality
+    or body part than a film of a chest is refused as one that cannot be read.
 
         >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
         >>> (answer,) = predictor(["film.png"])
@@ -89,9 +90,11 @@ class Predictor:
         threads: int | None = None,
         *,
         check: bool = True,
+        strict: bool = False,
     ) -> None:
         opened = open_model(path, device, threads, check=check)
-        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check}
+        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check, "strict": strict}
+        self.strict = strict
         self._process = os.getpid()
         self.path, self.source = opened.path, opened.source
         self.session, self.threads = opened.session, opened.threads
@@ -119,7 +122,7 @@ class Predictor:
     def pixels(self, image: object) -> np.ndarray:
         """Read an image of any kind that `data.images.pixels_of` takes as uint8 (S, S), by the code that made the
         training pixels."""
-        return pixels_of(image, self.spec)
+        return pixels_of(image, self.spec, strict=self.strict)
 
     def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
         """Run the model on uint8 (N, S, S): probabilities, or another of the graph's outputs, (N, C) float32."""
@@ -252,7 +255,7 @@ class Predictor:
             status = os.stat(name)
             size, changed = status.st_size, changed_ns(status)
         try:
-            found = load(name, self.spec)
+            found = load(name, self.spec, strict=self.strict)
         except ImageError as error:
             return None, Result(path=name, reason=error.reason, message=str(error))
         old = changed if now - changed > TICK_NS else 0

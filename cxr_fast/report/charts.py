@@ -25,6 +25,9 @@ PICTURES = (
 FORMATS = ("png", "svg", "pdf")
 # Text stays text, for editors and searches, and no file names a day: the same figures are the same bytes.
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "cxr-fast", "pdf.fonttype": 42}
+# What a font holds for kerning, ligatures and formulas. No PDF has a use for it, and to cut it down to the letters of a
+# figure took a fifth of the time of the pictures (benchmarks/LOG.md).
+UNUSED_TABLES = ("GDEF", "GPOS", "GSUB", "MATH", "kern")
 # The cells of a confusion matrix, rows by the reference standard and columns as predicted, as journals print them.
 CELLS = (("tp", "fn"), ("fp", "tn"))
 CELL_NAMES = {"tp": "true positive", "fp": "false positive", "fn": "false negative", "tn": "true negative"}
@@ -79,10 +82,13 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **named
 
 
 def png(made: Any) -> bytes:
-    """The figure as PNG; a script the font lacks is drawn as boxes without a word on the terminal."""
+    """The figure as PNG; a script the font lacks is drawn as boxes without a word on the terminal.
+
+    The bytes are those of `made.savefig`, which draws once more for a layout that this drawing finds as well.
+    """
     buffer = io.BytesIO()
     with _quiet():
-        made.savefig(buffer, format="png")
+        made.canvas.print_png(buffer)
     return buffer.getvalue()
 
 
@@ -94,7 +100,7 @@ def render(made: Any) -> dict[str, bytes]:
 
     raster, svg, pdf = png(made), io.BytesIO(), io.BytesIO()
     made.set_layout_engine("none")  # keeps the places found; finding them again takes as long as drawing
-    with _quiet(), rc_context(SETTINGS):
+    with _quiet(), rc_context(SETTINGS), _small_fonts():
         FigureCanvasSVG(made).print_svg(svg, metadata={"Date": None})
         FigureCanvasPdf(made).print_pdf(pdf, metadata={"CreationDate": None})
     return dict(zip(FORMATS, (raster, svg.getvalue(), pdf.getvalue()), strict=True))
@@ -105,6 +111,28 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
+
+
+@contextmanager
+def _small_fonts() -> Iterator[None]:
+    """Load fonts for a PDF without UNUSED_TABLES. A matplotlib that loads them in another way embeds the same letters,
+    only slower."""
+    from fontTools import subset
+
+    load = subset.load_font
+
+    def load_letters(*arguments: Any, **named: Any) -> Any:
+        font = load(*arguments, **named)
+        for tag in UNUSED_TABLES:
+            if tag in font:
+                del font[tag]
+        return font
+
+    subset.load_font = load_letters
+    try:
+        yield
+    finally:
+        subset.load_font = load
 
 
 def label(name: str, length: int = 26) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.disclosure import Secrets, list_paths
 from ..errors import InputError
-from ..system.files import AnyPath, write_bytes
+from ..system.files import AnyPath, atomic, write_bytes
 from ..system.tables import write_table
 from ..system.text import Table, to_csv
 from ..training import predictions
@@ -78,7 +78,7 @@ def write_all(
             told = Secrets(paths=tuple(sorted(paths, key=len, reverse=True))).clean(str(error))
             missing.append(f"the comparison of {title} with {titles[0]}: {told}")
     path = out or folders[0] / COMPARISON
-    write_bytes(path, render_comparison(runs, found, pairs, missing))
+    write_bytes(path, render_comparison(runs, found, pairs, missing), "--out" if out else "")
     return [*pages, Written(page=path, missing=tuple(missing), whole=not missing)]
 
 
@@ -121,12 +121,15 @@ def write_report(
             **{name: text.encode() for name, text in full.items()},
             **files,
         }
-    films = () if material.evaluation is None else write_films(folder, material.run)
+    with contextlib.ExitStack() as stack:  # all files or none; the page, entered first, gets its name last
+        for name, data in reversed(files.items()):
+            file = stack.enter_context(atomic(folder / name))
+            file.write(data)
+            file.flush()
+        films = () if material.evaluation is None else write_films(folder, material.run)
     for name in {*OWN, *FILMS} - {*files, *films}:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
-    for name, data in files.items():
-        write_bytes(folder / name, data)
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
 
 

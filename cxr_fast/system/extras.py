@@ -12,6 +12,7 @@ EXTRA = {
     "onnxruntime": "cpu",
     **dict.fromkeys(("pydicom", "pylibjpeg"), "dicom"),
     "pyarrow": "parquet",
+    "openpyxl": "excel",
     "huggingface_hub": "hub",
     "ray": "cluster",
 }

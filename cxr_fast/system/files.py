@@ -30,20 +30,50 @@ def atomic(
     """
     scratch = path.with_name(f"{path.name}.partial" + ("" if locked else f".{os.getpid()}"))
     try:
-        if folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as file:
-            yield file
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with folders_above(path) if folders else contextlib.nullcontext():
+            try:
+                with open(scratch, "wb") as file:
+                    yield file
+                    if sync:
+                        file.flush()
+                        os.fsync(file.fileno())
+                os.replace(scratch, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    scratch.unlink()
     except OSError as error:
         what = f"{flag}: cannot write {path}" if flag else f"{path}: cannot write it"
-        raise InputError(f"{what}: {error.strerror or error}.") from error
-    finally:
+        raise InputError(f"{what}: {disk_reason(path, error)}.") from error
+
+
+@contextlib.contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; where the `with` block does not end well, remove those of them that are empty."""
+    made: list[Path] = []
+    try:
+        for folder in reversed(path.absolute().parents):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the folders that are empty, the last first; others, and those that cannot be removed, stay."""
+    for folder in reversed(folders):
         with contextlib.suppress(OSError):
-            scratch.unlink()
+            folder.rmdir()
+
+
+def disk_reason(path: Path, error: OSError) -> str:
+    """Say in a few words why `path` cannot be written: the system's words, or which file stands where a folder must."""
+    above = next((p for p in path.absolute().parents if os.path.isfile(p)), None)
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and above:
+        return f"{above} is a file, not a folder"
+    return error.strerror or str(error)
 
 
 def write_bytes(path: Path, data: bytes, flag: str = "", *, folders: bool = False) -> None:

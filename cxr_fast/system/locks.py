@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
+from .files import disk_reason, remove_empty
 
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -54,6 +55,8 @@ class HeldError(InputError):
 class FileLock:
     """Hold `NAME.lock` beside `path` during the `with` block; the file names the holder's pid and host.
 
+    Folders above it are made, and removed again where they are still empty at the end.
+
     The kernel drops the lock when the process dies, so a dead holder never blocks. Raises HeldError, which names the
     holder, while another process has it, and InputError where the lock file cannot be written (a full disk). On a
     file system without locks the pid in the file decides.
@@ -62,24 +65,29 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path.with_name(path.name + ".lock")
         self._fd = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> FileLock:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(self.path.absolute().parents):
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    self._made.append(folder)
             while self._fd < 0:
                 self._fd = self._try()
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         except OSError as error:
-            if self._fd >= 0:
-                self.__exit__()
-            raise InputError(f"--out: cannot write {self.path}: {error.strerror or error}.") from error
+            self.__exit__()
+            raise InputError(f"--out: cannot write {self.path}: {disk_reason(self.path, error)}.") from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)  # while still held: whoever opened it meanwhile sees it gone and tries again
-        os.close(self._fd)
-        self._fd = -1
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile sees it gone and tries again
+            os.close(self._fd)
+            self._fd = -1
+        remove_empty(self._made)  # nothing was written into them
 
     def _try(self) -> int:
         """Open and lock the file now at `path`; -1 where its last holder removed it meanwhile."""

@@ -1,14 +1,17 @@
 """Columns of text to and from CSV and Parquet, strictly.
 
-UTF-8, every row as long as the header, no column twice: a table read half is a model trained on wrong
-labels. Nothing is guessed as missing, which is why this is not pandas: the word "None" stays a word.
+UTF-8 (or UTF-16 with its mark), separated by commas, semicolons or tabs, every row as long as the header, no column
+twice: a table read half is a model trained on wrong labels. Nothing is guessed as missing, which is why this is not
+pandas: the word "None" stays a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import importlib
+import io
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,20 +25,47 @@ from .extras import install
 from .files import atomic, write_csv
 
 Cells = dict[str, list[str]]
+TEXTS, EXCEL = (".csv", ".csv.gz", ".tsv", ".tab", ".txt"), (".xlsx", ".xlsm")
 KNOWN_OR_NOT = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
 
 
+DELIMITERS = ",;\t"
+SAMPLE = 1 << 16
+
+
 def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        marked = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    text: IO[str] = opened(path, "rt", encoding="utf-16" if marked else "utf-8-sig", newline="")
+    return text
+
+
+def find_delimiter(text: str) -> str:
+    """Return which of comma, semicolon and tab separates the columns of a CSV that begins with `text`.
+
+    It is the one that gives the most columns, in header and first row alike; the comma where none gives two.
+    """
+    found = {}
+    for mark in DELIMITERS:
+        widths: list[int] = []
+        with contextlib.suppress(csv.Error):
+            for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark):
+                widths += [len(row)] * any(map(str.strip, row))
+                if len(widths) == 2:
+                    break
+        widths = widths or [0]
+        found[mark] = (widths[0] > 1 and widths[0] == widths[-1], widths[0])
+    return max(found, key=lambda mark: found[mark])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, stripped cells) of a CSV's rows that are not blank."""
     try:
         with _open_text(path) as file:
-            reader = csv.reader(file, strict=True)
+            delimiter = find_delimiter(file.read(SAMPLE))
+            file.seek(0)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
             for row in reader:
                 if any(cells := [cell.strip() for cell in row]):
                     yield reader.line_num, cells
@@ -62,6 +92,11 @@ def read_csv(path: Path) -> Cells:
     _, header = next(lines, (0, []))
     if not header:
         raise InputError(f"{path} is empty.")
+    return to_cells(path, header, lines)
+
+
+def to_cells(path: Path, header: Sequence[str], lines: Iterable[tuple[int, list[str]]]) -> Cells:
+    """Rows with their line numbers as column name to cells. Raises InputError on any doubt."""
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise InputError(f"{path} has two columns named {twice[0]!r}.")
     rows = []
@@ -150,16 +185,17 @@ def read_parquet(path: Path) -> Cells:
     return {name.strip(): [_cell(value) for value in values] for name, values in columns.items()}
 
 
-def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
+def write_table(columns: Mapping[str, Sequence[Any]], path: Path, flag: str = "") -> None:
     """Write columns (text, or 1, 0 and None) to `path`, .csv or .parquet, whole or not at all.
 
-    Raises InputError for another suffix, and where the folder cannot be written.
+    Raises InputError, which names `flag` if one is given, for another suffix, and where the folder cannot be written.
     """
     if path.suffix == ".csv":
-        write_csv(path, columns, zip(*columns.values(), strict=True), end="\n", folders=True)
+        write_csv(path, columns, zip(*columns.values(), strict=True), flag, end="\n", folders=True)
     elif path.suffix == ".parquet":
         table = pyarrow("pyarrow", path).table(dict(columns))
-        with atomic(path, folders=True) as file:
+        with atomic(path, flag, folders=True) as file:
             pyarrow("pyarrow.parquet", path).write_table(table, file)
     else:
-        raise InputError(f"{path}: a manifest is written as .csv or .parquet.")
+        what = f"{flag}: {path}" if flag else str(path)
+        raise InputError(f"{what}: a manifest is written as .csv or .parquet.")

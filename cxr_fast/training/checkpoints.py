@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..errors import CxrFastError, InputError
-from ..system.files import atomic
+from ..system.files import atomic, disk_reason
 from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
 from .folds.loop import Recorder
 
@@ -65,6 +65,7 @@ class Journal:
                 f"{self.folder}: unfinished run with {differs}. Run its own command to finish it, give another --out, "
                 "or pass --overwrite to drop it."
             )
+        began = self.folder.exists()
         try:
             (self.folder / "states").mkdir(parents=True, exist_ok=True)
             (self.folder / "snapshots").mkdir(exist_ok=True)
@@ -72,9 +73,15 @@ class Journal:
                 for path in (self.folder / part).iterdir():
                     if path.suffix != ".safetensors":
                         path.unlink(missing_ok=True)
-            self.write("plan.json", plan)
-        except OSError as error:
-            raise InputError(f"--out: cannot write {out}: {error.strerror or error}.") from error
+            with atomic(self.folder / "plan.json") as file:
+                file.write(json.dumps(plan).encode())
+        except (OSError, InputError) as error:
+            if not began:
+                self.remove()
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            raise InputError(f"--out: cannot write {out}: {disk_reason(out, cause)}.") from error
 
     def __enter__(self) -> Journal:
         return self
@@ -226,9 +233,11 @@ class Journal:
             raise self._failure(self._error) from self._error
 
     def _failure(self, error: BaseException) -> InputError:
-        reason = getattr(error, "strerror", None) or str(error)[:120]
+        said = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+        reason = getattr(error, "strerror", None) or said.partition(" (os error")[0][:120]
         return InputError(
-            f"{self.folder}: cannot write: {reason}. What is saved is kept; make room and run the same command again."
+            f"--out: cannot write {self.folder}: {reason}. What is saved is kept; make room and run the same command "
+            "again."
         )
 
 

@@ -18,6 +18,7 @@ from ..activations.file import Header
 from ..activations.reuse import hash_image
 from ..config import SweepOptions, SweepSpec
 from ..data import duplicates
+from ..data.identifiers import note_groups
 from ..data.labels import UNKNOWN
 from ..data.manifest import Manifest
 from ..data.splits import given
@@ -89,6 +90,7 @@ def read(
         notes=(
             *_by_name(by_name, len(rows), file),
             *data.notes,
+            *note_groups(groups),
             *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
         ),
     )

@@ -290,8 +290,8 @@ class Sweep:
                     ) from error
                 except OSError as error:
                     raise InputError(
-                        f"{journal.folder}: {error.strerror or error}. What is saved is kept; run the same command "
-                        "again to go on."
+                        f"--out: cannot write {journal.folder}: {error.strerror or error}. What is saved is kept; run "
+                        "the same command again to go on."
                     ) from error
                 finally:
                     if self.trainer is not None:

@@ -34,6 +34,7 @@ from cxr_fast.models import backbone
 from cxr_fast.models.backbone import Backbone
 from cxr_fast.training import dataset
 from tests.conftest import TOY
+from tests.helpers import children
 
 BLOCK = 2
 
@@ -133,6 +134,7 @@ def test_the_shards_hold_what_one_file_holds(tower: Backbone, spec: CacheSpec, i
     assert np.array_equal(a.rows, b.rows)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_search_over_shards_is_the_search_over_one_file(
     toy_data: Path, tmp_path: Path, lively_weights: Path
 ) -> None:
@@ -353,28 +355,6 @@ def test_two_runs_at_once_are_refused(tower: Backbone, spec: CacheSpec, images: 
     assert refused
 
 
-DIES = """
-import sys
-from tests.helpers import states
-from cxr_fast.activations import file as store
-from cxr_fast.activations.encoder import BuildProgress, with_size
-from cxr_fast.activations.job import CacheJob, shard_ranges
-from cxr_fast.activations.verify import ReencodeSpec
-from cxr_fast.cli.main import main
-
-blocks, steps = map(int, sys.argv[1:3])
-
-def last(name, arguments):
-    global blocks, steps
-    blocks -= name == "rows"
-    steps -= blocks < 0
-    return steps < 0
-
-states.Steps(last, (store.Writer, "rows"))
-main(sys.argv[3:])
-"""
-
-
 @pytest.mark.kill
 def test_killed_at_random_moments_the_shards_are_the_same(
     tower: Backbone, spec: CacheSpec, images: Path, tmp_path: Path
@@ -383,16 +363,18 @@ def test_killed_at_random_moments_the_shards_are_the_same(
     out, moments = tmp_path / "a.shards.json", random.Random(0)
     words = ["cache", str(images / "manifest.csv"), "--weights", TOY, "--out", str(out), "--shards", "3"]
     words += ["--batch-size", str(BLOCK), "--device", "cpu", "--threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    context = children.server()
     for kill in range(5):
         # Whole blocks of two rows, and steps of the next one, which are eight, and behind it: seven blocks at most, as
         # many as thirteen rows are.
-        command = [sys.executable, "-c", DIES, str(kill % 2), str(moments.randint(0, 10)), *words]
-        killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = context.Process(target=children.run_and_die, args=(words, kill % 2, moments.randint(0, 10)))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
         assert not out.exists()
     assert encoded(out), "the kills fell on nothing"
     command = [sys.executable, "-m", "cxr_fast", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(index.open_cache(out), whole(tower, spec, images, tmp_path / "one.h5"))

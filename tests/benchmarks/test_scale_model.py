@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +151,7 @@ def test_a_lost_node_costs_half_a_task_a_start_and_its_replacement() -> None:
 
 # Properties.
 
+BASE = model.values(model.collect(BENCHMARKS / "nowhere"))
 SCALES = st.floats(0.01, 100.0)
 SCARCE = ("link", "storage", "start-up", "task", "cores", "float32 speed", "16-bit speed", "host memory", "GPU memory")
 
@@ -162,9 +163,15 @@ SCARCE = ("link", "storage", "start-up", "task", "cores", "float32 speed", "16-b
     node=st.integers(1, 16),
     configurations=st.integers(1, 20),
 )
+@example(
+    images=12_182_742,
+    scales=dict.fromkeys(SCARCE, 1.0) | {"link": 9.0, "storage": 2.0, "16-bit speed": 0.5, "host memory": 9.0},
+    node=9,
+    configurations=1,
+)
 def test_more_gpus_are_never_slower(images: int, scales: dict[str, float], node: int, configurations: int) -> None:
     """Losses aside: on a full storage more GPUs make longer tasks, of which a lost node wastes more."""
-    base = model.values(model.collect(BENCHMARKS / "nowhere")) | {"nodes lost": 0.0}
+    base = BASE | {"nodes lost": 0.0}
     n = base | {name: base[name] * scale for name, scale in scales.items()}
     n |= {"GPUs a node": float(node), "configurations": float(configurations)}
     data = replace(DATA, images=images)

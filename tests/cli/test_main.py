@@ -34,6 +34,8 @@ from cxr_fast.inference import runtime
 from cxr_fast.system import hardware
 from cxr_fast.system.text import duration, file_name, gigabytes, number
 
+# The road is a fixture of the module, set up before that of a test: its figures are drawn.
+pytestmark = pytest.mark.usefixtures("sketched")
 GPU = runtime.gpu_present()
 RANDOM = "random:0:test_vit"
 TRAIN = ["--epochs", "1,2", "--folds", "2", "--lr", "1e-3", "--device", "cpu"]
@@ -104,6 +106,11 @@ def test_the_road_leaves_what_the_help_page_says(road: tuple[Path, dict[str, Res
     run = {p.name for p in (folder / "exports" / "phantom").iterdir()}
     assert run >= {"run.json", "folds.csv", "predictions.npz", "history.csv", "model.safetensors", "report.html"}
     assert "model.fp32.onnx" in run
+    drawn = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF-"}
+    for kind, start in drawn.items():
+        pictures = list((folder / "exports" / "phantom").glob(f"*.{kind}"))
+        assert len(pictures) == 10
+        assert all(path.read_bytes().startswith(start) for path in pictures)
     assert {p.name for p in (folder / "cache").iterdir()} == {"phantom.h5"}
     assert {p.name for p in (folder / "exports").iterdir()} == {"phantom"}
     assert {p.name for p in (folder / "out").iterdir()} == {"p.csv", "p.csv.resume", "p.run.json"}

@@ -22,7 +22,7 @@ import pytest
 
 from cxr_fast.cluster import connection, predict, search
 from cxr_fast.cluster.connection import Cluster, check_nodes, connect, describe, on_each, visible
-from cxr_fast.cluster.predict import ClusterPredictor
+from cxr_fast.cluster.predict import ClusterPredictor, NodeSpec
 from cxr_fast.cluster.search import ClusterTrainers
 from cxr_fast.cluster.tasks import TaskSize, run_tasks, share
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
@@ -494,7 +494,7 @@ def test_predictions_that_lose_workers_are_those_of_one_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted, out = inputs.read([str(toy_data)]), tmp_path / "cluster.csv"
-    remote = ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, toy_model, wanted.paths, NodeSpec(device="cpu", threads=1, workers=1))
     monkeypatch.setattr(predict, "answer", partial(tasks.held_answer, gate))
     with losing(gate, nodes.kill_worker, nodes.kill_worker) as killed:
         summary = answers.write(remote, wanted, out, PREDICTED)
@@ -514,7 +514,7 @@ def test_nodes_without_the_model_and_names_without_a_folder(
     shutil.copy(toy_model, own)
     wanted = inputs.read(["."])
     assert not any(os.path.isabs(path) for path in wanted.paths)
-    remote = ClusterPredictor(cluster, own, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, own, wanted.paths, NodeSpec(device="cpu", threads=1, workers=1))
     own.rename(tmp_path / "moved.onnx")  # now no node finds it by its name
     monkeypatch.setattr(answers, "tree_sha256", lambda _: file_sha256(toy_model))
     answers.write(remote, wanted, tmp_path / "cluster.csv", PREDICTED)
@@ -532,7 +532,7 @@ def test_a_node_that_sees_no_image_is_named(
     with pytest.raises(
         InputError, match=r"^--cluster: node \S+ sees none of the first 80 images \(/.*\); put them where"
     ):
-        ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1)
+        ClusterPredictor(cluster, toy_model, wanted.paths, NodeSpec(device="cpu", threads=1))
 
 
 @pytest.mark.kill
@@ -541,7 +541,7 @@ def test_an_interrupted_prediction_is_finished_by_one_machine(
     cluster: Cluster, toy_model: Path, toy_data: Path, table: Path, tmp_path: Path
 ) -> None:
     wanted, out = inputs.read([str(toy_data)]), tmp_path / "p.csv"
-    remote = ClusterPredictor(cluster, toy_model, wanted.paths, device="cpu", threads=1, workers=1)
+    remote = ClusterPredictor(cluster, toy_model, wanted.paths, NodeSpec(device="cpu", threads=1, workers=1))
 
     def hit(_: answers.State) -> None:
         os.kill(os.getpid(), signal.SIGINT)

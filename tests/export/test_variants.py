@@ -509,17 +509,16 @@ def test_the_table_gives_each_variant_its_own_auc(calm_run: Path) -> None:
 
 def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_path: Path) -> None:
     """The toy's probabilities lie as near their thresholds as int8 is exact; half of the matrices do not help."""
-    (one,) = variants.export_run(toy_run, ExportSpec(variants=("int8",), out=tmp_path))
+    spec = ExportSpec(variants=("int8",), out=tmp_path, count=24)
+    (one,) = variants.export_run(toy_run, spec)
     assert not one.kept
     assert re.search(r"of 10,000 decisions change sides .limit 20.*with \d+ of 24 matrices left in float", one.reason)
     assert list(tmp_path.iterdir()) == []
-    (one,) = variants.export_run(toy_run, ExportSpec(variants=("int8",), out=tmp_path, allow_drift=True))
+    (one,) = variants.export_run(toy_run, dataclasses.replace(spec, allow_drift=True))
     assert one.kept
     assert one.drift.over()
     assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
-    (again,) = variants.export_run(
-        toy_run, ExportSpec(variants=("int8",), out=tmp_path)
-    )  # the file just kept must not stay in use
+    (again,) = variants.export_run(toy_run, spec)  # the file just kept must not stay in use
     assert not again.kept
     assert list(tmp_path.iterdir()) == []
 
@@ -546,15 +545,17 @@ def test_matrices_that_int8_hurts_most_are_left_in_float(
     calm_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Half the distance has to go; the matrices named are among those that alone move the answers most."""
-    (plain,) = variants.export_run(calm_run, ExportSpec(variants=("int8",), out=tmp_path / "a.onnx", allow_drift=True))
+    spec = ExportSpec(variants=("int8",), out=tmp_path / "b.onnx", count=24)
+    asked = dataclasses.replace(spec, out=tmp_path / "a.onnx", allow_drift=True)
+    (plain,) = variants.export_run(calm_run, asked)
     monkeypatch.setattr(Drift, "over", lambda self: ["too far"] if self.p99 > 0.6 * plain.drift.p99 else [])
-    (one,) = variants.export_run(calm_run, ExportSpec(variants=("int8",), out=tmp_path / "b.onnx"))
+    (one,) = variants.export_run(calm_run, spec)
     assert one.kept
     left = metadata(one.path)["float_matrices"]
     assert len(left) in (1, 2, 4, 8)
     assert one.drift.p99 <= 0.6 * plain.drift.p99
     run = read_run(calm_run)
-    order = variants._most_moved(run, checks.checks_of(run, None, 79, lambda *_: None), lambda *_: None)
+    order = variants._most_moved(run, checks.checks_of(run, None, spec.count, lambda *_: None), lambda *_: None)
     assert sorted(order[: len(left)]) == left
 
 

@@ -14,6 +14,7 @@ import h5py
 import torch
 
 from cxr_fast.activations import build
+from cxr_fast.activations import file as store
 from cxr_fast.activations.job import CacheJob
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec
 from cxr_fast.data import manifest, paths
@@ -53,6 +54,21 @@ def encode_all(data: str, out: str, spec: CacheSpec, block: int, step: int, told
         )
     )
     told.send(steps.done)
+
+
+def run_and_die(words: list[str], blocks: int, steps: int) -> None:
+    """`cxrfast` with these words, killed in the middle of a step of writing rows, so many blocks and steps on."""
+    from cxr_fast.cli.main import main
+
+    def last(name: str, _: Any) -> bool:
+        nonlocal blocks, steps
+        blocks -= name == "rows"
+        steps -= blocks < 0
+        return steps < 0
+
+    torch.set_num_threads(1)
+    states.Steps(last, (store.Writer, "rows"))
+    main(words)
 
 
 def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
@@ -79,6 +79,7 @@ def test_a_separable_class_stays_finite() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=162, a=0.5, b=0.5)
 @given(seed=st.integers(0, 10_000), a=st.floats(0.3, 4), b=st.floats(-2, 2))
 def test_platt_keeps_every_order_and_so_every_auc(seed: int, a: float, b: float) -> None:
     labels, probs = (part[:, None] for part in drawn(80, a, b, seed))
@@ -87,7 +88,13 @@ def test_platt_keeps_every_order_and_so_every_auc(seed: int, a: float, b: float)
     if found["fitted"]:
         ordered = apply(found, np.sort(probs, axis=0))[:, 0]
         assert (np.diff(ordered) >= 0).all()
-    np.testing.assert_array_equal(auc(labels, apply(found, probs)), auc(labels, probs.astype(np.float32)))
+    # A flat slope makes one float32 of two neighbours, and a pair that was in order counts half.
+    got, before = apply(found, probs)[:, 0], probs.astype(np.float32)[:, 0]
+    positive, negative = labels[:, 0] == 1, labels[:, 0] == 0
+    now_equal = got[positive][:, None] == got[negative]
+    merged = now_equal & (before[positive][:, None] != before[negative])
+    (after,), (was,) = auc(labels, got[:, None]), auc(labels, before[:, None])
+    assert abs(after - was) <= merged.mean() / 2 + 1e-12
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5])

@@ -29,6 +29,7 @@ from cxr_fast.training.run_folder import read_info, read_run
 from cxr_fast.training.sweep import Sweep
 from tests.helpers.runs import arrays, same_numbers
 
+pytestmark = pytest.mark.usefixtures("sketched")
 # The limits below were found on the folds of this method.
 SPEC = SweepSpec(epochs=(1, 2), folds=2, split_method="iterative", train=TrainSpec(lr=1e-3, batch_size=4))
 ON_CPU = SweepOptions(device="cpu")

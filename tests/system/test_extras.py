@@ -39,7 +39,7 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_library_of_an_extra_is_known() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in ("train", "cpu", "hub", "dicom", "parquet", "cluster"):
+    for extra in ("train", "cpu", "hub", "dicom", "parquet", "excel", "cluster"):
         for line in project["optional-dependencies"][extra]:
             name = re.match(r"[\w-]+", line)[0]  # type: ignore[index]
             if name != "cxr-fast":

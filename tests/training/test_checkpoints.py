@@ -270,7 +270,7 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_an_error_naming_the_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"^--out: cannot write .*run: Not a directory\.$"):
+    with pytest.raises(InputError, match=r"^--out: cannot write .*run: .*file is a file, not a folder\.$"):
         Journal(tmp_path / "file" / "run", PLAN)
 
 
@@ -311,7 +311,7 @@ def test_a_full_disk_is_told_at_the_next_call_and_what_is_saved_stays(
         with pytest.raises(InputError) as caught:
             hand_over(tmp_path / "run", when)
     text = str(caught.value)
-    assert text.startswith(f"{tmp_path / 'run.partial'}: cannot write: No space left on device. ")
+    assert text.startswith(f"--out: cannot write {tmp_path / 'run.partial'}: No space left on device. ")
     assert "make room" in text
     assert "\n" not in text
     assert same(restored(tmp_path / "run", make())[0], fold)
@@ -348,7 +348,7 @@ def test_any_other_failure_of_a_write_is_not_lost_and_hangs_nothing(
 ) -> None:
     failing(monkeypatch, error)
     for when in ("save", "flush", "exit"):
-        with pytest.raises(InputError, match=f"cannot write: {error}"):
+        with pytest.raises(InputError, match=f"cannot write .*run.partial: {error}"):
             hand_over(tmp_path / "run", when)
 
 

@@ -34,6 +34,7 @@ from cxr_fast.training.sweep import Sweep
 from tests.helpers import made
 from tests.helpers.runs import arrays
 
+pytestmark = pytest.mark.usefixtures("sketched")
 TRAIN = TrainSpec(lr=1e-3, batch_size=4, train_blocks=0)
 SPEC = SweepSpec(epochs=(2, 3), folds=2, train=TRAIN, retrain_head="balanced")
 ON_CPU = SweepOptions(device="cpu")

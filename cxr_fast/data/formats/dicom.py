@@ -24,6 +24,7 @@ _NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentatio
 # What a header may say in words without being no film of a chest.
 _MODALITIES = frozenset({"CR", "DX", "RG", "DR", "XR", "OT", "SC", ""})
 _CHEST = re.compile(r"CHEST|THORA|TORAX|TORAC|LUNG|RIB|STERN|HEART|TRUNK|POITR|^$", re.IGNORECASE)
+_SUBJECT = ("Modality is ", "BodyPartExamined is ")
 _JPEG_SIZED = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}  # SOFn; 0xF7 is JPEG-LS
 
 
@@ -155,6 +156,11 @@ def _subject(ds: Any) -> list[str]:
     modality, part = (str(ds.get(name) or "").strip() for name in ("Modality", "BodyPartExamined"))
     notes = [] if modality.upper() in _MODALITIES else [f"Modality is {_word(modality)}"]
     return notes + ([] if _CHEST.search(part) else [f"BodyPartExamined is {_word(part)}"])
+
+
+def other_subject(note: str) -> str:
+    """Return the parts of a film's note that say that it is no film of a chest; empty where none does."""
+    return "; ".join(part for part in note.split("; ") if part.startswith(_SUBJECT))
 
 
 def _word(text: str) -> str:

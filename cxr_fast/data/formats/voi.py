@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from ...errors import ImageError
 MAX_BITS = 16  # every table below has one entry a stored value: 65,536 at most
 # A picture of fewer greys shows nothing of a film with MANY stored values; a window that leaves so few is not used.
 FEW_GREYS, MANY = 32, 256
+# One row of so many is looked at first: what these show, the film shows, and counting all pixels is most of the work.
+_STEP = 16
 _BLOCK = 1 << 22  # pixels a histogram step; bincount widens each to 8 bytes
 
 
@@ -26,41 +30,52 @@ def show(ds: Any, stored: np.ndarray, policy: str, inverted: bool) -> tuple[np.n
         raise ImageError("unsupported", f"{stored.dtype} pixels with {bits} bits stored; 8 to 16 bit are read")
     mask = (1 << bits) - 1  # bits above are not pixels (old overlays lived there); this also folds the sign
     raw = stored.view(stored.dtype.str.replace("i", "u"))
-    codes = raw & mask
+    codes = raw if bits == 8 * raw.itemsize else raw & mask
     values = np.arange(mask + 1, dtype=np.int64)
     if int(ds.PixelRepresentation) == 1:
         values[values > mask >> 1] -= mask + 1
     above = _check_bits(ds, raw, codes, values)
-    modality, found = _modality(ds, values), _found(ds, codes, values)
-    table, note = _table(ds, modality, found, policy)
+    some = _found(ds, codes[::_STEP], values, only_film=True)
+    table, note = _table(ds, _modality(ds, values), some, functools.cache(lambda: _found(ds, codes, values)), policy)
     if inverted or ds.get("PresentationLUTShape") == "INVERSE":
         table = 255 - table
     return table[codes], "; ".join(filter(None, (above, note)))
 
 
-def _table(ds: Any, modality: np.ndarray, found: np.ndarray, policy: str) -> tuple[np.ndarray, str]:
-    """The grey of each stored value, uint8, and a note. Raises ImageError (`flat`) where no reading shows the film."""
+def _table(
+    ds: Any, modality: np.ndarray, some: np.ndarray, all_found: Callable[[], np.ndarray], policy: str
+) -> tuple[np.ndarray, str]:
+    """The grey of each stored value, uint8, and a note. Raises ImageError (`flat`) where no reading shows the film.
+
+    `some` says which values occur in a part of the film, `all_found()` in all of it.
+    """
     bits, notes = int(ds.BitsStored), []
     if policy == "voi":
         shown, note = _voi(ds, modality)
         if note:
             notes.append(note)
         if shown is not None:
-            if not is_flat(table := _greys(shown), found):
+            if not _shows_nothing(table := _greys(shown), some, all_found):
                 return table, "; ".join(notes)
             notes.append(f"the {_named(ds)} shows none of the stored values")
     whole = policy == "raw" or (policy == "voi" and bits <= 8)
-    table = _greys(_stretch(modality, modality if whole else modality[found]))
-    if is_flat(table, found):
+    table = _greys(_stretch(modality, modality if whole else modality[all_found()]))
+    if _shows_nothing(table, some, all_found):
+        found = all_found()
         raise ImageError(
             "flat",
             f"{np.count_nonzero(found):,} different values are stored and become {count_greys(table, found)} grey "
             f"level(s); {'use --dicom-policy voi' if policy == 'raw' else 'export the film with its window again'}",
         )
     if notes:
-        low, high = modality[found].min(), modality[found].max()
+        low, high = modality[all_found()].min(), modality[all_found()].max()
         notes.append("read by its range" if whole else f"read by its range, {low:g} to {high:g}")
     return table, "; ".join(notes)
+
+
+def _shows_nothing(table: np.ndarray, some: np.ndarray, all_found: Callable[[], np.ndarray]) -> bool:
+    """As `is_flat` of all values that occur, which need not be known where some of them are greys enough."""
+    return count_greys(table, some) < FEW_GREYS and is_flat(table, all_found())
 
 
 def is_flat(table: np.ndarray, found: np.ndarray) -> bool:
@@ -88,7 +103,7 @@ def _check_bits(ds: Any, raw: np.ndarray, codes: np.ndarray, values: np.ndarray)
     less with them than without in the latter case: then ImageError (`corrupt`).
     """
     bits, whole = int(ds.BitsStored), (1 << 8 * raw.itemsize) - 1
-    if not (odd := raw > codes).any():
+    if bits == 8 * raw.itemsize or not (odd := raw > codes).any():
         return ""
     if int(ds.PixelRepresentation) == 1:  # a negative value in all bits
         odd &= raw != (values[codes] & whole)
@@ -179,9 +194,10 @@ def _lookup(ds: Any, item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
     return table[index].astype(np.float64), (1 << used) - 1
 
 
-def _found(ds: Any, codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _found(ds: Any, codes: np.ndarray, values: np.ndarray, *, only_film: bool = False) -> np.ndarray:
     """Which stored values occur in the image, padding left out (unless it is all there is): bool (len(values),).
 
+    With `only_film` padding is left out whatever there is beside it.
     Padding is masked and signed as the pixels are, whether the file gives it as signed or not.
     """
     flat = codes.reshape(-1)
@@ -194,7 +210,7 @@ def _found(ds: Any, codes: np.ndarray, values: np.ndarray) -> np.ndarray:
     limit = _integer(ds, "PixelPaddingRangeLimit")
     ends = [int(values[end & (len(values) - 1)]) for end in (padding, padding if limit is None else limit)]
     kept = seen & ~((values >= min(ends)) & (values <= max(ends)))
-    return kept if kept.any() else seen
+    return kept if only_film or kept.any() else seen
 
 
 def _stretch(values: np.ndarray, over: np.ndarray) -> np.ndarray:

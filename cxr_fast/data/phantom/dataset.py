@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import InputError
-from ...system.files import write_csv, write_json
+from ...system.files import disk_reason, folders_above, write_csv, write_json
 from ..labels import NORMAL, classes_of_headings
 from ..layouts import CARD, PROJECTIONS, REPORTS
 from .anatomy import Field, Map, Patient, frontal, lateral, vessels
@@ -244,7 +244,26 @@ def _projections(seed: int, uid: str) -> list[Row]:
 def _write(out: Path, reports: Sequence[Row], projections: Sequence[Row], *, size: int, seed: int) -> int:
     by_uid = {row["uid"]: row for row in reports}
     _check_rows(by_uid, projections)
-    _prepare(out)
+    _refuse_foreign(out)
+    try:
+        with folders_above(out / CARD):
+            (out / UNFINISHED).touch()
+            try:
+                _draw_all(out, reports, projections, size=size, seed=seed)
+            except (OSError, InputError):
+                _clear(out)  # half a data set can be neither used nor gone on with
+                raise
+    except OSError as error:
+        raise InputError(f"{out}: cannot write: {disk_reason(out / CARD, error)}.") from error
+    return len(projections)
+
+
+def _draw_all(out: Path, reports: Sequence[Row], projections: Sequence[Row], *, size: int, seed: int) -> None:
+    """Write images, tables and the card into a folder marked unfinished. An earlier card goes first and the new one
+    comes last, so no kill leaves old and new mixed under it."""
+    by_uid = {row["uid"]: row for row in reports}
+    _clear(out, but=UNFINISHED)
+    (out / "images").mkdir()
     for row in projections:
         image = _draw_row(by_uid[row["uid"]], row, size=size, seed=seed)
         # Level 1: grain hardly compresses, and the default level takes three times as long for 3 % less.
@@ -255,7 +274,6 @@ def _write(out: Path, reports: Sequence[Row], projections: Sequence[Row], *, siz
         write_csv(out / name, columns, ([row.get(c, "") for c in columns] for row in rows), end="\n")
     write_json(out / CARD, {"name": "phantom", "synthetic": True, "seed": seed, "about": ABOUT})
     (out / UNFINISHED).unlink()
-    return len(projections)
 
 
 def _check_rows(by_uid: dict[str, Row], projections: Sequence[Row]) -> None:
@@ -290,19 +308,22 @@ def _check_numbers(*, size: int, seed: int, limit: int | None, studies: int = 1)
         raise InputError(f"--limit: {limit} must be 1 or more.")
 
 
-def _prepare(out: Path) -> None:
-    """An empty folder marked unfinished: the card goes first, so no kill leaves old and new mixed under it."""
+def _refuse_foreign(out: Path) -> None:
+    """Raise InputError where `out` is a file or holds files that are no phantom data set."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder that is new or empty.")
     ours = (out / UNFINISHED).exists() or _is_phantom(out / CARD)
     if out.exists() and any(out.iterdir()) and not ours:
         raise InputError(f"{out} holds files that are no phantom dataset; name a folder that is new or empty.")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED).touch()
+
+
+def _clear(out: Path, but: str = "") -> None:
+    """Remove the files of a phantom data set, the card first and the mark of an unfinished one last."""
     for name in (CARD, REPORTS, PROJECTIONS):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "images", ignore_errors=True)
-    (out / "images").mkdir()
+    if but != UNFINISHED:
+        (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def _is_phantom(card: Path) -> bool:

@@ -73,6 +73,7 @@ def _join(parts: Sequence[Manifest]) -> Manifest:
         labels=np.concatenate([part.labels for part in parts]),
         subgroups={name: tuple(value for part in parts for value in part.subgroups[name]) for name in shared},
         info={**first.info, "skipped_missing": skipped},
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         images=column("images"),
         groups=column("groups"),
         views=column("views"),

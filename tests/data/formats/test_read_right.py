@@ -273,3 +273,32 @@ def test_public_files_agree_with_pydicom():
         assert np.abs(shown.astype(int) - expected.astype(int)).max() <= 1, path
         compared += 1
     assert compared >= 10
+
+
+@given(
+    center=st.floats(-5000, 5000),
+    width=st.floats(1, 9000),
+    padding=st.none() | st.integers(0, 4095),
+    scale=st.sampled_from([1, 16, 400]),
+)
+@settings(max_examples=60)
+def test_a_part_of_the_film_decides_as_all_of_it_does(center, width, padding, scale):
+    """Fast against slow: whether a table shows nothing, asked of one row of sixteen first or of every pixel."""
+    film = (RAMP // scale * scale).astype(np.uint16)
+    film[::16] = film[0, 0]  # the rows that are looked at first are all alike
+    header = {"WindowCenter": f"{center:.6g}", "WindowWidth": f"{width:.6g}"}
+    if padding is not None:
+        header["PixelPaddingValue"] = padding
+    data = dicom_file(film, bits=12, **header)
+
+    def outcome():
+        try:
+            shown, said = dicom.decode(data, "voi")
+            return shown.tobytes(), said
+        except ImageError as error:
+            return error.reason, str(error)
+
+    fast = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voi, "_shows_nothing", lambda table, _, all_found: voi.is_flat(table, all_found()))
+        assert outcome() == fast

@@ -135,6 +135,7 @@ def test_folds_trained_together_draw_what_each_would() -> None:
 # A sweep.
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_sweep_with_block_shuffle_says_so_in_its_run(toy_cache: Path, tmp_path: Path) -> None:
     base = ["sweep", str(toy_cache), "--epochs", "2", "--folds", "2", "--device", "cpu", "--lr", "1e-3"]
     flags = ["--shuffle", "block", "--shuffle-block", "2", "--shuffle-window", "3"]
@@ -168,6 +169,7 @@ def test_the_plan_hints_at_block_shuffle_where_a_disk_would_suffer(
     assert all("--shuffle block" in note and "\n" not in note for note in notes)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_sweep_prints_the_hint_once(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "memory_available", lambda: 1000.0)
     flags = ["--epochs", "1", "--folds", "2", "--device", "cpu", "--lr", "1e-3", "--out", str(tmp_path / "run")]

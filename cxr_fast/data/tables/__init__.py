@@ -1,0 +1,1 @@
+"""Tables and folders of any hospital to the images, groups and labels of a manifest."""
