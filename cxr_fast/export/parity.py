@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ import torch
 
 from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
-from ..data.images import load
+from ..data.film_changes import CHANGES, ChangedFilm, load_changed
 from ..errors import ImageError, InputError
 from ..inference.predictor import golden_pixels
 from ..inference.session import open_model
 from ..metrics import calibration as calibrate
+from ..system.hardware import cpu_count
 from ..training.run_folder import Run
 from .graph import RAW
 
 BATCHES = (1, 2, 7, 64)
 IMAGES = 256
 RUNS = 9  # behind a latency
+BLOCK = 16  # films read at a time, in threads
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -44,10 +47,13 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """The images a variant is checked on: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
-    the sweep where it kept them, the part of the run they are from, and torch's for the golden image, (1, C)."""
+    """The images a variant is checked on: pixels (n, S, S), the same by each of CHANGES, groups (n), labels (n, C),
+    torch's raw probabilities (n, C), those of the sweep where it kept them, the part of the run they are from, and
+    torch's for the golden image, (1, C)."""
 
     pixels: np.ndarray
+    changed: dict[str, np.ndarray]
+    groups: np.ndarray
     labels: np.ndarray
     raw: np.ndarray
     cached: np.ndarray | None
@@ -57,7 +63,9 @@ class Checks:
 
 def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress) -> Checks:
     """Read up to `count` images of a run and compute torch's answers."""
-    pixels, rows, saved = check_images(run, images, most=count)
+    films, rows, saved = read_films(run, images, count, on_progress)
+    pixels = np.stack([film.pixels for film in films])
+    changed = {name: np.stack([film.changed[name] for film in films]) for name in CHANGES}
     stage = "torch float32 on the check images"
     raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress(stage, done, len(pixels)))
     held = saved["fold"][rows] < 0
@@ -66,7 +74,16 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
     own = run.info["final"]["kind"] == run.chosen and run.info["train"].get("tta") == run.tta
     cached = saved["final"][rows] if own else None
     golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
-    return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part, golden=golden)
+    return Checks(
+        pixels=pixels,
+        changed=changed,
+        groups=saved["group"][rows],
+        labels=saved["labels"][rows],
+        raw=raw,
+        cached=cached,
+        part=part,
+        golden=golden,
+    )
 
 
 class OpenFile:
@@ -105,38 +122,53 @@ def raw_name(run: Run) -> str:
 
 
 def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Read the pixels (n, S, S) of cached images, their rows in predictions.npz, and that file.
+    """Read the pixels (n, S, S) of cached images, their rows in predictions.npz, and that file."""
+    films, rows, saved = read_films(run, images, most, lambda *_: None)
+    return np.stack([film.pixels for film in films]), rows, saved
+
+
+def read_films(
+    run: Run, images: Path | None, most: int, on_progress: OnProgress
+) -> tuple[list[ChangedFilm], np.ndarray, Any]:
+    """Read cached images with their changes, in threads, their rows in predictions.npz, and that file.
 
     The hold-out first, evenly spread over it where it is larger than `most`; then the others.
     """
     try:
         with np.load(run.folder / "predictions.npz") as file:
-            saved = {name: file[name] for name in ("image", "sha256", "fold", "labels", "final")}
+            saved = {name: file[name] for name in ("image", "sha256", "group", "fold", "labels", "final")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{run.folder / 'predictions.npz'}: cannot be read; run the sweep again.") from error
     root = images or Path(run.info["cache"]["dataset"]["root"])
     spec = from_dict(PreprocessSpec, run.info["preprocess"])
-    pixels: list[np.ndarray] = []
-    kept: list[int] = []
-    changed = 0
-    for i in _order(saved["fold"], most):
-        if len(kept) == most:
-            break
+
+    def read(row: int) -> ChangedFilm | None:
         try:
-            image, sha256 = load(root / str(saved["image"][i]), spec)[:2]
+            return load_changed(root / str(saved["image"][row]), spec)
         except ImageError:
-            continue
-        if sha256 != saved["sha256"][i]:
-            changed += 1
-            continue
-        pixels.append(image)
-        kept.append(i)
+            return None
+
+    films: list[ChangedFilm] = []
+    kept: list[int] = []
+    changed, order = 0, _order(saved["fold"], most)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for start in range(0, len(order), BLOCK):
+            rows = order[start : start + BLOCK]
+            for row, film in zip(rows, pool.map(read, rows), strict=True):
+                if film is not None and film.sha256 != saved["sha256"][row]:
+                    changed += 1
+                elif film is not None and len(kept) < most:
+                    films.append(film)
+                    kept.append(row)
+            on_progress("reading the check images", len(kept), min(most, len(order)))
+            if len(kept) == most:
+                break
     if not kept:
         raise InputError(
             f"export checks itself on the cached images, and none of the {len(saved['fold']):,} is readable under "
             f"{root} ({changed} changed since); give their folder with --images DIR."
         )
-    return np.stack(pixels), np.array(kept), saved
+    return films, np.array(kept), saved
 
 
 def _order(fold: np.ndarray, most: int) -> np.ndarray:
