@@ -27,6 +27,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 VIEWS = ("plain", "flip")
 
+# What may be done to a film without a reader seeing it, in words: the yardstick of what fp16 and int8 may change.
+JPEG_95, ONE_PIXEL = "jpeg_95", "one_pixel"
+FILM_CHANGES = {JPEG_95: "JPEG 95", ONE_PIXEL: "one pixel"}
+
 # Stands on every page, card, overlay and table that shows a figure or a probability.
 NOTICE = "Research use only. Not a medical device; not for diagnosis or treatment."
 

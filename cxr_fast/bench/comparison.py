@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from ..config import PreprocessSpec, from_dict
-from ..data import manifest
-from ..errors import CxrFastError, ImageError, InputError, ParityError
+from ..config import FILM_CHANGES, PreprocessSpec, from_dict
+from ..errors import CxrFastError, InputError, ParityError
 from ..inference import hub
 from ..metrics import drift
 from ..system import hardware
 from ..system.extras import needs
 from ..system.text import Table, number, to_plain
 from . import measure, results
-from .films import decode_all, sample_images, spread_evenly
+from .films import ComparedFilms, read_compared
 from .records import COMPARISON, ComparisonResult
 
 REST = 0.2
@@ -96,11 +95,11 @@ def compare(
         working(other) as b,
     ):
         _require_same_labels(a.about, b.about)
-        pixels, labels, left_out = _read_images(spec, (a.about, b.about))
-        for each, found in zip((a, b), pixels, strict=True):
-            each.call("pixels", found)
-        ours, theirs = (_answers(each, len(labels), say) for each in (a, b))
-        far = difference(a.about, b.about, ours, theirs, labels)
+        specs = a.about.spec, b.about.spec
+        films = read_compared(spec.images, spec.manifest, spec.count, a.about.labels, specs)
+        ours, theirs = (_answers(each, films.pixels[each.about.spec], say) for each in (a, b))
+        yardstick = _changed(a, films, ours, say)
+        far = difference(a.about, b.about, ours, theirs, films.labels, yardstick)
         samples: dict[str, list[float]] = {"a": [], "b": []}
         for done in range(spec.rounds):
             samples["a"].append(a.call("time", done, spec.batch_size))
@@ -112,11 +111,12 @@ def compare(
         **results.turns(COMPARISON, samples, watch, before),
         "seconds": measure.spreads(samples),
         "models": {name: {k: getattr(m.about, k) for k in shown} for name, m in (("a", a), ("b", b))},
-        "images": {"answered": len(labels), "left_out": left_out, "source": source},
+        "images": {"answered": len(films.labels), "left_out": films.left_out, "source": source},
         "batch_size": spec.batch_size,
         "rounds": spec.rounds,
         "ratio": measure.ratio_fields(samples["b"], samples["a"]),
         "difference": far,
+        "yardstick": {name: {"flips": change.flips, "p99": change.p99} for name, change in yardstick.changes.items()},
     }
 
 
@@ -149,46 +149,24 @@ def against_torch(model: Path, run: Path | None, *, threads: int | None = None) 
 # The answers.
 
 
-def _read_images(spec: CompareSpec, models: tuple[About, About]) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Pixels (n, S, S) for each model, labels (n, C) of the images both can read, and how many were left out."""
-    with contextlib.ExitStack() as stack:
-        if spec.manifest is not None:
-            paths, labels = _listed(spec.manifest, spec.count, models[0].labels)
-        else:
-            every = stack.enter_context(sample_images(spec.images))
-            paths = [every[place] for place in spread_evenly(len(every), spec.count)]
-            labels = np.full((len(paths), len(models[0].labels)), -1, np.int8)
-        found = {about.spec: decode_all(paths, about.spec) for about in models}
-    bad = [error for each in found.values() for error in each if isinstance(error, ImageError)]
-    good = [i for i in range(len(paths)) if not any(isinstance(each[i], ImageError) for each in found.values())]
-    if not good:
-        raise InputError(f"none of the {len(paths)} images can be read; the first, {bad[0]}")
-    pixels = [np.stack([found[about.spec][i][0] for i in good]) for about in models]  # type: ignore[index]
-    return pixels, labels[good], len(paths) - len(good)
-
-
-def _listed(source: Path, count: int, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Paths (n) of a manifest's images and labels (n, C) for the model's classes, -1 for one that it lacks."""
-    read = manifest.read_dataset(source)
-    shared = [name for name in classes if name in read.classes]
-    if not shared:
-        raise InputError(f"--manifest: {source} has none of the model's classes ({', '.join(classes[:3])}, ...).")
-    rows = spread_evenly(len(read), count)
-    labels = np.full((len(rows), len(classes)), -1, np.int8)
-    for name in shared:
-        labels[:, list(classes).index(name)] = np.maximum(read.labels[rows, read.classes.index(name)], -1)
-    return [str(read.path(row)) for row in rows], labels
-
-
-def difference(a: About, b: About, ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def difference(
+    a: About,
+    b: About,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    labels: np.ndarray,
+    yardstick: drift.Yardstick | None = None,
+) -> dict[str, Any]:
     """How far B's probabilities (n, C) are from A's, each judged at its own thresholds; labels (n, C), -1 unknown.
 
     Raises ParityError where both are float32 of the same weights and differ.
     """
-    far = drift.measure(ours, theirs, labels, a.thresholds)
+    far = drift.measure(ours, theirs, labels, a.thresholds, yardstick)
     if a.thresholds != b.thresholds and np.isfinite(far.largest):
-        flipped = int(((ours >= np.asarray(a.thresholds)) != (theirs >= np.asarray(b.thresholds))).sum())
-        far = replace(far, flipped=flipped, flips=1e4 * flipped / ours.size)
+        flipped = ((ours >= np.asarray(a.thresholds)) != (theirs >= np.asarray(b.thresholds))).sum(axis=1)
+        margin = None if yardstick is None else yardstick.margin(flipped, ours.shape[1])
+        count = int(flipped.sum())
+        far = replace(far, flipped=count, flips=1e4 * count / ours.size, margin=margin)
     alike = a.weights == b.weights and a.spec == b.spec and a.variant in FLOAT32 and b.variant in FLOAT32
     if alike and not far.largest <= SAME:
         raise ParityError(
@@ -208,12 +186,23 @@ def _require_same_labels(a: About, b: About) -> None:
     )
 
 
-def _answers(each: ModelProcess, count: int, say: Callable[[str, int, int], None]) -> np.ndarray:
-    out = []
+def _answers(each: ModelProcess, pixels: np.ndarray, say: Callable[[str, int, int], None], of: str = "") -> np.ndarray:
+    """Its probabilities (n, C) of pixels (n, S, S), which stay its own for the timing."""
+    out, count = [], len(pixels)
+    each.call("pixels", pixels)
     for start in range(0, count, BATCH):
         out.append(each.call("answer", start, BATCH))
-        say(f"answers of {each.about.name}", min(start + BATCH, count), count)
+        say(f"answers of {each.about.name}{of}", min(start + BATCH, count), count)
     return np.concatenate(out)
+
+
+def _changed(
+    a: ModelProcess, films: ComparedFilms, ours: np.ndarray, say: Callable[[str, int, int], None]
+) -> drift.Yardstick:
+    """What A itself does where the films are saved as JPEG 95 or moved by one pixel."""
+    found = {name: _answers(a, pixels, say, f", {FILM_CHANGES[name]}") for name, pixels in films.changed.items()}
+    a.call("pixels", films.pixels[a.about.spec])
+    return drift.measure_changes(ours, found, films.labels, a.about.thresholds, films.groups, films.unit)
 
 
 # A model in a process of its own.
@@ -381,6 +370,7 @@ def describe(result: ComparisonResult) -> str:
         f"A on {models['a']['where']}, B on {models['b']['where']}, {result['machine']['cpu']}",
         results.RATIOS,
         _why(far),
+        *_beside(result),
     ]
     if not far["classes"]:
         lines.append("no AUC: it takes --manifest with labels of both signs")
@@ -388,6 +378,16 @@ def describe(result: ComparisonResult) -> str:
         lines.append(f"{images['left_out']} image(s) cannot be read and were left out")
     lines += [f"note: {text.upper()}" for text in dict.fromkeys(m["warning"] for m in models.values()) if text]
     return "\n".join([*lines, *results.describe_noise(result)])
+
+
+def _beside(result: ComparisonResult) -> list[str]:
+    """What the films themselves change, beside B; nothing of a result of an earlier version."""
+    if not (changes := result.get("yardstick")):
+        return []
+    found, margin = result["difference"]["flips"], result["difference"].get("margin")
+    said = ", ".join(f"{FILM_CHANGES[name]} {change['flips']:.1f}" for name, change in changes.items())
+    text = f"of 10,000 decisions of A: B changes {found:.1f}, the film saved or moved {said}"
+    return [text if margin is None else f"{text}; {drift.Margin(**margin).describe()}"]
 
 
 def _why(far: dict[str, Any]) -> str:

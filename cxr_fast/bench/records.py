@@ -213,6 +213,7 @@ class ComparisonResult(TurnsResult):
     images: dict[str, Any]
     ratio: RatioFields
     difference: dict[str, Any]
+    yardstick: NotRequired[dict[str, dict[str, float]]]
     batch_size: NotRequired[int]
     rounds: NotRequired[int]
 

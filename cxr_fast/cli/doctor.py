@@ -243,9 +243,9 @@ def _cpu(machine: dict[str, Any], root: Path, training: bool) -> Iterator[Findin
     yield Finding(name="CPU", state=OK, text=f"{machine['cpu'] or 'unknown'}, {machine['os']}")
     flags, int8 = hardware.cpu_flags(root), hardware.int8_flags(root)
     if int8:
-        yield Finding(name="int8", state=OK, text=f"{', '.join(int8)}: int8 files run fast here")
+        yield Finding(name="int8", state=OK, text=hardware.describe_int8(root))
     else:
-        text = "no VNNI or AMX: int8 gains 10-20 % and may saturate, so of a folder the float32 file is used"
+        text = f"{hardware.describe_int8(root)}; of a folder the float32 file is used"
         yield Finding(name="int8", state=ABSENT, text=text)
     if training:
         yield _bfloat16(flags)

@@ -159,19 +159,27 @@ def _model(path: Path, source: str = "") -> str:
 
 
 def _parity(parity: dict[str, Any]) -> str:
-    """How far a variant is from torch, and the limits it was held to: float32 has one, fp16 and int8 two."""
+    """How far a variant is from torch, and the limits it was held to: float32 has one, fp16 and int8 several."""
+    from ..inference import model_file
+
     if not parity:
         return ""
     found = float("nan") if (most := parity.get("max_probability_difference")) is None else most
     text = f"{found:.1e} to {parity.get('against')} on {parity.get('images')} images"
     if "limit" in parity:
-        return f"{text} (limit {parity['limit']})"
-    drop, flips = parity.get("macro_auc_drop"), parity.get("flips_per_10000")
-    lost = "undefined" if drop is None else f"{round(drop, 4) + 0.0:.4f}"
-    return (
-        f"{text}; macro AUC lost {lost} (limit {parity.get('limit_macro_auc_drop')}), decisions changed "
-        f"{'undefined' if flips is None else f'{flips:.1f}'} per 10,000 (limit {parity.get('limit_flips_per_10000')})"
-    )
+        beside = model_file.describe_yardstick(parity)
+        text += f" (limit {parity['limit']})"
+        return f"{text}; decisions changed per 10,000 by the film itself: {beside}" if beside else text
+    for key, name in (("macro_auc", "macro AUC"), ("map", "mAP")):
+        if f"limit_{key}_drop" in parity:
+            drop = parity.get(f"{key}_drop")
+            lost = "undefined" if drop is None else f"{round(drop, 4) + 0.0:.4f}"
+            text += f"{', ' if key == 'map' else '; '}{name} lost {lost} (limit {parity[f'limit_{key}_drop']})"
+    flips, limit = parity.get("flips_per_10000"), parity.get("limit_flips_per_10000")
+    shown = f"{limit:.4g}" if model_file.is_number(limit) else limit
+    text += f", decisions changed {'undefined' if flips is None else f'{flips:.1f}'} per 10,000 (limit {shown})"
+    beside = model_file.describe_yardstick(parity)
+    return f"{text}; changed by the film itself: {beside}" if beside else text
 
 
 def lines(facts: dict[str, str]) -> str:

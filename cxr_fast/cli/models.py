@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,7 @@ from .options import (
 @click.option("--out", type=PATH, help="A folder, or a file for one variant.  [default: RUN/model.VARIANT.onnx]")
 @click.option(
     "--variants",
-    default="fp32,fp16,int8",
-    show_default=True,
-    help="fp32 for any machine, fp16 for CUDA, int8 for CPUs with VNNI or AMX.",
+    help="fp32 for any machine, fp16 for CUDA, int8 for CPUs with VNNI or AMX.  [default: fp32,fp16,int8]",
 )
 @click.option(
     "--final",
@@ -62,25 +59,31 @@ from .options import (
     help="Cached images that each variant is checked on, hold-out first.",
 )
 @images_option
-def export(run: Path, variants: str, check: int, **flags: Any) -> None:
+def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     """Write ONNX files, each kept only if it agrees with torch.
 
-    Each file describes itself, and is compared on real cached images.
-    Exit 1 where a variant was over its limit and not kept.
+    Each file describes itself, and is compared on real cached images. fp16 and int8 may change as many decisions as the
+    same films saved as JPEG 95.
+    Exit 1 where a variant that --variants names was over its limit and not kept.
     """
-    names = [name.strip() for name in variants.split(",")]
+    from ..inference.model_file import VARIANTS
+
+    names = list(VARIANTS) if variants is None else [name.strip() for name in variants.split(",")]
     out = flags["out"]
     if out is not None and not (above := next(p for p in Path(out).absolute().parents if p.exists())).is_dir():
         raise InputError(f"--out: cannot write {out}: {above} is a file.")
     if sys.stderr.isatty():  # somebody waits; scripts get what comes of it
         click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images", err=True)
+    from ..export.summary import describe_export
     from ..export.variants import ExportSpec, export_run
 
     spec = ExportSpec(variants=names, count=check, **flags)
     found = export_run(run, spec, on_progress=StageProgress().show)
     ProgressBar.close()
     show(describe_export(found))
-    sys.exit(0 if all(one.kept for one in found) else 1)
+    if out is None and any(one.kept for one in found):
+        click.echo(f"`cxrfast report {run}` puts these files onto its page and its model card")
+    sys.exit(0 if variants is None or all(one.kept for one in found) else 1)
 
 
 class StageProgress:
@@ -97,72 +100,6 @@ class StageProgress:
             self.stage, self.first, self.bar = stage, done, ProgressBar()
         self.last = done
         self.bar.show(done, total, stage, before=self.first, force=begins)
-
-
-def describe_export(found: list[Any]) -> list[Part]:
-    """What was kept and why not, one line per variant, and the classes that lose most."""
-    from ..metrics import calibration
-    from ..training.operating_points import AFTER
-
-    info, first, far = found[0].info, found[0].parity, found[0].drift
-    head = ["variant", "largest", "p99", "flips/10,000", "macro AUC", "change", "size", "ms an image"]
-    rows = [
-        [
-            one.variant,
-            f"{one.drift.largest:.1e}",
-            f"{one.drift.p99:.1e}",
-            f"{one.drift.flips:.1f}",
-            number(finite(one.drift.macro_auc - one.drift.macro_drop)),
-            signed(finite(-one.drift.macro_drop)),
-            gigabytes(one.size),
-            "-" if one.variant == "fp16" else f"{1000 * one.seconds:.1f}",
-        ]
-        for one in found
-    ]
-    views = " of both views" if "flip" in info["views"] else ""
-    parts: list[Part] = [
-        f"{info['final']['kind']} model{views}, {len(info['labels'])} classes; against torch float32 on {far.images} "
-        f"images ({info['parity']['part']}), {far.classes} classes with an AUC; {info['golden']['cpu']}",
-        Table(columns=head, rows=rows),
-    ]
-    if any(one.variant == "fp16" for one in found):
-        parts.append("fp16 was computed on this CPU, as float32 between float16 values; `cxrfast verify` it on the GPU")
-    if first.cached is not None:
-        parts.append(f"largest difference to the sweep's own predictions from stored activations: {first.cached:.1e}")
-    parts += [worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
-    for one in found:
-        left = one.info["float_matrices"]
-        text = f"wrote {one.path}" if one.kept else f"NOT KEPT, {one.path}: {one.reason}"
-        parts.append(text + (f" (left in float: {', '.join(left)})" if left and one.kept else ""))
-    if info["calibration"] is not None and "adjusted" in info["calibration"]:
-        parts.append(f"note: {calibration.describe(info['calibration'], len(info['labels']))}; thresholds moved along")
-    if AFTER in info["threshold_source"]:
-        fitted = info["calibration"]
-        said = calibration.describe(fitted, len(info["labels"])) if fitted else "none"
-        parts.append(f"thresholds: {info['threshold_source']}; calibration: {said}")
-    if ", used on " in info["threshold_source"]:
-        parts.append(f"note: thresholds: {info['threshold_source']}; the run's figures are not those of this model")
-    if info["provenance"]:
-        parts.append(f"note: {info['provenance'].upper()}")
-    return parts
-
-
-def worst_classes(one: Any, labels: list[str], most: int = 3) -> str:
-    """The classes whose AUC a variant lowers most."""
-    pairs = zip(one.drift.auc_drop, labels, strict=True)
-    drops = [(drop, name) for drop, name in pairs if drop is not None and drop >= 0.00005]
-    worst = ", ".join(f"{name} {signed(-drop)}" for drop, name in sorted(drops, reverse=True)[:most])
-    return f"{one.variant}: largest AUC losses {worst}" if worst else f"{one.variant}: no class loses AUC"
-
-
-def finite(value: float) -> float | None:
-    """None for NaN."""
-    return value if math.isfinite(value) else None
-
-
-def signed(value: float | None) -> str:
-    """A change with its sign, `-` where it is undefined."""
-    return "-" if value is None else f"{round(value, 4) + 0.0:+.4f}"  # no -0.0000
 
 
 @click.command()

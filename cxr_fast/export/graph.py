@@ -7,7 +7,6 @@ changes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..metrics.calibration import EDGE
 from ..models.heads import leaves
 from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
-from .int8 import KINDS, Matrix, answers_first_only, member_prefix, plain, round_plainly
+from .int8 import KINDS, Matrix, Plan, answers_first_only, member_prefix, plain, round_plainly
 from .nodes import Graph, to_array, to_array_or_none
 
 OPSET = 20
@@ -38,7 +37,7 @@ def build(
     *,
     embedding: bool = False,
     exclude: frozenset[str] = frozenset(),
-    plan: Mapping[str, Matrix] | None = None,
+    plan: Plan | None = None,
 ) -> onnx.ModelProto:
     """The graph: `pixels` uint8 (N, S, S) to `logits` and `probabilities` (N, C), optionally `embedding` (N, E).
 

@@ -9,7 +9,7 @@ loses is made up for in those that follow (GPTQ, Frantar et al. 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,6 +30,7 @@ ALIGN = 32  # hidden units, of which a group has a multiple
 DAMPING = 0.01  # of the mean square of the inputs, added to each
 PAIR = 128  # of two neighbours' weights: AVX2 adds up 255 times each in 16 bits, which hold 32,767
 DRAWS = 4  # random mixtures of the classes whose change each matrix is judged by
+Plan = Mapping[str, "Matrix"]  # by the name of the node, `blocks.3.fc2`
 KINDS = ("qkv", "proj", "fc1", "fc2")
 OnProgress = Callable[[int, int], None]  # matrices done, of how many
 
@@ -287,7 +288,7 @@ def emulate(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def order(run: Run, plan: dict[str, Matrix], pixels: np.ndarray) -> list[str]:
+def order(run: Run, plan: Plan, pixels: np.ndarray) -> list[str]:
     """Sort block matrices (`10.fc2`) by what float gains over what it costs, the most first.
 
     The gain is the change of the logits that the matrix alone in int8 makes, to first order, on uint8 images
@@ -321,7 +322,7 @@ def order(run: Run, plan: dict[str, Matrix], pixels: np.ndarray) -> list[str]:
 
 @contextmanager
 def _watched(
-    run: Run, k: int, plan: dict[str, Matrix], lost: dict[str, torch.Tensor], ends: dict[str, torch.Tensor]
+    run: Run, k: int, plan: Plan, lost: dict[str, torch.Tensor], ends: dict[str, torch.Tensor]
 ) -> Iterator[None]:
     """Meanwhile keep each product of member k's tower, and what int8 would have added to it."""
     trunk = run.members[k].visual.trunk

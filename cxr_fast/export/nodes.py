@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from .int8 import Matrix
+from .int8 import Matrix, Plan
 
 
 class Graph:
@@ -22,9 +22,7 @@ class Graph:
     `exclude` names block matrices left in float32, such as `10.fc2`.
     """
 
-    def __init__(
-        self, variant: str = "fp32", exclude: frozenset[str] = frozenset(), plan: Mapping[str, Matrix] | None = None
-    ) -> None:
+    def __init__(self, variant: str = "fp32", exclude: frozenset[str] = frozenset(), plan: Plan | None = None) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.variant, self.exclude, self.plan = variant, exclude, plan or {}

@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ import torch
 
 from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
-from ..data.images import Loaded, load
+from ..data.film_changes import CHANGES, ChangedFilm, load_changed
 from ..data.paths import describe_places, recorded_places
 from ..errors import ImageError, InputError
 from ..inference.predictor import golden_pixels
 from ..inference.session import open_model
 from ..metrics import calibration as calibrate
+from ..system.hardware import cpu_count
 from ..training.run_folder import Run
 from .graph import RAW
 
 BATCHES = (1, 2, 7, 64)
 IMAGES = 256
 RUNS = 9  # behind a latency
+BLOCK = 16  # films read at a time, in threads
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -46,20 +49,29 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """The images a variant is checked on: pixels (n, S, S), labels (n, C), torch's raw probabilities (n, C), those of
-    the sweep where it kept them, the part of the run they are from, and torch's for the golden image, (1, C)."""
+    """The images a variant is checked on: pixels (n, S, S), the same by each of CHANGES, groups (n), labels (n, C),
+    torch's raw probabilities (n, C), those of the sweep where it kept them, the part of the run they are from, and
+    torch's for the golden image, (1, C); `rounding` (m, S, S) are other images, of the training part, on which weights
+    are rounded."""
 
     pixels: np.ndarray
+    changed: dict[str, np.ndarray]
+    groups: np.ndarray
     labels: np.ndarray
     raw: np.ndarray
     cached: np.ndarray | None
     part: str
     golden: np.ndarray
+    rounding: np.ndarray
 
 
-def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress) -> Checks:
-    """Read up to `count` images of a run and compute torch's answers."""
-    pixels, rows, saved = check_images(run, images, most=count)
+def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress, *, rounding: int = 0) -> Checks:
+    """Read up to `count` images of a run and compute torch's answers; `rounding` more are kept from the checks."""
+    own = _rounding_rows(run, count, rounding)
+    films, rows, saved = read_films(run, images, count, on_progress, without=own)
+    other = read_films(run, images, rounding, on_progress, only=own)[0] if len(own) else []
+    pixels = np.stack([film.pixels for film in films])
+    changed = {name: np.stack([film.changed[name] for film in films]) for name in CHANGES}
     stage = "torch float32 on the check images"
     raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress(stage, done, len(pixels)))
     held = saved["fold"][rows] < 0
@@ -68,7 +80,17 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
     own = run.info["final"]["kind"] == run.chosen and run.info["train"].get("tta") == run.tta
     cached = saved["final"][rows] if own else None
     golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
-    return Checks(pixels=pixels, labels=saved["labels"][rows], raw=raw, cached=cached, part=part, golden=golden)
+    return Checks(
+        pixels=pixels,
+        changed=changed,
+        groups=saved["group"][rows],
+        labels=saved["labels"][rows],
+        raw=raw,
+        cached=cached,
+        part=part,
+        golden=golden,
+        rounding=np.stack([film.pixels for film in other]) if other else pixels[:0],
+    )
 
 
 class OpenFile:
@@ -107,45 +129,88 @@ def raw_name(run: Run) -> str:
 
 
 def check_images(run: Run, images: Path | None, *, most: int = IMAGES) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Read the pixels (n, S, S) of cached images, their rows in predictions.npz, and that file.
+    """Read the pixels (n, S, S) of cached images, their rows in predictions.npz, and that file."""
+    films, rows, saved = read_films(run, images, most, lambda *_: None)
+    return np.stack([film.pixels for film in films]), rows, saved
 
-    The hold-out first, evenly spread over it where it is larger than `most`; then the others.
-    """
+
+def _saved(run: Run) -> dict[str, np.ndarray]:
     try:
         with np.load(run.folder / "predictions.npz") as file:
-            saved = {name: file[name] for name in ("image", "sha256", "fold", "labels", "final")}
+            return {name: file[name] for name in ("image", "sha256", "group", "fold", "labels", "final")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{run.folder / 'predictions.npz'}: cannot be read; run the sweep again.") from error
+
+
+def _rounding_rows(run: Run, checked: int, count: int) -> np.ndarray:
+    """Choose up to `count` rows of the training part, at most a quarter of it, behind those to be checked if it can."""
+    if not count:
+        return np.empty(0, np.int64)
+    fold = _saved(run)["fold"]
+    order = _order(fold, checked)
+    count = min(count, max(1, int((fold >= 0).sum()) // 4))
+    rest = order[checked:][fold[order[checked:]] >= 0]
+    rest = rest if len(rest) >= count else order[-count:]
+    return rest[np.linspace(0, len(rest) - 1, count).round().astype(int)]
+
+
+def read_films(
+    run: Run,
+    images: Path | None,
+    most: int,
+    on_progress: OnProgress,
+    *,
+    only: np.ndarray | None = None,
+    without: np.ndarray | None = None,
+) -> tuple[list[ChangedFilm], np.ndarray, Any]:
+    """Read cached images with their changes, in threads, their rows in predictions.npz, and that file.
+
+    The hold-out first, evenly spread over it where it is larger than `most`; then the others. Of the rows `only`, where
+    given, none of which need be readable; or of those `without` some.
+    """
+    saved = _saved(run)
     root = Path(run.info["cache"]["dataset"]["root"])
     spec = from_dict(PreprocessSpec, run.info["preprocess"])
-    pixels: list[np.ndarray] = []
+
+    def read(row: int) -> list[ChangedFilm]:
+        return _load_any(recorded_places(str(saved["image"][row]), root, images), spec)
+
+    films: list[ChangedFilm] = []
     kept: list[int] = []
-    changed = 0
-    for i in _order(saved["fold"], most):
-        if len(kept) == most:
-            break
-        found = _load_any(recorded_places(str(saved["image"][i]), root, images), spec)
-        image = next((each.pixels for each in found if each.sha256 == saved["sha256"][i]), None)
-        if image is None:
-            changed += bool(found)
-            continue
-        pixels.append(image)
-        kept.append(i)
-    if not kept:
+    changed, order = 0, _order(saved["fold"], most) if only is None else only
+    order = order if without is None else order[~np.isin(order, without)]
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for start in range(0, len(order), BLOCK):
+            rows = order[start : start + BLOCK]
+            for row, found in zip(rows, pool.map(read, rows), strict=True):
+                film = next((each for each in found if each.sha256 == saved["sha256"][row]), None)
+                if film is None:
+                    changed += bool(found)
+                elif len(kept) < most:
+                    films.append(film)
+                    kept.append(row)
+            on_progress(
+                "reading the check images" if only is None else "reading training images",
+                len(kept),
+                min(most, len(order)),
+            )
+            if len(kept) == most:
+                break
+    if not kept and only is None:
         raise InputError(
             f"export checks itself on the cached images, and none of the {len(saved['fold']):,} is readable under "
             f"{images or root} ({changed} changed since; {_tried(saved, root, images)}); give their folder with "
             "--images DIR."
         )
-    return np.stack(pixels), np.array(kept), saved
+    return films, np.array(kept), saved
 
 
-def _load_any(places: Sequence[Path], spec: PreprocessSpec) -> list[Loaded]:
+def _load_any(places: Sequence[Path], spec: PreprocessSpec) -> list[ChangedFilm]:
     """Read what can be read of the places where one image may lie."""
     found = []
     for place in places:
         with contextlib.suppress(ImageError):
-            found.append(load(place, spec))
+            found.append(load_changed(place, spec))
     return found
 
 

@@ -116,6 +116,21 @@ def paired_bootstrap(
     return means | _percentiles(values, drawn, tail_shares(labels, ids, how.level))
 
 
+def mean_interval(values: np.ndarray, groups: Sequence[str], how: Resampling = Resampling()) -> Interval:
+    """Return the mean of the images' values (N,) and its interval: percentiles of resampled groups, widened for few.
+
+    Values are of any scale, such as differences of two models image by image. NaN ends below two groups.
+    """
+    ids = number_groups(groups, len(values))
+
+    def mean(weights: np.ndarray) -> Figures:
+        w = weights.astype(np.float64)
+        return {"mean": ratio(_sums(values[None].astype(np.float64), w)[0], w.sum(axis=0))}
+
+    tails = {"overall": widened_tail(ids.max() + 1, how.level)}
+    return _percentiles(_with_equal_weights(mean, len(values)), resample(mean, ids, how), tails)["mean"]
+
+
 # Means over one set of classes.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import BIOMEDCLIP
 from ..data.labels import TRAPS
-from . import class_means, tables
+from . import class_means, settings, tables
 from .html import render_markdown
 from .shortcut_table import shortcut_lines
 from .summary import FEW, FIGURES, Record, ReportData
@@ -46,6 +46,7 @@ def render_card(material: ReportData) -> bytes:
         split=split,
         results=results,
         shortcuts=shortcut_lines(run),
+        files=settings.file_table(material.files, run),
         slug="-".join("".join(c if c.isalnum() else " " for c in material.name.casefold()).split()) or "dataset",
         synthetic=synthetic,
         calibrated=material.calibrated,

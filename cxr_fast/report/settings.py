@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..config import FORMER, CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, to_dict
+from ..config import FORMER, JPEG_95, ONE_PIXEL, CacheSpec, PreprocessSpec, SweepSpec, TrainSpec, to_dict
+from ..errors import CxrFastError
+from ..inference import model_file
+from ..metrics import drift
 from ..recipes import RECIPES, reference_value
-from ..system.text import Label, Table, duration
+from ..system.text import Figure, Label, Table, duration
 from .summary import Record
 
 
@@ -95,6 +99,70 @@ def _hardware(run: Record) -> str:
         *map(str, gpus),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def model_files(folder: Path) -> tuple[list[Record], list[str]]:
+    """The metadata of each `model.*.onnx` of a run folder, and a line about each that cannot be read."""
+    found: list[Record] = []
+    unread: list[str] = []
+    for path in sorted(folder.glob("model.*.onnx")):
+        try:
+            found.append(model_file.read(path, check=False) | {"name": path.name})
+        except CxrFastError as error:
+            unread.append(f"drift of {path.name}: {error}")
+    return found, unread
+
+
+FILES_NOTE = (
+    "Decisions in 10,000 that differ from float32 in torch on the same films; beside them what that model itself "
+    "changes where they are saved as JPEG 95, or moved by one pixel, at the size they were read. fp16 and int8 "
+    f"are kept where they change no more than JPEG 95, and macro AUC and mAP drop by at most {drift.AUC_DROP:g} each."
+)
+
+
+def file_table(files: Sequence[Record], run: Record) -> Table:
+    """How far each model file is from float32, beside what the film itself changes; no row without a model file.
+
+    `-` is what a file of an earlier version does not say.
+    """
+    return Table(
+        title="Model files: drift beside what the film itself changes",
+        columns=[
+            *("file", "final model", "films", "decisions changed", "JPEG 95", "one pixel", "difference to JPEG 95"),
+            *("macro AUC change", "mAP change"),
+        ],
+        rows=[_file_row(info, run) for info in files],
+        notes=[FILES_NOTE] if files else [],
+    )
+
+
+def _file_row(info: Record, run: Record) -> list[Any]:
+    parity = _record(info.get("parity"))
+    kind = str(_record(info.get("final")).get("kind", "-"))
+    if kind == run["final"]["kind"] and info.get("model_sha256") != run["model_sha256"]:
+        kind += ", of other weights than this run"
+    beside = _record(parity.get("yardstick"))
+    flips = [parity, *(_record(beside.get(name)) for name in (JPEG_95, ONE_PIXEL))]
+    drops = (_number(parity.get(name)) for name in ("macro_auc_drop", "map_drop"))
+    margin = _record(parity.get("margin"))
+    more = (_number(margin.get(name)) for name in ("more", "low", "high"))
+    return [
+        str(info["name"]),
+        kind,
+        _number(parity.get("images")),
+        *(Figure(value=_number(each.get("flips_per_10000")), digits=1) for each in flips),
+        Figure(**dict(zip(("value", "low", "high"), more, strict=True)), digits=1, signed=True),
+        *(Figure(value=None if drop is None else round(-drop, 4) + 0.0, digits=4, signed=True) for drop in drops),
+    ]
+
+
+def _record(value: Any) -> Record:
+    """A part of a file's metadata, which may hold anything; empty where it is no record."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> Any:
+    return value if model_file.is_number(value) else None
 
 
 def settings_table(runs: Mapping[str, Record]) -> Table:

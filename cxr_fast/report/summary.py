@@ -68,8 +68,8 @@ def behind_intervals(part: Record) -> str:
 class ReportData:
     """All that a page or a card of one run may say; `evaluation` None where the predictions could not be judged.
 
-    `title` is the run folder's name; `missing` are lines about what is not there and why; `unknown_labels` None where
-    the labels could not be read.
+    `title` is the run folder's name; `files` are its model files, by `settings.model_files`; `missing` are lines about
+    what is not there and why; `unknown_labels` None where the labels could not be read.
     """
 
     run: Record
@@ -79,6 +79,7 @@ class ReportData:
     unknown_labels: int | None = None
     plots: Mapping[str, bytes] = field(default_factory=dict)
     title: str = ""
+    files: Sequence[Record] = ()
 
     @property
     def label_rules(self) -> str:

@@ -236,7 +236,9 @@ def gather(
     except InputError as error:
         broken.append(f"every figure of the predictions: {error}")
     lacking = tuple(map(name_figures, found["missing"])) if found else ()
-    missing, whole = (*map(paths.clean, broken), *lacking), not broken and not any(NAN in line for line in lacking)
+    files, unread = settings.model_files(folder)
+    missing = (*map(paths.clean, [*broken, *unread]), *lacking)
+    whole = not broken and not any(NAN in line for line in lacking)
     pictures = charts.all_plots(run, history, found)
     material = ReportData(
         run=run,
@@ -246,6 +248,7 @@ def gather(
         unknown_labels=unknown,
         plots=pictures,
         title=folder.resolve().name,
+        files=files,
     )
     return material, whole
 

@@ -219,6 +219,26 @@ def int8_flags(root: Path = Path("/")) -> list[str]:
     return [flag for flag in INT8_FLAGS if flag in present]
 
 
+def describe_int8(root: Path = Path("/")) -> str:
+    """What the CPU makes of int8 products, in words, by its flags.
+
+    Source: Intel's manual of instructions; `vpmaddubsw`, which AVX2 has instead, adds two products in 16 bits.
+    """
+    present = cpu_flags(root)
+    if "amx_int8" in present:
+        return "AMX: int8 products in tiles, the fastest; sums in 32 bits, so they are exact"
+    if vnni := next((flag for flag in ("avx512_vnni", "avx_vnni") if flag in present), None):
+        return f"VNNI ({vnni}): int8 is fast; sums of four products in 32 bits, so they are exact"
+    if arm := next((flag for flag in ("i8mm", "asimddp") if flag in present), None):
+        return f"ARM dot products ({arm}): int8 is fast; sums in 32 bits, so they are exact"
+    if not present:
+        return "the system does not say which instructions the CPU has; int8 may be slow"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "no dot products: int8 is slow here; sums are exact"
+    name = "AVX2 only" if "avx2" in present else "neither VNNI nor AMX nor AVX2"
+    return f"{name}: int8 is slower, and pairs of products saturate at 16 bits, so its answers may differ here"
+
+
 def _cpu_name(info: dict[str, str]) -> str:
     """The model's name; a rented machine's often hides which ("AMD EPYC"), and then its family and model number too."""
     name, numbers = info.get("model name", ""), [info.get("cpu family"), info.get("model")]

@@ -18,6 +18,8 @@ from cxr_fast.bench import comparison, measure, results
 from cxr_fast.bench.comparison import About, Arm, difference
 from cxr_fast.cli.main import main
 from cxr_fast.config import PreprocessSpec
+from cxr_fast.data import film_changes
+from cxr_fast.data.images import decode_grey, read_bytes, resize
 from cxr_fast.errors import InputError, ParityError, SchemaError
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
@@ -69,6 +71,37 @@ def test_answers_are_those_of_the_files_themselves(
     assert found["flipped"] == int(((ours >= a.thresholds) != (theirs >= a.thresholds)).sum())
     assert found["macro_auc"] == pytest.approx(figures.macro(figures.auc(labels, ours))[0], abs=1e-6)
     assert not found["expected_alike"]
+
+
+def test_what_changed_films_do_to_a_stands_beside_b(
+    result: dict[str, Any], toy_model: Path, other: Path, toy_data: Path
+) -> None:
+    """Against film by film with Pillow; the groups of the interval are those of the manifest."""
+    from cxr_fast.data.manifest import read_dataset
+
+    manifest, a, b = read_dataset(toy_data), Predictor(toy_model, **ALL), Predictor(other, **ALL)
+    rows = np.unique(np.linspace(0, len(manifest) - 1, 40).astype(int))
+    good = [row for row in rows if next(a.stream([manifest.path(row)])).ok]
+    films = [decode_grey(read_bytes(manifest.path(row)), spec=a.spec) for row in good]
+    plain = np.stack([resize(grey, a.spec) for grey in films])
+    ours = a.probabilities(plain) >= a.thresholds
+
+    def counts(model: Predictor, pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(((model.probabilities(pixels) >= model.thresholds) != ours).sum(axis=1))
+
+    moved = np.stack([resize(np.hstack([grey[:, :1], grey[:, :-1]]), a.spec) for grey in films])
+    jpeg = np.stack([resize(film_changes.save_as_jpeg(grey), a.spec) for grey in films])
+    size = len(good) * len(a.labels)
+    assert result["yardstick"]["one_pixel"]["flips"] == pytest.approx(1e4 * counts(a, moved).sum() / size)
+    assert result["yardstick"]["jpeg_95"]["flips"] == pytest.approx(1e4 * counts(a, jpeg).sum() / size)
+    margin, apart = result["difference"]["margin"], counts(b, plain) - counts(a, jpeg)
+    assert margin["more"] == pytest.approx(1e4 * apart.sum() / size)
+    assert (margin["groups"], margin["unit"]) == (len({manifest.groups[row] for row in good}), "group")
+    text, flips = comparison.describe(result), result["yardstick"]["one_pixel"]["flips"]  # type: ignore[arg-type]
+    assert f"one pixel {flips:.1f}; difference to JPEG 95 " in text
+    assert "95 % interval" in text
+    old = {name: value for name, value in result.items() if name != "yardstick"}
+    assert "JPEG" not in comparison.describe(old), "a result of an earlier version"  # type: ignore[arg-type]
 
 
 def test_both_are_timed_in_turn(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -274,7 +275,12 @@ def test_what_the_cpu_can_do(machine: Machine, tmp_path: Path) -> None:
     found = machine.find(root=root)
     assert found["CPU"].text.startswith("Toy, ")
     assert (found["int8"].state, found["bfloat16"].state) == (OK, OK)
-    assert found["int8"].text.startswith("avx512_vnni: ")
+    assert found["int8"].text.startswith("VNNI (avx512_vnni): int8 is fast")
+    old = machine.find(root=put(tmp_path / "old", {"proc/cpuinfo": "model name : Old\nflags : avx2\n"}))
+    assert old["int8"].state == ABSENT
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert old["int8"].text.startswith("AVX2 only: int8 is slower, and pairs of products saturate at 16 bits")
+    assert old["int8"].text.endswith("of a folder the float32 file is used")
     assert re.match(r"\d+ of the machine's \d+; affinity \d+, container quota", found["cores to use"].text)
 
 

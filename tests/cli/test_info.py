@@ -111,6 +111,16 @@ def test_a_variant_with_limits_of_its_own_says_them() -> None:
     )
     assert "macro AUC lost undefined" in info._parity(parity | limits | {"macro_auc_drop": None})
     assert "None" not in said + info._parity({})
+    beside = {"jpeg_95": {"flips_per_10000": 29.5}, "one_pixel": {"flips_per_10000": 182}}
+    newer = {"limit_flips_per_10000": 29.46, "limit_map_drop": 0.002, "map_drop": -0.0004, "yardstick": beside}
+    assert info._parity(parity | limits | newer) == (
+        "1.2e-02 to torch on 79 images; macro AUC lost 0.0012 (limit 0.002), mAP lost -0.0004 (limit 0.002), decisions "
+        "changed 4.6 per 10,000 (limit 29.46); changed by the film itself: JPEG 95 29.5, one pixel 182.0"
+    )
+    exact = parity | {"limit": 1e-5, "yardstick": beside}
+    assert info._parity(exact).endswith(
+        "(limit 1e-05); decisions changed per 10,000 by the film itself: JPEG 95 29.5, one pixel 182.0"
+    )
 
 
 @pytest.mark.parametrize(

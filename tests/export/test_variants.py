@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,15 +18,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import numpy_helper
+from PIL import Image
 
-from cxr_fast.cli.console import plain
-from cxr_fast.cli.models import describe_export
-from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
-from cxr_fast.data.images import self_check
+from cxr_fast.cli.console import plain as plain_text
+from cxr_fast.cli.main import main
+from cxr_fast.config import PreprocessSpec, SweepOptions, SweepSpec, TrainSpec, from_dict
+from cxr_fast.data import film_changes
+from cxr_fast.data.images import decode_grey, read_bytes, resize, self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import graph, variants
 from cxr_fast.export import parity as checks
+from cxr_fast.export.summary import describe_export
 from cxr_fast.export.variants import ExportSpec
 from cxr_fast.inference import predictor
 from cxr_fast.inference.model_file import content_sha256
@@ -479,6 +484,7 @@ def calm_run(toy_run: Path, tmp_path: Path) -> Path:
 
 def test_variants_within_their_limits_are_kept(calm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "AUC_DROP", 1.0)
+    monkeypatch.setattr(drift, "MAP_DROP", 1.0)
     found = variants.export_run(calm_run, ExportSpec(variants=("fp32", "fp16", "int8")))
     assert [one.path.name for one in found] == ["model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"]
     assert all(one.kept and one.path.is_file() and one.size == one.path.stat().st_size for one in found)
@@ -502,25 +508,83 @@ def test_the_table_gives_each_variant_its_own_auc(calm_run: Path) -> None:
     """Not torch's in every row, beside a change that it does not show."""
     (fp32,) = variants.export_run(calm_run)
     moved = dataclasses.replace(fp32.drift, macro_auc=0.75, macro_drop=0.0125)
-    lines = plain(describe_export([fp32, dataclasses.replace(fp32, variant="int8", drift=moved)])).splitlines()
+    lines = plain_text(describe_export([fp32, dataclasses.replace(fp32, variant="int8", drift=moved)])).splitlines()
     (row,) = [line for line in lines if line.startswith("int8  ")]
     assert "  0.7375  -0.0125  " in row
 
 
-def test_a_variant_over_its_limits_is_not_kept_unless_asked(toy_run: Path, tmp_path: Path) -> None:
-    """The toy's probabilities lie as near their thresholds as int8 is exact; half of the matrices do not help."""
+def test_a_variant_over_its_limits_is_not_kept_unless_asked(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy's probabilities lie as near their thresholds as int8 is exact; half of the matrices do not help.
+
+    Films that JPEG leaves as they are allow no changed decision.
+    """
+    monkeypatch.setitem(film_changes.CHANGES, "jpeg_95", lambda grey: grey)
     spec = ExportSpec(variants=("int8",), out=tmp_path, count=24)
     (one,) = variants.export_run(toy_run, spec)
     assert not one.kept
-    assert re.search(r"of 10,000 decisions change sides .limit 20.*with \d+ of 24 matrices left in float", one.reason)
+    assert re.search(r"of 10,000 decisions change sides .limit 0.0, what saving these films as JPEG 95", one.reason)
+    assert re.search(r"with \d+ of 24 matrices left in float", one.reason)
     assert list(tmp_path.iterdir()) == []
     (one,) = variants.export_run(toy_run, dataclasses.replace(spec, allow_drift=True))
     assert one.kept
     assert one.drift.over()
-    assert metadata(one.path)["parity"]["flips_per_10000"] == one.drift.flips > drift.FLIPS
+    parity = metadata(one.path)["parity"]
+    assert parity["flips_per_10000"] == one.drift.flips > parity["limit_flips_per_10000"] == 0
+    assert parity["margin"]["more"] == pytest.approx(one.drift.flips)
+    assert parity["margin"]["low"] > 0, "the interval says that it is more than JPEG"
     (again,) = variants.export_run(toy_run, spec)  # the file just kept must not stay in use
     assert not again.kept
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_yardstick_is_what_torch_makes_of_changed_films(toy_run: Path, tmp_path: Path) -> None:
+    """Slow twin: the films decoded, saved as JPEG or moved, resized one by one, through torch; groups from the run."""
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", count=24))
+    run = read_run(toy_run)
+    pixels, rows, saved = checks.check_images(run, None, most=24)
+    spec, root = from_dict(PreprocessSpec, run.info["preprocess"]), Path(run.info["cache"]["dataset"]["root"])
+    plain = checks.torch_probabilities(run, pixels) >= np.array(run.info["thresholds"])
+    for name, change in (("jpeg_95", as_jpeg), ("one_pixel", lambda grey: np.hstack([grey[:, :1], grey[:, :-1]]))):
+        films = [decode_grey(read_bytes(root / saved["image"][row]), spec=spec) for row in rows]
+        changed = np.stack([resize(np.ascontiguousarray(change(grey)), spec) for grey in films])
+        found = checks.torch_probabilities(run, changed) >= np.array(run.info["thresholds"])
+        assert one.yardstick.changes[name].flipped == (found != plain).sum()
+        said = metadata(one.path)["parity"]["yardstick"][name]
+        assert said["flips_per_10000"] == pytest.approx(1e4 * (found != plain).mean())
+        assert set(said) == {"flips_per_10000", "p99_probability_difference", "macro_auc_drop", "map_drop"}
+    assert one.yardstick.changes["one_pixel"].flipped > 0, "nothing changes: the test shows nothing"
+    assert list(one.yardstick.groups) == saved["group"][rows].tolist()
+    text = plain_text(describe_export([one]))
+    assert "film: JPEG 95  " in text
+    assert "film: one pixel  " in text
+
+
+def as_jpeg(grey: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "JPEG", quality=95)
+    return np.array(Image.open(file))
+
+
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--variants", "fp32,int8"), 1), (("--variants", "fp32"), 0)])
+def test_only_a_variant_asked_for_by_name_ends_with_1(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], code: int
+) -> None:
+    """A script with `set -e` that exports as the README writes it goes on where int8 cannot be kept."""
+    export, asked = variants.export_run, []
+
+    def refuse_int8(run: Path, spec: ExportSpec, **named: Any) -> list[variants.Exported]:
+        asked.append(tuple(spec.variants))
+        (fp32,) = export(run, dataclasses.replace(spec, variants=("fp32",)), **named)
+        int8 = dataclasses.replace(fp32, variant="int8", reason="moves too far")
+        return [fp32, int8] if "int8" in spec.variants else [fp32]
+
+    monkeypatch.setattr(variants, "export_run", refuse_int8)
+    done = CliRunner().invoke(main, ["export", str(toy_run), "--out", str(tmp_path), "--check", "8", *flags])
+    assert done.exit_code == code, done.output
+    assert ("NOT KEPT" in done.output) == ("moves too far" in done.output) == (flags != ("--variants", "fp32"))
+    assert asked == [("fp32", "fp16", "int8") if not flags else tuple(flags[1].split(","))]
 
 
 def test_variants_of_the_same_weights_and_other_thresholds_are_not_one_model(calm_run: Path, tmp_path: Path) -> None:

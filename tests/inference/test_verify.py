@@ -150,7 +150,12 @@ def test_int8_without_vnni_is_said(
     monkeypatch.setattr(hardware, "machine", lambda: {"cpu": "Old CPU", "cpu_flags": flags})
     monkeypatch.setattr(verify.platform, "machine", lambda: "x86_64")
     path = edited(toy_model, tmp_path / "m.onnx", variant="int8", golden={"expected": [0.5] * 35})
-    found = differs(path)["golden answer"]
+    monkeypatch.setattr(hardware, "cpu_flags", lambda *_: set(flags))
+    checks = {check.name: check for check in verified(path).checks}
+    here = checks["int8 on this CPU"]
+    assert here.ok, "it says what to expect and judges nothing"
+    assert here.detail.startswith("AVX2 only: int8 is slower" if said else f"VNNI ({flags[0]}): int8 is fast")
+    found = checks["golden answer"].detail
     assert ("neither VNNI nor AMX" in found) == said
     assert "here CPU, 1 thread(s) on Old CPU" in found
 
@@ -263,6 +268,22 @@ def test_another_schema_is_refused(toy_model: Path, tmp_path: Path) -> None:
             "macro AUC drop none",
         ),
         ({"limit_macro_auc_drop": 0.002, "macro_auc_drop": 0.003}, False, "0.003 .limit 0.002."),
+        ({"limit_map_drop": 0.002, "map_drop": 0.003}, False, "macro mAP drop 0.003 .limit 0.002."),
+        ({"limit_map_drop": 0.002, "map_drop": None}, True, "macro mAP drop none"),
+        (
+            {
+                "limit_flips_per_10000": 29.5,
+                "flips_per_10000": 24.25,
+                "yardstick": {"jpeg_95": {"flips_per_10000": 29.5}, "one_pixel": {"flips_per_10000": 182}},
+            },
+            True,
+            r"24.2 .limit 29.5.; changed by the film itself: JPEG 95 29.5, one pixel 182.0$",
+        ),
+        (
+            {"limit_flips_per_10000": 20, "flips_per_10000": 3, "yardstick": {"jpeg_95": [], "one_pixel": {"x": 1}}},
+            True,
+            r"change sides 3 .limit 20.$",
+        ),
         ({}, False, "does not say"),
     ],
 )

@@ -24,11 +24,13 @@ from PIL import Image
 
 from cxr_fast.cli.main import main
 from cxr_fast.errors import InputError, SchemaError
+from cxr_fast.inference import model_file
 from cxr_fast.metrics import subgroups
 from cxr_fast.report import charts, comparison, evaluation, writer
 from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
 from cxr_fast.system.text import Figure, duration
 from cxr_fast.training.run_folder import read_info
+from tests.helpers.model_edits import changed, put
 from tests.helpers.pages import Page, browse
 
 SECTIONS = ["figures", "classes", "curves", "calibration", "decisions", "cooccurrence", "views", "shortcuts", "search"]
@@ -652,6 +654,41 @@ def test_pool_and_resamples_reach_the_page(folder: Path) -> None:
     assert "replaced by the highest" in parsed.text
     assert not re.search(r"0\.\d{3} \[", " ".join(row[-1] for row in parsed.tables["Figures of each part"]))
     assert "In brackets" not in parsed.text
+
+
+# The model files.
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_page_and_card_show_each_model_file_beside_the_yardstick(folder: Path, toy_model: Path) -> None:
+    parity = {
+        **model_file.read(toy_model)["parity"],
+        "images": 79,
+        "flips_per_10000": 24.0,
+        "yardstick": {"jpeg_95": {"flips_per_10000": 29.0}, "one_pixel": {"flips_per_10000": 182.0}},
+        "margin": {"more": -5.0, "low": -12.34, "high": 2.0},
+        "macro_auc_drop": 0.0012,
+        "map_drop": None,
+    }
+    shutil.copy(toy_model, folder / "model.fp32.onnx")
+    changed(toy_model, folder / "model.int8.onnx", put("parity", json.dumps(parity)))
+    old = {"images": 79, "flips_per_10000": 3.0, "macro_auc_drop": 0.0}  # of an earlier version
+    edits = put("parity", json.dumps(old)), put("model_sha256", json.dumps("0" * 64))
+    changed(toy_model, folder / "model.fp16.onnx", *edits)
+    (folder / "model.broken.onnx").write_bytes(b"no model")
+    written = writer.write_report(folder, resamples=0)
+    card, page = (path.read_text(encoding="utf-8") for path in (folder / "MODEL_CARD.md", written.page))
+    rows = [line for line in card.splitlines() if line.startswith("| model.")]
+    assert [row.split(" | ")[0] for row in rows] == ["| model.fp16.onnx", "| model.fp32.onnx", "| model.int8.onnx"]
+    assert "79 | 24.0 | 29.0 | 182.0 | -5.0 [-12.3, +2.0] | -0.0012 | " in rows[2]
+    assert "of other weights than this run | 79 | 3.0 | " in rows[0]
+    assert "+0.0000" in rows[0]
+    assert "of other weights" not in rows[1]
+    assert 'id="files"' in page
+    assert "182.0" in page
+    assert any(line.startswith("drift of model.broken.onnx: ") for line in written.missing)
+    assert str(folder) not in page + card
+    assert written.whole, "a file that is none of ours is no fault of the run"
 
 
 # The model card.

@@ -1,0 +1,58 @@
+"""The `parity` entry of a model file: how far it is from torch, its limits, and the yardstick beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..config import JPEG_95
+from ..metrics import drift
+from ..metrics.drift import Drift, Yardstick
+from ..training.run_folder import clean
+from .parity import OpenFile, Parity
+
+LIMIT = 1e-5  # of a float32 file, in probability
+
+
+def parity_record(yardstick: Yardstick, part: str, parity: Parity, far: Drift, file: OpenFile) -> dict[str, Any]:
+    """Return the entry, JSON-ready; files of earlier versions lack `yardstick`, `margin` and what is about mAP.
+
+    `yardstick` says what the float32 model itself does on the same films after each change, by the change's name.
+    """
+    exact = file.variant == "fp32"
+    found = clean(asdict(far))
+    drifting = {
+        "limit_macro_auc_drop": drift.AUC_DROP,
+        "limit_map_drop": drift.MAP_DROP,
+        "limit_flips_per_10000": yardstick.changes[JPEG_95].flips,
+        "margin": found["margin"],
+    }
+    return {
+        "against": "torch float32, open_clip tower",
+        "images": far.images,
+        "part": part,
+        "provider": file.provider,
+        "max_probability_difference": parity.largest if exact else found["largest"],
+        "p99_probability_difference": found["p99"],
+        "flips_per_10000": far.flips,
+        "macro_auc_torch": found["macro_auc"],
+        "macro_auc_drop": found["macro_drop"],
+        "map_torch": found["macro_ap"],
+        "map_drop": found["map_drop"],
+        "classes_with_auc": far.classes,
+        "auc_drop_by_class": list(far.auc_drop),
+        "by_batch": {str(k): v for k, v in parity.by_batch.items()},
+        "to_cached_activations": parity.cached,
+        "yardstick": {name: _change(change) for name, change in yardstick.changes.items()},
+        **({"limit": LIMIT} if exact else drifting),
+    }
+
+
+def _change(change: Drift) -> dict[str, Any]:
+    found = clean(asdict(change))
+    return {
+        "flips_per_10000": change.flips,
+        "p99_probability_difference": found["p99"],
+        "macro_auc_drop": found["macro_drop"],
+        "map_drop": found["map_drop"],
+    }
