@@ -386,7 +386,7 @@ def _beside(result: ComparisonResult) -> list[str]:
         return []
     found, margin = result["difference"]["flips"], result["difference"].get("margin")
     said = ", ".join(f"{FILM_CHANGES[name]} {change['flips']:.1f}" for name, change in changes.items())
-    text = f"of 10,000 decisions of A: B changes {found:.1f}, the film saved or moved {said}"
+    text = f"of 10,000 decisions of A: changed by B {found:.1f}, by the film itself: {said}"
     return [text if margin is None else f"{text}; {drift.Margin(**margin).describe()}"]
 
 

@@ -258,7 +258,7 @@ def _limits(info: dict[str, Any]) -> Check:
         return Check("drift", False, "the file does not say which limits it was held to")
     over = [figure for figure in figures if _over(*figure)]
     shown = ", ".join(
-        f"{text} {'none' if value is None else format(value, '.3g')} (limit {limit:g})"
+        f"{text} {'none' if value is None else format(value, '.3g')} (limit {limit:.4g})"
         for text, value, limit in over or figures
     )
     beside = model_file.describe_yardstick(parity)
