@@ -23,6 +23,7 @@ from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
 from .int8 import KINDS, Matrix, Plan, answers_first_only, member_prefix, plain, round_plainly
 from .nodes import Graph, to_array, to_array_or_none
+from .rotate import Turned
 
 OPSET = 20
 IR_VERSION = 10
@@ -139,7 +140,11 @@ def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
         for i, block in enumerate(trunk.blocks[cut:], cut):
             x = _block(graph, x, block, i, name, first_only=answers_first_only(trunk, i))
     x = graph.cast(x, TensorProto.FLOAT, f"{name}tokens.float")
-    x = graph.layer_norm(x, trunk.norm, f"{name}norm")
+    norm = trunk.norm
+    if isinstance(norm, Turned):
+        x = graph.add("MatMul", x, graph.weight(f"{name}turn.back", to_array(norm.back)), name=f"{name}turned")
+        norm = norm.norm
+    x = graph.layer_norm(x, norm, f"{name}norm")
     x = _pool(graph, x, trunk, name)
     x = graph.layer_norm(x, trunk.fc_norm, f"{name}fc_norm")
     if "proj" in member.visual.head._modules:

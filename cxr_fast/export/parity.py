@@ -177,6 +177,7 @@ def read_films(
 
     films: list[ChangedFilm] = []
     kept: list[int] = []
+    stage = "reading the check images" if only is None else "reading training images"
     changed, order = 0, _order(saved["fold"], most) if only is None else only
     order = order if without is None else order[~np.isin(order, without)]
     with ThreadPoolExecutor(cpu_count()) as pool:
