@@ -191,7 +191,7 @@ def read_films(
                     films.append(film)
                     kept.append(row)
             on_progress(
-                "reading the check images" if only is None else "reading training images",
+                stage,
                 len(kept),
                 min(most, len(order)),
             )
