@@ -289,13 +289,24 @@ def emulate(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
 
 
 def order(run: Run, plan: Plan, pixels: np.ndarray) -> list[str]:
-    """Sort block matrices (`10.fc2`) by what float gains over what it costs, the most first.
-
-    The gain is the change of the logits that the matrix alone in int8 makes, to first order, on uint8 images
-    (n, S, S); the cost is its number of products.
-    """
-    gain: dict[str, float] = {}
+    """Sort block matrices (`10.fc2`) by what float gains over its cost, the number of products, the most first."""
     trunk = run.visual.trunk
+
+    def products(name: str) -> int:
+        i, kind = name.split(".")
+        rows = 1 if answers_first_only(trunk, int(i)) else trunk.patch_embed.num_patches
+        return rows * int(module_of(trunk.blocks[int(i)], kind).weight.numel())
+
+    gain = gains(run, plan, pixels)
+    return sorted(gain, key=lambda name: (-gain[name] / products(name), name))
+
+
+def gains(run: Run, plan: Plan, pixels: np.ndarray) -> dict[str, float]:
+    """Measure, for each block matrix, the mean squared change of a class's logit that it alone in int8 makes.
+
+    To first order, on uint8 images (n, S, S): its error times the slope of DRAWS random mixtures of the classes.
+    """
+    out: dict[str, float] = {}
     mean, std = (torch.tensor(run.info[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     x = normalise(torch.from_numpy(pixels), mean, std)
     generator = torch.Generator().manual_seed(0)
@@ -304,20 +315,14 @@ def order(run: Run, plan: Plan, pixels: np.ndarray) -> list[str]:
         ends: dict[str, torch.Tensor] = {}
         with _watched(run, k, plan, lost, ends), torch.enable_grad():
             logits = member.head(functional.normalize(member.visual(x.clone().requires_grad_()), dim=-1))
-        names = list(ends)
+        share = 1 / (DRAWS * logits.shape[1] * len(run.members) ** 2)
         for draw in range(DRAWS):
             signs = torch.randint(0, 2, logits.shape[1:], generator=generator) * 2.0 - 1
-            mixed = (logits * signs).sum()
-            slopes = torch.autograd.grad(mixed, [ends[n] for n in names], retain_graph=draw < DRAWS - 1)
-            for name, slope in zip(names, slopes, strict=True):
+            slopes = torch.autograd.grad((logits * signs).sum(), list(ends.values()), retain_graph=draw < DRAWS - 1)
+            for name, slope in zip(ends, slopes, strict=True):
                 change = (slope * lost[name]).flatten(1).sum(1)
-                gain[name] = gain.get(name, 0.0) + float(change.square().mean())
-    cost = {}
-    for name in gain:
-        i, kind = name.split(".")
-        rows = 1 if answers_first_only(trunk, int(i)) else trunk.patch_embed.num_patches
-        cost[name] = rows * module_of(trunk.blocks[int(i)], kind).weight.numel()
-    return sorted(gain, key=lambda name: (-gain[name] / cost[name], name))
+                out[name] = out.get(name, 0.0) + share * float(change.square().mean())
+    return out
 
 
 @contextmanager

@@ -273,6 +273,7 @@ def _export_int8(job: _Job, path: Path) -> Exported:
     if found.kept:
         return found
     text = f"{found.reason}, with {len(found.info['float_matrices'])} of {len(order)} matrices left in float"
+    text += f" (those that int8 hurts most for what they cost: {', '.join(order[:3])}, ...)"
     return replace(found, reason=text)
 
 
