@@ -15,10 +15,10 @@ import numpy as np
 
 from ..config import PreprocessSpec
 from ..data import manifest
-from ..data.film_changes import CHANGES, load_changed
 from ..data.images import load
 from ..data.paths import expand
 from ..errors import ImageError, InputError
+from ..export.film_changes import CHANGES, load_changed
 from ..system import hardware
 from ..system.files import write_csv
 

@@ -16,7 +16,6 @@ import torch
 
 from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
-from ..data.film_changes import CHANGES, ChangedFilm, load_changed
 from ..data.paths import describe_places, recorded_places
 from ..errors import ImageError, InputError
 from ..inference.predictor import golden_pixels
@@ -24,6 +23,7 @@ from ..inference.session import open_model
 from ..metrics import calibration as calibrate
 from ..system.hardware import cpu_count
 from ..training.run_folder import Run
+from .film_changes import CHANGES, ChangedFilm, load_changed
 from .graph import RAW
 
 BATCHES = (1, 2, 7, 64)

@@ -18,9 +18,9 @@ from cxr_fast.bench import comparison, measure, results
 from cxr_fast.bench.comparison import About, Arm, difference
 from cxr_fast.cli.main import main
 from cxr_fast.config import PreprocessSpec
-from cxr_fast.data import film_changes
 from cxr_fast.data.images import decode_grey, read_bytes, resize
 from cxr_fast.errors import InputError, ParityError, SchemaError
+from cxr_fast.export import film_changes
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics import drift, figures

@@ -164,8 +164,9 @@ def test_the_prepared_manifest_is_the_same_dataset(
 ) -> None:
     monkeypatch.chdir(road[0])
     again = done(cxr("prepare", "tables/manifest.csv"))
-    table = lambda text: text.split("\n\n")[1].strip()  # noqa: E731
+    table = lambda text: text.split("\n\n")[1].split("\nEvery other column")[0].strip()  # noqa: E731
     assert table(again.stdout) == table(road[1]["prepare"].stdout)
+    assert "Every other column is a class: Airspace Disease, " in again.stdout, "a manifest's classes are named"
 
 
 def test_cache_again_reuses_every_row(road: tuple[Path, dict[str, Result]], monkeypatch: pytest.MonkeyPatch) -> None:

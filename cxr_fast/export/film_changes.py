@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import JPEG_95, ONE_PIXEL, PreprocessSpec
-from .images import decode_grey, read_bytes, resize
+from ..data.images import decode_grey, read_bytes, resize
 
 QUALITY = 95
 MOST = 65_500  # pixels of a side: libjpeg writes no larger file

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cxr_fast.config import FILM_CHANGES, PreprocessSpec
-from cxr_fast.data import film_changes
 from cxr_fast.data.images import load, resize
 from cxr_fast.errors import ImageError
+from cxr_fast.export import film_changes
 
 SPEC = PreprocessSpec(size=32)
 
