@@ -1,8 +1,7 @@
 """Write a run as one ONNX graph, node by node, in float32, float16 or int8.
 
 Normalisation and channel replication fold into the patch embedding, batch norm into the head's matrices, and the last
-block answers for the class token alone. Written and not traced, so that no version of an exporter
-changes it.
+block answers for the class token alone. Written and not traced, so that no version of an exporter changes it.
 """
 
 from __future__ import annotations
@@ -268,9 +267,8 @@ def _block(graph: Graph, x: str, block: Any, number: int, prefix: str, *, first_
 
 def _for_projection(qkv: Matrix, proj: Matrix) -> Matrix:
     """`qkv` whose values are shifted and scaled as `proj` wants its inputs: attention is a mean of values."""
-    third = len(proj.scale)
-    factor, shift = np.ones(len(qkv.weight), np.float32), np.zeros(len(qkv.weight), np.float32)
-    factor[-third:], shift[-third:] = proj.scale, proj.shift
+    rest = np.zeros(len(qkv.weight) - len(proj.scale), np.float32)
+    factor, shift = np.concatenate([rest + 1, proj.scale]), np.concatenate([rest, proj.shift])
     bias = qkv.bias
     if bias is not None or shift.any():
         bias = ((0.0 if bias is None else bias) - shift) * factor
@@ -280,8 +278,9 @@ def _for_projection(qkv: Matrix, proj: Matrix) -> Matrix:
 def _mlp(graph: Graph, y: str, block: Any, matrices: tuple[Matrix, Matrix], number: int, name: str) -> list[str]:
     """The summands of an MLP: one for each group of hidden units that shares a range."""
     fc1, fc2 = matrices
-    whole = (np.arange(len(fc1.weight)),)
-    groups = whole if graph.variant != "int8" or f"{number}.fc2" in graph.exclude else fc2.groups
+    groups = (
+        (np.arange(len(fc1.weight)),) if graph.variant != "int8" or f"{number}.fc2" in graph.exclude else fc2.groups
+    )
     out = []
     for k, group in enumerate(groups):
         each = f".{k}" if len(groups) > 1 else ""

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_fast.bench import comparison, measure, results
+from cxr_fast.bench import films as compared_films
 from cxr_fast.bench.comparison import About, Arm, difference
 from cxr_fast.cli.main import main
 from cxr_fast.config import PreprocessSpec
@@ -271,7 +272,7 @@ def test_a_manifest_of_other_classes_is_refused(toy_model: Path, tmp_path: Path)
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "m.csv").write_text("image,group,Nothing\na.png,p,1\n")
     with pytest.raises(InputError, match="has none of the model's classes"):
-        comparison._listed(tmp_path / "m.csv", 5, ("Cardiomegaly", "Effusion"))
+        compared_films._listed(tmp_path / "m.csv", 5, ("Cardiomegaly", "Effusion"))
 
 
 def test_the_result_is_checked_as_every_benchmarks_is(result: dict[str, Any]) -> None:

@@ -908,7 +908,7 @@ def test_predictions_never_overwrite_an_image(pantry: Path, toy_model: Path, pha
 
 def test_export_says_what_each_variant_costs(toy_run: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["export", str(toy_run), "--out", str(tmp_path), "--check", "20"])
-    assert found.exit_code == 1, "int8 is over its limits on the toy"
+    assert found.exit_code == 0, "no variant was asked for by name"
     lines = found.stdout.splitlines()
     assert re.match(r"best-fold model, 35 classes; against torch float32 on 20 images .*classes with an AUC", lines[0])
     assert lines[1].split()[:2] == ["variant", "largest"]
