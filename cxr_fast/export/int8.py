@@ -144,10 +144,10 @@ def plain(block: Any, kind: str) -> Matrix:
     """Return a block's matrix with nothing shifted, scaled or sorted, and each weight rounded by itself."""
     weight, bias = (tensor.numpy() for tensor in _weight(block, kind))
     bias = None if module_of(block, kind).bias is None else bias
-    steps = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
     none = np.zeros(weight.shape[1], np.float32)
-    whole = np.round(weight / steps[:, None]).astype(np.int8)
     groups = (np.arange(len(none)),)
+    steps = _steps(torch.from_numpy(weight), _partners(groups), groups[0]).numpy()
+    whole = np.round(weight / steps[:, None]).astype(np.int8)
     return Matrix(
         shift=none, scale=none + 1, weight=weight, bias=bias, groups=groups, whole=whole, steps=steps[None]
     )  # fmt: skip

@@ -185,7 +185,7 @@ def _preference(target: str) -> tuple[Sequence[str], str]:
         return RUNS[target], "float16 is the fastest on a GPU"
     if flags := hardware.int8_flags():
         return RUNS["cpu"], f"this CPU has {flags[0]}, which int8 is fast with"
-    return ("fp32", "int8"), "this CPU has neither VNNI nor AMX, without which int8 gains little and may saturate"
+    return ("fp32", "int8"), "this CPU has neither VNNI nor AMX, without which int8 gains little"
 
 
 def _variant(info: dict[str, Any], path: Path) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 NOISY = 0.10
-# 8-bit dot products. On x86 without VNNI and AMX int8 gains 10-20 % and its sums may saturate, so that another CPU
-# gives other values; on ARM without them int8 is only slow.
+# 8-bit dot products. On x86 without VNNI and AMX int8 gains 0-20 %, and sums of files of earlier versions may saturate, so that
+# another CPU gives other values; on ARM without them int8 is only slow.
 INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 CPU_FLAGS = (
     *("fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -236,7 +236,7 @@ def describe_int8(root: Path = Path("/")) -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return "no dot products: int8 is slow here; sums are exact"
     name = "AVX2 only" if "avx2" in present else "neither VNNI nor AMX nor AVX2"
-    return f"{name}: int8 is slower, and pairs of products saturate at 16 bits, so its answers may differ here"
+    return f"{name}: int8 is slower; pairs of products add up in 16 bits, which no file of this version passes"
 
 
 def _cpu_name(info: dict[str, str]) -> str:

@@ -279,7 +279,7 @@ def test_what_the_cpu_can_do(machine: Machine, tmp_path: Path) -> None:
     old = machine.find(root=put(tmp_path / "old", {"proc/cpuinfo": "model name : Old\nflags : avx2\n"}))
     assert old["int8"].state == ABSENT
     if platform.machine() in ("x86_64", "AMD64"):
-        assert old["int8"].text.startswith("AVX2 only: int8 is slower, and pairs of products saturate at 16 bits")
+        assert old["int8"].text.startswith("AVX2 only: int8 is slower; pairs of products add up in 16 bits")
     assert old["int8"].text.endswith("of a folder the float32 file is used")
     assert re.match(r"\d+ of the machine's \d+; affinity \d+, container quota", found["cores to use"].text)
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from cxr_fast.export import parity
 from cxr_fast.export.graph import VARIANTS, build, matrices
+from cxr_fast.export.int8 import PAIR
 from cxr_fast.export.nodes import all_nodes
 from cxr_fast.inference import operations
 from cxr_fast.training.run_folder import Run, read_run
@@ -97,7 +98,8 @@ def test_int8_weights_are_the_float_ones_within_half_a_step(toy_run: Path) -> No
         weight = block.mlp.fc1.weight.detach().numpy()
         whole, scale = stored[f"blocks.{i}.fc1.weight"], stored[f"blocks.{i}.fc1.scale"]
         assert whole.dtype == np.int8
-        assert np.abs(whole).max() == 127
+        assert np.abs(whole).max() > 60
+        assert (np.abs(whole[::2].astype(int)) + np.abs(whole[1::2])).max() <= PAIR
         assert (np.abs(whole.T * scale[:, None] - weight) <= 0.5001 * scale[:, None]).all()
 
 

@@ -254,8 +254,8 @@ def test_flags_that_int8_is_fast_with(
         ("avx2 avx512_vnni amx_int8", "x86_64", "AMX: int8 products in tiles"),
         ("avx2 avx512_vnni", "x86_64", "VNNI (avx512_vnni): int8 is fast"),
         ("avx2 avx_vnni", "x86_64", "VNNI (avx_vnni): int8 is fast"),
-        ("sse avx2", "x86_64", "AVX2 only: int8 is slower, and pairs of products saturate at 16 bits"),
-        ("sse", "x86_64", "neither VNNI nor AMX nor AVX2: int8 is slower, and pairs of products saturate"),
+        ("sse avx2", "x86_64", "AVX2 only: int8 is slower; pairs of products add up in 16 bits, which"),
+        ("sse", "x86_64", "neither VNNI nor AMX nor AVX2: int8 is slower; pairs of products add up in 16 bits"),
         ("fp asimddp i8mm", "aarch64", "ARM dot products (i8mm): int8 is fast"),
         ("fp asimd", "aarch64", "no dot products: int8 is slow here; sums are exact"),
         ("", "x86_64", "the system does not say"),
@@ -269,7 +269,7 @@ def test_what_the_cpu_makes_of_int8(
     root = put(tmp_path, {"proc/cpuinfo": f"flags : {flags}\n"})
     assert hardware.describe_int8(root).startswith(said)
     if machine == "x86_64" and flags:
-        assert ("saturate" in said) == (not hardware.int8_flags(root)), "what is fast is exact, and the reverse"
+        assert ("in 16 bits" in said) == (not hardware.int8_flags(root)), "what is fast is exact, and the reverse"
 
 
 def test_an_apple_cpu_has_dot_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
