@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from cxr_fast.export import int8, parity
+from cxr_fast.export import int8, parity, variants
 from cxr_fast.export.graph import build
 from cxr_fast.export.rotate import rotated, rotation
 from cxr_fast.training.run_folder import Run, read_run
@@ -165,6 +166,20 @@ def test_a_hostile_tower_keeps_its_digits(toy_run: Path, change: Any, least: flo
     exact = answer(run, "fp32", pixels)
     ours = rms(answer(turned, "int8", pixels, plan=choose(turned)), exact)
     assert least * ours < rms(answer(run, "int8", pixels), exact)
+
+
+@pytest.mark.parametrize("change", [hostile, massive])
+def test_a_hostile_towers_file_is_kept_or_the_matrices_are_named(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    read = variants.read_run
+    monkeypatch.setattr(variants, "read_run", lambda *args, **named: change(read(*args, **named)))
+    (one,) = variants.export_run(toy_run, variants.ExportSpec(variants=("int8",), out=tmp_path, count=24))
+    if one.kept:
+        assert not one.drift.over()
+    else:
+        assert re.search(r"limit .*, with \d+ of 23 matrices left in float \(those .*: \d\.\w+, \d\.\w+, ", one.reason)
+    assert (tmp_path / "model.int8.onnx").is_file() == one.kept
 
 
 @settings(max_examples=30, deadline=None)
