@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 NOISY = 0.10
-# 8-bit dot products. On x86 without VNNI and AMX int8 gains 0-20 %, and sums of earlier versions' files may saturate, so that
-# another CPU gives other values; on ARM without them int8 is only slow.
+# 8-bit dot products. On x86 without VNNI and AMX int8 gains 0-20 %, and sums of earlier versions' files may saturate,
+# so that another CPU gives other values; on ARM without them int8 is only slow.
 INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 CPU_FLAGS = (
     *("fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
