@@ -190,11 +190,8 @@ def read_films(
                 elif len(kept) < most:
                     films.append(film)
                     kept.append(row)
-            on_progress(
-                stage,
-                len(kept),
-                min(most, len(order)),
-            )
+            if kept:
+                on_progress(stage, len(kept), min(most, len(order)))
             if len(kept) == most:
                 break
     if not kept and only is None:

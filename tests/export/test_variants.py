@@ -29,6 +29,7 @@ from cxr_fast.data.images import decode_grey, read_bytes, resize, self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import film_changes, graph, int8, variants
 from cxr_fast.export import parity as checks
+from cxr_fast.export.nodes import all_nodes
 from cxr_fast.export.rotate import rotated
 from cxr_fast.export.summary import describe_export
 from cxr_fast.export.variants import ExportSpec
@@ -500,7 +501,9 @@ def test_variants_within_their_limits_are_kept(calm_run: Path, monkeypatch: pyte
     fp32, _, int8 = found
     assert fp32.drift.largest <= variants.LIMIT < int8.drift.largest
     assert int8.size < fp32.size
-    assert metadata(int8.path)["nodes"]["MatMulIntegerToFloat"] == 33
+    products = [n.name for n in all_nodes(onnx.load(int8.path).graph) if n.op_type == "MatMulIntegerToFloat"]
+    assert metadata(int8.path)["nodes"]["MatMulIntegerToFloat"] == len(products)
+    assert len({re.sub(r"(fc[12])\.\d", r"\1", name) for name in products}) == 33, "hidden units are in groups"
     assert Predictor(calm_run, device="cpu").info["model_sha256"] == metadata(fp32.path)["model_sha256"]
 
 
