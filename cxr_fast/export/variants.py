@@ -173,7 +173,7 @@ def _export_variant(
     with _scratch(path) as scratch:
         _save(model, info, scratch)
         file = OpenFile(scratch)
-        parity, probabilities = check(run, file, checks, job.on_progress)
+        parity, probabilities = check(run, file, checks, _with_count(job.on_progress, len(exclude)))
         reference = calibration.apply(run.info["calibration"], checks.raw)
         far = drift.measure(reference, probabilities, checks.labels, run.info["thresholds"], job.yardstick)
         seconds = file.seconds(checks.pixels[:1])
@@ -189,6 +189,13 @@ def _export_variant(
         variant=variant, path=path, size=size, parity=parity, drift=far, yardstick=job.yardstick, seconds=seconds,
         info=info, reason=reason,
     )  # fmt: skip
+
+
+def _with_count(on_progress: OnProgress, floats: int) -> OnProgress:
+    """Name the number of matrices in float with each stage, where there are some."""
+    return lambda stage, done, total: on_progress(
+        f"{stage}, {floats} matrices in float" if floats else stage, done, total
+    )
 
 
 @contextlib.contextmanager
