@@ -292,7 +292,7 @@ def _machines(predictor: Predictor, pair: dict[str, Any], ok: bool) -> str:
     here = hardware.machine()
     slow = set(hardware.INT8_FLAGS).isdisjoint(here["cpu_flags"])
     lacks = integer and platform.machine() in ("x86_64", "AMD64") and slow
-    why = "; this CPU has neither VNNI nor AMX, without which int8 sums may saturate" * lacks
+    why = "; this CPU has neither VNNI nor AMX: sums of files of earlier versions may saturate" * lacks
     if ok:
         return why
     was = f"{str(pair.get('provider')).removesuffix('ExecutionProvider')} on {pair.get('cpu')}"
