@@ -141,26 +141,27 @@ def _weight(block: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain(block: Any, kind: str) -> Matrix:
-    """Return a block's matrix with nothing shifted, scaled or sorted, and each weight rounded by itself."""
+    """Return a block's matrix for float: nothing is shifted, scaled or sorted, and there are no rounded weights."""
     weight, bias = (tensor.numpy() for tensor in _weight(block, kind))
-    bias = None if module_of(block, kind).bias is None else bias
     none = np.zeros(weight.shape[1], np.float32)
-    groups = (np.arange(len(none)),)
-    steps = _steps(torch.from_numpy(weight), _partners(groups), groups[0]).numpy()
-    whole = np.round(weight / steps[:, None]).astype(np.int8)
     return Matrix(
-        shift=none, scale=none + 1, weight=weight, bias=bias, groups=groups, whole=whole, steps=steps[None]
+        shift=none, scale=none + 1, weight=weight, bias=None if module_of(block, kind).bias is None else bias,
+        groups=(np.arange(len(none)),), whole=np.empty((len(weight), 0), np.int8), steps=np.empty((1, len(weight))),
     )  # fmt: skip
 
 
 def round_plainly(run: Run) -> dict[str, Matrix]:
-    """Return `plain` of every block matrix, by the name of its node."""
+    """Return every block matrix, each weight rounded by itself and nothing else changed, by the name of its node."""
     plan: dict[str, Matrix] = {}
     depth = len(run.visual.trunk.blocks)
     for k, member in enumerate(run.members):
         for i, block in enumerate(member.visual.trunk.blocks):
             start = member_prefix(run, k) if i >= depth - run.info["unfreeze_blocks"] else ""
-            plan |= {f"{start}blocks.{i}.{kind}": plain(block, kind) for kind in KINDS}
+            for kind in KINDS:
+                matrix = plain(block, kind)
+                steps = _steps(torch.from_numpy(matrix.weight), _partners(matrix.groups), matrix.groups[0]).numpy()
+                whole = np.round(matrix.weight / steps[:, None]).astype(np.int8)
+                plan[f"{start}blocks.{i}.{kind}"] = replace(matrix, whole=whole, steps=steps[None])
     return plan
 
 

@@ -201,12 +201,12 @@ def empty(disk: Path, mounted: bool) -> Iterator[None]:
         if mounted:
             _call(libc.umount2, bytes(disk), 2)  # lazily: a memory map may live
         else:
-            shutil.rmtree(disk / "work")
+            shutil.rmtree(disk / "desk")
 
 
 def run_case(case: Case, condition: str, disk: Path, paths: dict[str, str], mounted: bool = True) -> Came:
     """Run a case under a condition on an empty disk."""
-    work = disk / "work"
+    work = disk / "desk"
     with empty(disk, mounted):
         work.mkdir()
         if case.setup:
@@ -245,7 +245,7 @@ def _under(condition: str, case: Case, disk: Path, words: list[str]) -> Came:
         mount(disk, READ_ONLY | REMOUNT)
     if condition != "closed":
         return run_command(words)
-    folders = [disk / "work", *(path for path in (disk / "work").rglob("*") if path.is_dir())]
+    folders = [disk / "desk", *(path for path in (disk / "desk").rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
     try:

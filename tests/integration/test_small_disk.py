@@ -60,7 +60,7 @@ def test_command_ends_with_one_line_and_leaves_nothing_half_written(
     assert len(lines) == 1
     assert one["said"].rstrip().endswith(lines[0])
     # The flag, else the path that the command was given.
-    assert any(word in lines[0] for word in case.words if word.startswith("--")) or "/work/" in lines[0]
+    assert any(word in lines[0] for word in case.words if word.startswith("--")) or "/desk/" in lines[0]
     assert "0x" not in lines[0]
     kept = case.keeps if condition == "short" else ()
     left = [path for path in one["changed"] if not kept or path not in ("new", "new/run.partial")]

@@ -66,12 +66,7 @@ def find_column(cells: Collection[str], name: str, flag: str, file: Path) -> str
 
     Raises InputError naming the nearest columns.
     """
-    if name in cells:
-        return name
-    alike = [each for each in cells if _key(each) == _key(name)]
-    if len(alike) == 1:
-        return alike[0]
-    raise InputError(f"{flag}: {_unknown(name, alike, cells, f'a column of {file}')}")
+    return find_word(cells, name, flag, f"a column of {file}")
 
 
 def find_word(words: Collection[str], name: str, flag: str, where: str) -> str:
