@@ -146,7 +146,8 @@ def plain(block: Any, kind: str) -> Matrix:
     none = np.zeros(weight.shape[1], np.float32)
     return Matrix(
         shift=none, scale=none + 1, weight=weight, bias=None if module_of(block, kind).bias is None else bias,
-        groups=(np.arange(len(none)),), whole=np.empty((len(weight), 0), np.int8), steps=np.ones((1, len(weight)), np.float32),
+        groups=(np.arange(len(none)),), whole=np.empty((len(weight), 0), np.int8),
+        steps=np.ones((1, len(weight)), np.float32),
     )  # fmt: skip
 
 
