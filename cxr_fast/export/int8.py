@@ -1,10 +1,10 @@
 """Choose the int8 weights of block matrices from images, and the order in which matrices leave int8.
 
-ONNX Runtime gives a whole tensor one range and each row of a weight one step, so a few large channels cost all others
-their digits. Three exact changes of the float graph take that away (SmoothQuant, Xiao et al. 2022, with a shift): a
-layer norm and the rows of the values also shift and scale their outputs by channel, and the hidden units of an MLP are
-sorted into groups with ranges of their own. The weights are then rounded one column after the other, and what a column
-loses is made up for in those that follow (GPTQ, Frantar et al. 2022).
+ONNX Runtime gives a whole tensor one range and each row of a weight one step, so a few large values cost all others
+their digits. Exact changes of the float graph take that away: a layer norm and the rows of the values also shift and
+scale their outputs by channel (SmoothQuant, Xiao et al. 2022, with a shift), and the hidden units of an MLP are sorted
+into groups, each divided by its largest value of that token. The weights are then rounded one column after the other,
+and what a column loses is made up for in those that follow (GPTQ, Frantar et al. 2022).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ POWER = 0.5  # of a channel's range in its scale; the rest is its weight's (LOG:
 GROUPS, WORTH = 6, 0.95  # hidden units in at most so many groups; another one must take the error below so much of it
 ALIGN = 32  # hidden units, of which a group has a multiple
 DAMPING = 0.01  # of the mean square of the inputs, added to each
-PAIR = 128  # of two neighbours' weights: AVX2 adds up 255 times each in 16 bits, which hold 32,767
+PAIR = 128  # of two neighbours' weights of one sign: AVX2 adds up 255 times each in 16 bits, which hold 32,767
+LEAST = 0.17  # GELU goes down to minus this; a group of hidden units is divided by no less
 DRAWS = 4  # random mixtures of the classes whose change each matrix is judged by
 Plan = Mapping[str, "Matrix"]  # by the name of the node, `blocks.3.fc2`
 KINDS = ("qkv", "proj", "fc1", "fc2")
@@ -40,7 +41,8 @@ class Matrix:
     """A matrix (O, I) of a block in int8, for inputs x' = (x - shift) * scale, (I,) each, which the graph computes.
 
     `weight` and `bias` give the float product of x'; `groups` says which inputs share a range; `whole` int8 times
-    `steps` (groups, O), each for its inputs, is about `weight`.
+    `steps` (groups, O), each for its inputs, is about `weight`. With `by_token` each group of inputs is divided by its
+    largest value of that token first, and the product multiplied by it.
     """
 
     shift: np.ndarray
@@ -50,6 +52,7 @@ class Matrix:
     groups: tuple[np.ndarray, ...]
     whole: np.ndarray
     steps: np.ndarray
+    by_token: bool = False
 
     def rows(self, index: np.ndarray) -> Matrix:
         """Return the matrix of some of the outputs."""
@@ -187,7 +190,7 @@ def _choose_matrix(kind: str, weight: torch.Tensor, bias: torch.Tensor, x: torch
     whole = round_weight(weight, steps[each].T, x.T @ x, partners)
     return Matrix(
         shift=shift.numpy(), scale=scale.numpy(), weight=weight.numpy(), bias=bias.numpy(), groups=groups,
-        whole=whole.numpy().astype(np.int8), steps=steps.numpy(),
+        whole=whole.numpy().astype(np.int8), steps=steps.numpy(), by_token=kind == "fc2",
     )  # fmt: skip
 
 
@@ -203,7 +206,7 @@ def _groups(ranges: torch.Tensor, weights: torch.Tensor) -> tuple[np.ndarray, ..
     The borders are found by trying all, on a raster of ALIGN; a group more must be worth it.
     """
     order = torch.argsort(ranges, stable=True)
-    top = (ranges[order].double() + 0.17).square()  # GELU goes down to -0.17
+    top = (ranges[order].double() + LEAST).square()
     below = torch.cat([torch.zeros(1, dtype=torch.float64), weights[order].double().cumsum(0)])
     points = [*range(0, len(order), ALIGN), len(order)]
 
@@ -230,9 +233,10 @@ def _groups(ranges: torch.Tensor, weights: torch.Tensor) -> tuple[np.ndarray, ..
 
 def _steps(weight: torch.Tensor, partners: np.ndarray, group: np.ndarray) -> torch.Tensor:
     """The step of each row (O,) that the weights of a group fit in, with a little room for what GPTQ adds."""
-    size = weight.abs()
-    alone = size[:, group].amax(1) / 127
-    together = (size[:, group] + size[:, partners[group]]).amax(1) / (PAIR - 2)
+    one, other = weight[:, group], weight[:, partners[group]]
+    alone = one.abs().amax(1) / 127
+    above, below = one.clamp_min(0) + other.clamp_min(0), one.clamp_max(0) + other.clamp_max(0)
+    together = torch.maximum(above, -below).amax(1) / (PAIR - 2)
     return torch.maximum(alone, together).clamp_min(1e-30)
 
 
@@ -251,8 +255,8 @@ def round_weight(
     """Round weight (O, I) to whole steps (O, I) for inputs whose products summed are `squares` (I, I).
 
     GPTQ: inputs in falling order of size, each one's rounding error spread over those that follow as the inverse of
-    `squares` says; without correlation it is plain rounding. -127 to 127, and those of two `partners` (I,) together at
-    most PAIR, so that no CPU's sums of two products overflow.
+    `squares` says; without correlation it is plain rounding. -127 to 127, and two `partners` (I,) of one sign at most
+    PAIR together, so that no CPU's sums of two products overflow.
     """
     size = squares.diagonal()
     damped = squares.double() + (DAMPING * size.mean().clamp_min(1e-12) * torch.eye(len(size))).double()
@@ -266,8 +270,10 @@ def round_weight(
         end = min(start + slab, left.shape[1])
         lost = torch.empty(len(left), end - start)
         for j in range(start, end):
-            most = (PAIR - whole[:, place[j]].abs()).clamp_max(127)
-            whole[:, j] = (left[:, j] / steps[:, j]).round().clamp(-most, most)
+            other = whole[:, place[j]]
+            least = -(PAIR + other.clamp_max(0)).clamp_max(127)
+            most = (PAIR - other.clamp_min(0)).clamp_max(127)
+            whole[:, j] = (left[:, j] / steps[:, j]).round().clamp(least, most)
             lost[:, j - start] = (left[:, j] - whole[:, j] * steps[:, j]) / upper[j, j]
             left[:, j:end] -= lost[:, j - start, None] * upper[j, j:end]
         left[:, end:] -= lost @ upper[start:end, end:]
@@ -282,11 +288,14 @@ def emulate(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     out = torch.zeros(()) if matrix.bias is None else torch.from_numpy(matrix.bias)
     for group, steps in zip(matrix.groups, torch.from_numpy(matrix.steps), strict=True):
         part = x[..., group]
+        largest = part.amax(-1, keepdim=True).clamp_min(LEAST) if matrix.by_token else torch.ones(())
+        part = part / largest
         low = part.amin((1, 2), keepdim=True).clamp_max(0)
         step = ((part.amax((1, 2), keepdim=True).clamp_min(0) - low) / 255).clamp_min(1e-30)
         zero = (-low / step).round()
         part = (((part / step).round() + zero).clamp(0, 255) - zero) * step
-        out = out + functional.linear(part, torch.from_numpy(matrix.whole[:, group]).float() * steps[:, None])
+        rounded = torch.from_numpy(matrix.whole[:, group]).float() * steps[:, None]
+        out = out + functional.linear(part, rounded) * largest
     return out
 
 

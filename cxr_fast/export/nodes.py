@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from .int8 import Matrix, Plan
+from .int8 import LEAST, Matrix, Plan
 
 
 class Graph:
@@ -70,6 +71,8 @@ class Graph:
         """
         if self.variant != "int8" or group in self.exclude:
             return self.linear(x, matrix.weight, matrix.bias if bias else None, name)
+        if matrix.by_token:
+            return self._by_token(x, matrix, name, group, bias=bias)
         parts = [f"{x}.{part}" for part in ("uint8", "scale", "zero")]
         if x not in self.quantised:
             self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], parts, name=f"{x}.quantised"))
@@ -78,6 +81,18 @@ class Graph:
         inputs = [parts[0], whole, parts[1], steps, parts[2]]
         inputs += ["", self.weight(f"{name}.bias", matrix.bias)] if bias and matrix.bias is not None else []
         return self.add("MatMulIntegerToFloat", *inputs, name=name, domain="com.microsoft")
+
+    def _by_token(self, x: str, matrix: Matrix, name: str, group: str, *, bias: bool) -> str:
+        """`product` of inputs divided by each token's largest, which the product is multiplied by."""
+        axis, least = self.weight(f"{x}.axis", np.array([-1])), self.weight(f"{x}.least", np.array(LEAST))
+        largest = self.add("ReduceMax", x, axis, name=f"{x}.max", keepdims=1)
+        largest = self.add("Clip", largest, least, name=f"{x}.largest")
+        divided = self.add("Div", x, largest, name=f"{x}.divided")
+        y = self.product(divided, replace(matrix, by_token=False), f"{name}.divided", group, bias=False)
+        if not bias or matrix.bias is None:
+            return self.add("Mul", y, largest, name=name)
+        y = self.add("Mul", y, largest, name=f"{name}.product")
+        return self.add("Add", y, self.weight(f"{name}.bias", matrix.bias), name=name)
 
     def layer_norm(self, x: str, norm: nn.Module, name: str, following: Matrix | None = None) -> str:
         """Layer norm over the last axis, shifted and scaled as the `following` matrix wants it; an Identity adds

@@ -27,7 +27,7 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     ),
     **dict.fromkeys(("MatMul", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Pad"), frozenset()),
     **dict.fromkeys(("DynamicQuantizeLinear", "MatMulIntegerToFloat"), frozenset()),
-    **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceSum"), frozenset({"keepdims"})),
+    **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), frozenset({"keepdims"})),
     "Cast": frozenset({"to"}),
     "Concat": frozenset({"axis"}),
     "Conv": frozenset({"kernel_shape", "strides"}),
