@@ -6,7 +6,7 @@
 
 Rounding alone: the models of each of --runs, trained from either cache, score all films from both. Training: the same
 recipe, seed and folds from both, beside another seed on the same folds, which is the noise of training; figures are of
-the folds' validation films. A run that is already in --work is not trained again.
+the folds' validation films. --work keeps the folds, so that an interrupted call goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.metrics import drift
 from cxr_fast.models import device
 from cxr_fast.models.tail import Tail
+from cxr_fast.training.checkpoints import Journal
+from cxr_fast.training.operating_points import choose_thresholds
 from cxr_fast.training.run_folder import read_info
 from cxr_fast.training.sweep import Sweep, backbone_for
 
@@ -81,23 +83,22 @@ def rounding(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 def trained(
     args: argparse.Namespace, kind: str, blocks: int, seed: int, made: dict[tuple[str, int], Sweep]
 ) -> dict[str, Any]:
-    """What a sweep from one of the caches gives the folds' validation films; all seeds have the folds of the first."""
-    name = f"{kind}-{blocks}"
-    folder, epochs, folds = args.work / f"{name}-{seed}", *((10, 5) if blocks == 0 else (args.epochs, args.folds))
-    if not (folder / "run.json").is_file():
-        first = None if kind == "float16" and seed == 0 else str(args.work / f"float16-{blocks}-0")
-        train = replace(TrainSpec(), train_blocks=blocks, **TWO_RATES)
-        spec = replace(SweepSpec(), train=train, epochs=(epochs,), folds=folds, seed=seed)
-        cache = args.cache if kind == "float16" else args.float32
-        sweep = Sweep(cache, folder, spec, SweepOptions(device="cpu", split_from=first))
-        # The frozen blocks answer alike for every seed, so they run once for each cache.
-        sweep.search.behind = made.setdefault((kind, blocks), sweep).search.behind
-        sweep.run()
-        print("trained", folder.name, flush=True)
-    run = read_info(folder)
-    with np.load(folder / "predictions.npz") as saved:
-        fold, labels, probs = saved["fold"], saved["labels"], saved["out_of_fold"][0]
-    return {"labels": labels[fold >= 0], "probs": probs[fold >= 0], "thresholds": run["thresholds"], "fold": fold}
+    """What the folds of a sweep from one of the caches answer to their validation films; all seeds share folds."""
+    out, (epochs, folds) = args.work / f"{kind}-{blocks}-{seed}", (10, 5) if blocks == 0 else (args.epochs, args.folds)
+    train = replace(TrainSpec(), train_blocks=blocks, **TWO_RATES)
+    spec = replace(SweepSpec(), train=train, epochs=(epochs,), folds=folds)
+    sweep = Sweep(args.cache if kind == "float16" else args.float32, out, spec, SweepOptions(device="cpu"))
+    search, data = sweep.search, sweep.data
+    search.spec = replace(spec, seed=seed)  # draws and initialisation; the folds are drawn already
+    # The frozen blocks answer alike for every seed, so they run once for each cache.
+    search.behind = made.setdefault((kind, blocks), sweep).search.behind
+    with Journal(out, sweep.request() | {"seed": seed}) as journal:
+        found = search.run(0, {}, train, journal)
+    dev = data.assignment >= 0
+    labels, probs, fold = data.labels[dev], found.probabilities[0][dev], data.assignment[dev]
+    print(f"trained {out.name}: macro AUC, mean of folds {found.best_mean:.4f}", flush=True)
+    limits = choose_thresholds(labels, probs, spec.threshold_target, data.header.classes)[0]
+    return {"labels": labels, "probs": probs, "thresholds": limits, "fold": fold}
 
 
 def training(args: argparse.Namespace, blocks: int, seeds: int) -> dict[str, list[dict[str, float]]]:

@@ -56,7 +56,8 @@ def throughput(model: Path, spec: ThroughputSpec, say: Say = lambda done, total,
     windows, so that a slow model takes longer than asked. Raises ImageError for an image that cannot be read.
     """
     before = hardware.gpu_states()
-    predictor = Predictor(model, device=spec.device, threads=spec.threads)
+    # Many images as `predict` takes them, without threads that spin; a scenario as one image at a time is answered.
+    predictor = Predictor(model, device=spec.device, threads=spec.threads, spin=spec.scenario != "offline")
     with sample_images(spec.images) as paths, measure.Watch() as watch:
         watch.restart()
         workers = (spec.workers or hardware.cpu_count()) if spec.scenario == "offline" else 1

@@ -134,12 +134,12 @@ def predict(
     if watch is not None:
         if cluster is not None or "-" in inputs:
             raise click.UsageError("--watch reads its inputs again and again: leave out --cluster and -")
-        _watch(Predictor(model, **here), inputs, out, batch.BatchSpec(**flags), watch)
+        _watch(Predictor(model, **here, spin=False), inputs, out, batch.BatchSpec(**flags), watch)
         return
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
         predictor: Predictor | ClusterPredictor
         if joined is None:
-            predictor, wanted = Predictor(model, **here), read(inputs)
+            predictor, wanted = Predictor(model, **here, spin=False), read(inputs)
         else:
             wanted = read(inputs)
             predictor = ClusterPredictor(joined, model, wanted.paths, NodeSpec(workers=flags["workers"], **here))
