@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ..activations.forward import predict
 from ..config import TrainSpec
@@ -81,15 +83,16 @@ def expect(search: Search, trains: Sequence[TrainSpec], *, at_once: int | None, 
     `at_once` folds train at the same time on a cluster; None here, where the search knows.
     """
     spec, data = search.spec, search.data
-    paces: dict[int, Pace] = {}
+    paces: dict[tuple[int, bool], Pace] = {}
 
-    def pace(train: TrainSpec) -> Pace:
-        depth = search.depth(train)
-        if depth not in paces:
-            paces[depth] = _measure(search, train)
-        return paces[depth]
+    def pace(train: TrainSpec, one_thread: bool = False) -> Pace:
+        key = search.depth(train), one_thread
+        if key not in paces:
+            with _threads(1 if one_thread else torch.get_num_threads()):
+                paces[key] = _measure(search, train)
+        return paces[key]
 
-    def by_epoch(train: TrainSpec, trained: float, scored: float) -> np.ndarray:
+    def by_epoch(train: TrainSpec, trained: float, scored: float, one_thread: bool = False) -> np.ndarray:
         numbers = np.arange(1, spec.epochs[-1] + 1)
         out = np.empty(len(numbers))
         for place, one in (
@@ -97,15 +100,16 @@ def expect(search: Search, trains: Sequence[TrainSpec], *, at_once: int | None, 
             (numbers <= train.head_first, retrained_spec(train, train.sampling)),
         ):
             if place.any():
-                found = pace(one)
+                found = pace(one, one_thread)
                 out[place] = found.trained * trained + found.scored * scored
         return out
 
     def fold(train: TrainSpec) -> np.ndarray:
-        side = at_once or search.side_by_side(train)
+        own = search.side_by_side(train)
         trained = np.mean([len(data.train(k)) for k in range(spec.folds)])
         scored = np.mean([len(data.valid(k)) for k in range(spec.folds)])
-        return by_epoch(train, float(trained), float(scored)) / side
+        # Heads side by side have a thread each; on a busy machine their refit, which has all, took 37 times as long.
+        return by_epoch(train, float(trained), float(scored), at_once is None and own > 1) / (at_once or own)
 
     def retrained(train: TrainSpec) -> np.ndarray:
         if search.depth(train) == 0:
@@ -122,6 +126,17 @@ def expect(search: Search, trains: Sequence[TrainSpec], *, at_once: int | None, 
         folds=spec.folds,
         in_turn=at_once is None and search.in_turn(trains[0]),
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measure(search: Search, train: TrainSpec) -> Pace:
