@@ -77,6 +77,8 @@ def run_rounds(
     """The figures of each round by name, each round a stretch of the watch; `on_round` gets the rounds done so far."""
     samples: dict[str, list[float]] = {}
     with Watch() as watch:
+        if on_round is not None:
+            on_round(0)
         for done in range(rounds):
             for name, value in one_round().items():
                 samples.setdefault(name, []).append(value)

@@ -56,7 +56,8 @@ def throughput(model: Path, spec: ThroughputSpec, say: Say = lambda done, total,
     windows, so that a slow model takes longer than asked. Raises ImageError for an image that cannot be read.
     """
     before = hardware.gpu_states()
-    predictor = Predictor(model, device=spec.device, threads=spec.threads)
+    # Many images as `predict` takes them, without threads that spin; a scenario as one image at a time is answered.
+    predictor = Predictor(model, device=spec.device, threads=spec.threads, spin=spec.scenario != "offline")
     with sample_images(spec.images) as paths, measure.Watch() as watch:
         watch.restart()
         workers = (spec.workers or hardware.cpu_count()) if spec.scenario == "offline" else 1
@@ -106,14 +107,16 @@ class BatchSweep:
 
     def run(self, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
         """Three rounds over all batch sizes, so that a machine that drifts drifts for all of them alike."""
-        points, stopped = self._warm(batches)
+        points, each, stopped = self._warm(batches)
         self.watch.restart()
         share = seconds / (2 * measure.WINDOWS * len(points))
         most = points[-1]["batch"]
         pixels = np.stack([self.predictor.pixels(path) for path in itertools.islice(itertools.cycle(self.paths), most)])
-        for window, (at, point) in itertools.product(range(measure.WINDOWS), enumerate(points)):
-            batch = point["batch"]
-            say(window * len(points) + at, measure.WINDOWS * len(points), f"batch {batch}")
+        # Each arm takes its share or one call, the one from files a call more.
+        expected = measure.WINDOWS * [2 * max(share, one) + one for one in each]
+        for number, (_, point) in enumerate(itertools.product(range(measure.WINDOWS), points)):
+            batch, window = point["batch"], number // len(points)
+            say(sum(expected[:number]), sum(expected), f"batch {batch}")
             for arm, (count, took) in {
                 MODEL_ONLY: self._model_only(pixels[:batch], share),
                 FROM_FILES: self._from_files(batch, share, point[FROM_FILES]["waited"]),
@@ -132,17 +135,19 @@ class BatchSweep:
             "best": {"batch": best["batch"], "rate": best[FROM_FILES]["rate"]},
         }
 
-    def _warm(self, batches: Sequence[int]) -> tuple[list[Any], dict[str, Any] | None]:
-        """Each batch size once, the smallest first, with its memory; and the one that did not run, with why."""
+    def _warm(self, batches: Sequence[int]) -> tuple[list[Any], list[float], dict[str, Any] | None]:
+        """Each batch size once, the smallest first, with its memory; the seconds of each; the one that did not run."""
         points: list[Point] = []
+        seconds: list[float] = []
         for batch in batches:
-            own = hardware.reset_peak()
+            own, began = hardware.reset_peak(), now()
             try:
                 self._from_files(batch, 0, {})
             except InputError as error:  # ImageError is no InputError: a broken file is not a batch too large
                 if not points:
                     raise
-                return points, {"batch": batch, "why": str(error)}
+                return points, seconds, {"batch": batch, "why": str(error)}
+            seconds.append((now() - began) / 2)  # a batch that is not counted, and one that is
             points.append({
                 "batch": batch,
                 "peak_rss": hardware.peak_rss(),
@@ -152,7 +157,7 @@ class BatchSweep:
                 "model only": {"rates": [], "images": 0},
                 "from files": {"rates": [], "images": 0, "waited": {}},
             })  # fmt: skip
-        return points, None
+        return points, seconds, None
 
     def _model_only(self, pixels: np.ndarray, least: float) -> tuple[int, float]:
         """Images and seconds of whole calls, until `least` seconds are full."""

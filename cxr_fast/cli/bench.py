@@ -12,7 +12,7 @@ import click
 from ..config import CacheSpec, PreprocessSpec
 from ..errors import InputError
 from ..models import device as cpu
-from .console import ProgressBar
+from .console import ProgressBar, StageProgress
 from .options import (
     PATH,
     FiniteFloat,
@@ -246,10 +246,9 @@ def compare(
         raise InputError("--run is for --against torch.")
     else:
         arms = tuple(comparison.Arm(path=path, device=device, threads=threads) for path in (model_a, model_b))  # type: ignore[assignment]
-    bar = ProgressBar()
     spec = comparison.CompareSpec(images=images, manifest=manifest, count=count, rounds=rounds, batch_size=batch_size)
-    result = comparison.compare(*arms, spec, lambda text, done, total: bar.show(done, total, text))
-    bar.done()
+    result = comparison.compare(*arms, spec, StageProgress().show)
+    ProgressBar.close()
     finish(result, comparison.describe(result), json_out)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..system.text import Table, duration, to_plain
+from ..system.time_left import TimeLeft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,6 +104,7 @@ class ProgressBar:
         self.every = 0.1 if self.live else every
         self.began = self.last = time.monotonic()
         self.drawn: Any = None
+        self.pace, self.work = TimeLeft(self.began, 0), (0.0, 0.0, False)
 
     def show(
         self,
@@ -116,18 +118,28 @@ class ProgressBar:
     ) -> None:
         """`done` of `total` in any unit, `before` of them by an earlier run.
 
-        The time left follows from what this run did, in `seconds` or since the bar began.
+        The time left follows from the pace of this run, at `seconds` of its work or else by the clock; see `TimeLeft`.
+        Every report counts, also one that is not shown. Another total, or less done, is other work.
         """
         now = time.monotonic()
+        work = (total, before, seconds is None)
+        if work != self.work or done < self.pace.done:
+            self.work, self.pace = work, TimeLeft(self.began if seconds is None else 0.0, before)
+        self.pace.report(now if seconds is None else seconds, done, total)
         if now - self.last < self.every and not force:
             return
         self.last = now
-        spent = now - self.began if seconds is None else seconds
-        left = f"{duration(spent / (done - before) * (total - done))} left" if done > before else ""
+        left = self.left
+        said = "" if left is None else f"{duration(left)} left"
         if self.live:
-            self._draw(100 * done / total, text, left)
+            self._draw(100 * done / total, text, said)
         else:
-            click.echo(f"{100 * done / total:5.1f} %  {text}{', ' * bool(left)}{left}", err=True)
+            click.echo(f"{100 * done / total:5.1f} %  {text}{', ' * bool(said)}{said}", err=True)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left of the work reported last; None before anything is done."""
+        return self.pace.seconds(self.work[0])
 
     @property
     def seconds(self) -> float:
@@ -170,3 +182,29 @@ class ProgressBar:
         """Take away whichever bar is drawn: an error leaves one, and with it a hidden cursor."""
         if ProgressBar._open is not None:
             ProgressBar._open.done()
+
+
+class StageProgress:
+    """The lines of a command of several stages: a line at once for each, and a time left that is of this stage alone.
+
+    A second line follows as soon as a tenth of the stage is done, where it goes on for longer than SOON.
+    """
+
+    SOON = 10.0
+
+    def __init__(self) -> None:
+        self.stage, self.first, self.last, self.bar = "", 0, 0, ProgressBar()
+        self.told = True
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done of a stage; a stage that begins again counts as a new one."""
+        begins = stage != self.stage or done < self.last
+        if begins:
+            ProgressBar.close()
+            self.stage, self.first, self.told, self.bar = stage, done, False, ProgressBar()
+        self.last = done
+        self.bar.show(done, total, stage, before=self.first, force=begins)
+        if not self.told and done >= total / 10 and self.bar.left is not None:
+            self.told = True
+            if self.bar.left > self.SOON:
+                self.bar.show(done, total, stage, before=self.first, force=True)

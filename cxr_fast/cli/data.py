@@ -187,7 +187,8 @@ class CacheProgress:
         """Show a `BuildProgress`."""
         rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
         text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
-        self.bar.show(p.done, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
+        # Not `done`, which counts a block once it is on the disk, while the next one is encoded.
+        self.bar.show(p.before + p.encoded, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
 
 
 def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:

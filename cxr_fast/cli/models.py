@@ -15,7 +15,7 @@ from ..config import NOTICE
 from ..errors import InputError
 from ..system.files import write_json
 from ..system.text import Table, counted, gigabytes, number
-from .console import Part, ProgressBar, echo_notes, show, took
+from .console import Part, ProgressBar, StageProgress, echo_notes, show, took
 from .options import (
     PATH,
     FiniteFloat,
@@ -86,22 +86,6 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     sys.exit(0 if variants is None or all(one.kept for one in found) else 1)
 
 
-class StageProgress:
-    """The lines of an export: a line at once for each stage, and a time left that is of this stage alone."""
-
-    def __init__(self) -> None:
-        self.stage, self.first, self.last, self.bar = "", 0, 0, ProgressBar()
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done of a stage; a stage that begins again counts as a new one."""
-        begins = stage != self.stage or done < self.last
-        if begins:
-            ProgressBar.close()
-            self.stage, self.first, self.bar = stage, done, ProgressBar()
-        self.last = done
-        self.bar.show(done, total, stage, before=self.first, force=begins)
-
-
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("inputs", nargs=-1, required=True)
@@ -150,12 +134,12 @@ def predict(
     if watch is not None:
         if cluster is not None or "-" in inputs:
             raise click.UsageError("--watch reads its inputs again and again: leave out --cluster and -")
-        _watch(Predictor(model, **here), inputs, out, batch.BatchSpec(**flags), watch)
+        _watch(Predictor(model, **here, spin=False), inputs, out, batch.BatchSpec(**flags), watch)
         return
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
         predictor: Predictor | ClusterPredictor
         if joined is None:
-            predictor, wanted = Predictor(model, **here), read(inputs)
+            predictor, wanted = Predictor(model, **here, spin=False), read(inputs)
         else:
             wanted = read(inputs)
             predictor = ClusterPredictor(joined, model, wanted.paths, NodeSpec(workers=flags["workers"], **here))

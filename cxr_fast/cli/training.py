@@ -121,7 +121,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
         echo_recipe(job, recipe)
         bar = ProgressBar()
-        run = job.run(epoch_line(bar, plan, spec))
+        run = job.run(EpochProgress(bar, plan, spec).show)
         bar.done()
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
@@ -172,22 +172,31 @@ def _other_labels(manifest: Path | None) -> Any:
     return read
 
 
-def epoch_line(bar: ProgressBar, plan: Any, spec: SweepSpec) -> Any:
-    """What shows each epoch as it is trained: (configuration, fold, epoch)."""
-    done = 0
+class EpochProgress:
+    """The line of a sweep: each epoch as it is trained, and a time left in which a slow epoch counts for more."""
 
-    def show(config: int, fold: int, epoch: Any) -> None:
-        nonlocal done
-        done += 1
-        which = f"configuration {config + 1}/{plan.configurations}, " if plan.configurations > 1 else ""
-        if fold > spec.folds:
-            which += f"retrained head {fold - spec.folds}/{spec.folds}"
+    def __init__(self, bar: ProgressBar, plan: Any, spec: SweepSpec) -> None:
+        self.bar, self.plan, self.spec = bar, plan, spec
+        self.latest: dict[tuple[int, int], int] = {}
+        self.before: float | None = None  # what an earlier run had done, in the seconds of the plan
+        self.found: dict[tuple[int, bool], int] = {}  # epochs that the folds trained at once had from an earlier run
+
+    def show(self, config: int, fold: int, epoch: Any) -> None:
+        """Show an epoch of (configuration, fold)."""
+        times, at = self.plan.times, (config, fold)
+        folds = self.spec.folds
+        others = self.found.setdefault((config, fold > folds), epoch.epoch - 1)
+        if self.before is None:
+            self.before = times.done({at: others}, at, others)
+        self.latest[at] = epoch.epoch
+        which = f"configuration {config + 1}/{self.plan.configurations}, " if self.plan.configurations > 1 else ""
+        if fold > folds:
+            which += f"retrained head {fold - folds}/{folds}"
         else:
-            which += f"fold {fold + 1}/{spec.folds}" if fold < spec.folds else "refit"
+            which += f"fold {fold + 1}/{folds}" if fold < folds else "refit"
         score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
-        bar.show(min(done, plan.epochs_in_all), plan.epochs_in_all, f"{which} epoch {epoch.epoch}{score}")
-
-    return show
+        done = min(times.done(self.latest, at, others), times.total)
+        self.bar.show(done, times.total, f"{which} epoch {epoch.epoch}{score}", before=self.before)
 
 
 def require_reference_cache(normalize: str) -> None:

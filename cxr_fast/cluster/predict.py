@@ -228,10 +228,10 @@ def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
             f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here."
         )
     if same_file(setup.path, setup.sha256):
-        return Predictor(setup.path, setup.device, setup.threads, strict=setup.strict), setup
+        return Predictor(setup.path, setup.device, setup.threads, strict=setup.strict, spin=False), setup
     if not setup.content:
         raise InputError(f"{setup.path}: a node that joined after the command began does not see it; run it again.")
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
         path = Path(folder) / Path(setup.path).name
         tasks.fetch(setup.content[0]).tofile(path)
-        return Predictor(path, setup.device, setup.threads, strict=setup.strict), setup
+        return Predictor(path, setup.device, setup.threads, strict=setup.strict, spin=False), setup

@@ -74,8 +74,9 @@ class Predictor:
     `cpu`, `cuda[:N]` or `tensorrt[:N]`, `threads` defaults to the cores this process may use; `where` says what runs
     it and `why` the reason. Threads may share one predictor. Raises InputError for a file that is not ours or is
     damaged, SchemaError for one of another schema, DeviceError when an explicit device cannot be had or does not run
-    the file. `check` is that of `session.open_model`. With `strict` an image whose DICOM header names another modality
-    or body part than a film of a chest is refused as one that cannot be read.
+    the file. `check` and `spin` are those of `session.open_model`: for a folder of films pass `spin=False`. With
+    `strict` an image whose DICOM header names another modality or body part than a film of a chest is refused as one
+    that cannot be read.
 
         >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
         >>> (answer,) = predictor(["film.png"])
@@ -91,9 +92,11 @@ class Predictor:
         *,
         check: bool = True,
         strict: bool = False,
+        spin: bool = True,
     ) -> None:
-        opened = open_model(path, device, threads, check=check)
-        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check, "strict": strict}
+        opened = open_model(path, device, threads, check=check, spin=spin)
+        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check}
+        self._opened_with |= {"strict": strict, "spin": spin}
         self.strict = strict
         self._process = os.getpid()
         self.path, self.source = opened.path, opened.source
@@ -218,8 +221,8 @@ class Predictor:
         the GIL. `seconds` collects what the caller's thread spent in each: `decode` waiting for pixels, `model`.
         Raises Interrupted before the next batch once `stop` returns True.
         """
-        # Where the model waits for pixels and all cores are busy, ONNX Runtime's idle threads, which spin, take time
-        # from the decoding ones: `threads`, and session.intra_op.allow_spinning, are what to tune then.
+        # ONNX Runtime's threads that wait spin, unless `spin=False`, and take time from the decoding ones: on 2 cores a
+        # film of a folder took 1.08 times the CPU seconds of its parts, 1.01 times without (benchmarks/LOG.md).
         workers = workers or hardware.cpu_count()
         spent = seconds if seconds is not None else {}
         pending: deque[list[Future[Decoded]]] = deque()

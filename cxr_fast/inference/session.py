@@ -62,11 +62,13 @@ def open_model(
     *,
     strict: bool = True,
     check: bool = True,
+    spin: bool = True,
 ) -> Opened:
     """Open a model file, or of a folder of variants or an address on the hub the one this device runs best.
 
     `strict=False` runs a variant where it is slow (float16 on a CPU), as an export that checks itself must. `check`
-    hashes the file first, for a flipped bit of a weight would change answers without a message. Raises InputError for
+    hashes the file first, for a flipped bit of a weight would change answers without a message. Threads that wait for
+    work `spin`, which answers one image soonest; not so where others decode on the same cores. Raises InputError for
     what is no model or damaged, SchemaError for another schema, DeviceError where an explicit device is not available
     or does not run the file.
     """
@@ -85,10 +87,10 @@ def open_model(
     if strict and kind not in RUNS[target]:
         raise DeviceError(_wrong_pair(found, kind, target, reason if name == "auto" else ""))
     count = threads or hardware.cpu_count()
-    session, trouble = _start(path, target, number, _options(count))
+    session, trouble = _start(path, target, number, _options(count, spin))
     if trouble and name == "auto":
         # Only a file that another one replaces is not checked yet.
-        fallen = open_model(given, "cpu", threads, strict=strict, check=check and found.chosen)
+        fallen = open_model(given, "cpu", threads, strict=strict, check=check and found.chosen, spin=spin)
         rest = fallen.why.partition("; ")[2]
         why = f"CPU: a GPU is here, but {trouble}" + (f"; {rest}" if rest else "")
         return dataclasses.replace(fallen, why=why)
@@ -228,9 +230,10 @@ def _wrong_pair(model: ModelPlace, variant: str, target: str, reason: str) -> st
     return f"{path}: {fault}{because}; {use}{other}."
 
 
-def _options(threads: int) -> Any:
+def _options(threads: int, spin: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = 4  # errors come as exceptions; a second copy on stderr helps nobody
     return options
 

@@ -224,6 +224,10 @@ class Search:
         """How many folds train in the time of one: heads alone on a CPU, a core each."""
         return min(torch.get_num_threads(), self.spec.folds) if self.kind(train) is HeadFold else 1
 
+    def in_turn(self, train: TrainSpec) -> bool:
+        """Whether the folds of a configuration train one after another here."""
+        return self.kind(train) is Fold and (self.activations.device.type == "cpu" or bool(self.custom))
+
     def run(
         self,
         number: int,
@@ -262,7 +266,7 @@ class Search:
             journal.restore(fold_key(number, fold), fold)
             return fold
 
-        if self.kind(train) is Fold and (self.activations.device.type == "cpu" or self.custom):
+        if self.in_turn(train):
             return [fit(ready(k), epochs, recorder) for k in numbers]  # one at a time in memory
         folds = [ready(k) for k in numbers]
         if self.kind(train) is HeadFold:

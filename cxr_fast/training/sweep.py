@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..activations.cache import Cache
-from ..activations.forward import precision, predict
+from ..activations.forward import precision
 from ..activations.loader import Activations
 from ..config import SweepOptions, SweepSpec, TrainSpec, to_dict
 from ..data.manifest import Manifest
@@ -33,6 +33,7 @@ from . import operating_points, run_record
 from .checkpoints import Journal, difference
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
+from .expected_time import EpochTimes, expect, unknown_times
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
@@ -41,7 +42,7 @@ from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trai
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """What a sweep will do, known before it starts; `seconds` is estimated from a few timed training steps.
+    """What a sweep will do, known before it starts; `seconds` and `times` are estimated from a few timed steps.
 
     `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` says that
     an unfinished run will be continued.
@@ -64,6 +65,7 @@ class SweepPlan:
     device: str
     precision: str
     seconds: float
+    times: EpochTimes
     resumed: bool
     cluster: str = ""
     notes: tuple[str, ...] = ()
@@ -207,7 +209,7 @@ class Sweep:
 
     def plan(self) -> SweepPlan:
         """Counts, memory and expected time."""
-        data, header, spec = self.data, self.data.header, self.spec
+        data, header, spec, times = self.data, self.data.header, self.spec, self._expect()
         retrained = spec.retrain_head != "none"
         return SweepPlan(
             cache=data.file.path,
@@ -226,7 +228,8 @@ class Sweep:
             where=self.activations.where,
             device=str(self.device) if self.trainer is None else self.trained_on,
             precision=self.kinds[0],
-            seconds=self._expected_seconds(self.points[0][1]),
+            seconds=times.total if self.device.type == self.trained_on else float("nan"),
+            times=times,
             resumed=self._goes_on(),
             cluster="" if self.trainer is None else str(self.trainer),
             notes=() if self.trainer is None else tuple(self.trainer.notes),
@@ -238,35 +241,14 @@ class Sweep:
         unfinished = (folder / "plan.json").is_file() and not self.options.overwrite
         return unfinished and not difference(folder, self.request())
 
-    def _expected_seconds(self, train: TrainSpec) -> float:
-        """Time a few steps on a throw-away fold, for the whole search; NaN where this machine lacks the device."""
+    def _expect(self) -> EpochTimes:
+        """Expect the time of each epoch; all alike where this machine lacks the device."""
+        spec, trains = self.spec, [train for _, train in self.points]
         if self.device.type != self.trained_on:
-            return float("nan")
-        fold, data = self.search.fold(train, 0), self.data
-        draws = fold.draw()
-
-        def seconds(steps: list[tuple[int, int]]) -> float:
-            began = time.perf_counter()
-            fold.train_epoch(replace(draws, steps=steps))
-            return time.perf_counter() - began
-
-        warm_up = seconds(draws.steps[:2])
-        some = draws.steps[2 : 4 if warm_up > 1 else 12] or draws.steps[:2]
-        step = seconds(some) / sum(b - a for a, b in some)
-        few = fold.valid_rows[:64]
-        inputs = self.search.inputs(train)
-        predict(fold.tail, inputs, few)  # the first call warms up
-        began = time.perf_counter()
-        predict(fold.tail, inputs, few)
-        score = time.perf_counter() - began
-        epochs, folds = self.spec.epochs[-1], range(self.spec.folds)
-        trained = sum(len(data.train(k)) for k in folds)
-        scored = sum(len(data.valid(k)) for k in folds)
-        searched = float(step * trained + score / len(few) * scored) * epochs * len(self.points)
-        at_once = self.search.side_by_side(train)
-        if self.trainer is not None:
-            at_once = min(self.trainer.at_once, self.spec.folds * len(self.points))
-        return searched / at_once + float(step * (data.assignment >= 0).sum() * epochs * self._with_refit)
+            again = spec.retrain_head != "none"
+            return unknown_times(len(trains), spec.epochs[-1], spec.folds, refit=self._with_refit, retrained=again)
+        at_once = None if self.trainer is None else min(self.trainer.at_once, spec.folds * len(trains))
+        return expect(self.search, trains, at_once=at_once, refit=self._with_refit)
 
     def run(self, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
         """Train every fold, choose on validation alone, score the hold-out once; the run as a dict.

@@ -27,7 +27,7 @@ from cxr_fast import __version__
 from cxr_fast.activations import encoder
 from cxr_fast.activations import file as store
 from cxr_fast.bench import results as benchmark_record
-from cxr_fast.cli import console, data, models, training
+from cxr_fast.cli import console, data, training
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepSpec
 from cxr_fast.inference import runtime
@@ -784,7 +784,7 @@ def test_the_time_left_is_of_this_run(
 
 
 def test_each_stage_of_an_export_has_a_line_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    line = models.StageProgress()
+    line = console.StageProgress()
     for stage, done in (("torch", 8), ("torch", 16), ("int8", 1), ("int8", 20), ("int8", 1)):
         line.show(stage, done, 20)
     said = [" 40.0 %  torch", "  5.0 %  int8", "  5.0 %  int8"]

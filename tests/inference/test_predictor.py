@@ -171,6 +171,8 @@ def test_a_predictor_travels_to_other_processes(predictor: Predictor, files: lis
     """Pickled for spawn; and after a fork, in which ONNX Runtime's threads do not live on."""
     expected = predictor(files[0])
     assert pickle.loads(pickle.dumps(predictor))(files[0]) == expected
+    quiet = Predictor(predictor.path, "cpu", predictor.threads, spin=False)
+    assert pickle.loads(pickle.dumps(quiet))(files[0]) == quiet(files[0]) == expected
     for method in ("spawn", "fork"):
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
             assert list(pool.map(predictor, files[:1] * 3, timeout=120)) == [expected] * 3

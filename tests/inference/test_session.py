@@ -142,6 +142,13 @@ def test_threads_are_as_asked(toy_model: Path, gpu: Fake) -> None:
     assert open_model(toy_model, "cpu").threads == session.hardware.cpu_count()
 
 
+def test_threads_spin_unless_told(toy_model: Path, gpu: Fake) -> None:
+    """What a thread does while it waits changes no answer: the options are all that differs."""
+    for spin in (True, False):
+        open_model(toy_model, "cpu", 2, spin=spin)
+        assert gpu.options[-1].get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+
+
 NOISE = """
 import os, sys
 from cxr_fast.inference import runtime as devices
