@@ -259,10 +259,11 @@ def round_weight(
     PAIR together, so that no CPU's sums of two products overflow.
     """
     size = squares.diagonal()
-    damped = squares.double() + (DAMPING * size.mean().clamp_min(1e-12) * torch.eye(len(size))).double()
+    damped = squares + DAMPING * size.mean().clamp_min(1e-12) * torch.eye(len(size))
     order = torch.argsort(size, descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    # The inverse is upper.T @ upper: one factor of the squares in the other order, inverted, is the same as two more.
+    factor = torch.linalg.cholesky(damped[order][:, order].flip(0, 1))
+    upper = torch.linalg.solve_triangular(factor, torch.eye(len(size)), upper=False).flip(0, 1)
     left, steps = weight[:, order].clone(), steps[:, order]
     whole = torch.zeros_like(left)
     place = torch.argsort(order)[torch.from_numpy(partners)[order]]  # of each one's partner, in the order of work
