@@ -20,6 +20,7 @@ import contextlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import common
 import numpy as np
+import onnxruntime
 import peers
 
 from cxr_fast.bench import measure as timing
@@ -70,31 +72,36 @@ def engines(folder: Path, run: Run, args: argparse.Namespace, films: Path) -> di
     return every
 
 
-def opened(stack: contextlib.ExitStack, arms: Mapping[str, Arm]) -> tuple[dict[str, ModelProcess], dict[str, str]]:
-    """The processes of the engines that open, and why the others do not."""
-    workers, missing = {}, {}
-    for name, arm in arms.items():
-        print(f"opening {name}", flush=True)
-        try:
-            workers[name] = stack.enter_context(working(arm))
-        except CxrFastError as error:
-            missing[name] = str(error).replace(f"{arm.path.parent}{os.sep}", "")  # no folder of this machine
-    return workers, missing
+def opened(
+    stack: contextlib.ExitStack, arms: Mapping[str, Arm], checks: Checks, reference: np.ndarray
+) -> tuple[dict[str, ModelProcess], dict[str, np.ndarray], dict[str, str]]:
+    """The processes of the engines that open, their probabilities (n, C) of the check films, and why others do not.
 
-
-def answered(workers: dict[str, ModelProcess], pixels: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
-    """Each engine's probabilities (n, C) of pixels (n, S, S), one image at a time; they stay its own for the timing.
-
-    Eager torch made the reference (n, C), and answers the first FEW again.
+    The films are answered one at a time, by as many engines beside each other as there are cores for, and stay with
+    each for the timing. Eager torch made the reference (n, C), and answers the first FEW again.
     """
-    found = {}
-    for name, worker in workers.items():
+
+    def attempt(name: str) -> tuple[ModelProcess, np.ndarray] | str:
+        print(f"opening {name}", flush=True)
+        arm, pixels = arms[name], checks.pixels
         count = min(FEW, len(pixels)) if name == EAGER else len(pixels)
-        print(f"{count} films through {name}", flush=True)
-        worker.call("pixels", pixels)
-        each = [worker.call("answer", i, 1) for i in range(count)]
-        found[name] = np.concatenate([*each, reference[count:]])
-    return found
+        try:
+            worker = stack.enter_context(working(arm))
+            worker.call("pixels", pixels)
+            each = [worker.call("answer", i, 1) for i in range(count)]
+        except CxrFastError as error:
+            return str(error).replace(f"{arm.path.parent}{os.sep}", "")  # no folder of this machine
+        print(f"{name} answered {count} films", flush=True)
+        return worker, np.concatenate([*each, reference[count:]])
+
+    threads = max(arm.threads or 1 for arm in arms.values())
+    with ThreadPoolExecutor(max(1, hardware.cpu_count() // threads)) as pool:
+        slowest_first = list(arms)[::-1]  # NNCF
+        made = dict(zip(slowest_first, pool.map(attempt, slowest_first), strict=True))
+    found = {name: each for name in arms if not isinstance(each := made[name], str)}
+    missing = {name: each for name in arms if isinstance(each := made[name], str)}
+    workers = {name: worker for name, (worker, _) in found.items()}
+    return workers, {name: answers for name, (_, answers) in found.items()}, missing
 
 
 def differing(drifts: Mapping[str, drift.Drift]) -> dict[str, str]:
@@ -193,7 +200,8 @@ def prepared(args: argparse.Namespace, scratch: Path) -> tuple[Run, Checks, drif
 def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.run is None:
         raise SystemExit("--run: give a run folder with model.fp32.onnx (`cxrfast export RUN --variants fp32,int8`).")
-    args.threads = device.prepare(args.threads or None)
+    cores = device.prepare()  # of the reference and the yardstick, which are not timed
+    args.threads = args.threads or cores
     load = [os.getloadavg()[0]]
     run, checks, yardstick, films = prepared(args, scratch)
     reference = calibration.apply(run.info["calibration"], checks.raw)
@@ -202,11 +210,11 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if unknown := [name for name in asked if name not in arms]:
         raise SystemExit(f"--only: {unknown[0]!r} is not one of {', '.join(arms)}.")
     with hardware.OtherCpu() as others, contextlib.ExitStack() as stack:  # children are waited for first: our own CPU
-        workers, missing = opened(stack, {name: arms[name] for name in asked})
+        workers, answers, missing = opened(stack, {name: arms[name] for name in asked}, checks, reference)
         where = {name: worker.about.where for name, worker in workers.items()}
         drifts = {
             name: drift.measure(reference, found, checks.labels, run.info["thresholds"], yardstick)
-            for name, found in answered(workers, checks.pixels, reference).items()
+            for name, found in answers.items()
         }
         missing |= differing(drifts)
         samples = timed({name: w for name, w in workers.items() if name not in missing}, args.rounds, args.calls)
@@ -220,7 +228,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     print(f"other processes took {others.share or 0:.0%} of the machine")
     return {
         "gpu": None,  # nothing here runs on one
-        "peers": versions("onnxruntime", "openvino", "nncf", "torch"),
+        "peers": {"onnxruntime": onnxruntime.__version__, **versions("openvino", "nncf")},
         "run": args.run.name,
         "weights": Path(run.info["cache"]["weights"]).name,
         "data": {"name": run.info["cache"]["dataset"]["name"], "classes": len(run.info["classes"])},
