@@ -176,13 +176,19 @@ def page(rows: Mapping[str, Any], missing: Mapping[str, str], yardstick: Mapping
     return "\n".join([text, *(f"- {name}: not measured, {why}" for name, why in missing.items())])
 
 
-def prepared(args: argparse.Namespace, scratch: Path) -> tuple[Run, Checks, drift.Yardstick, Path]:
-    """The run, its check films with torch's answers, what changed films do, and the file of NNCF's films."""
-    file, stages = args.run / "model.fp32.onnx", set[str]()
+def read(folder: Path) -> Run:
+    """The run with the final model that its float32 file is of; InputError where they are of different weights."""
+    file = folder / "model.fp32.onnx"
     said = model_file.read(file)
-    run = read_run(args.run, said["final"]["kind"])
+    run = read_run(folder, said["final"]["kind"])
     if said["model_sha256"] != run.info["model_sha256"]:
-        raise InputError(f"--run: {file} was exported from other weights than those of {args.run}.")
+        raise InputError(f"--run: {file} was exported from other weights than those of {folder}.")
+    return run
+
+
+def prepared(args: argparse.Namespace, run: Run, films: Path) -> tuple[Checks, drift.Yardstick]:
+    """The check films with torch's answers, and what changed films do; writes the pixels for NNCF to `films`."""
+    stages = set[str]()
 
     def say(stage: str, done: int, total: int) -> None:
         if stage not in stages:
@@ -192,9 +198,8 @@ def prepared(args: argparse.Namespace, scratch: Path) -> tuple[Run, Checks, drif
     checks = checks_of(run, args.images, args.films, say, rounding=args.calibration)
     if not len(checks.rounding):
         raise InputError("--images: no training film besides the checked ones is readable; NNCF needs some.")
-    yardstick = measure_yardstick(run, checks, file, say)
-    np.save(films := scratch / "films.npy", checks.rounding)
-    return run, checks, yardstick, films
+    np.save(films, checks.rounding)
+    return checks, measure_yardstick(run, checks, args.run / "model.fp32.onnx", say)
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -203,12 +208,13 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     cores = device.prepare()  # of the reference and the yardstick, which are not timed
     args.threads = args.threads or cores
     load = [os.getloadavg()[0]]
-    run, checks, yardstick, films = prepared(args, scratch)
-    reference = calibration.apply(run.info["calibration"], checks.raw)
+    run, films = read(args.run), scratch / "films.npy"
     arms = engines(args.run, run, args, films)
     asked = [name.strip() for name in args.only.split(",")] if args.only else list(arms)
     if unknown := [name for name in asked if name not in arms]:
         raise SystemExit(f"--only: {unknown[0]!r} is not one of {', '.join(arms)}.")
+    checks, yardstick = prepared(args, run, films)
+    reference = calibration.apply(run.info["calibration"], checks.raw)
     with hardware.OtherCpu() as others, contextlib.ExitStack() as stack:  # children are waited for first: our own CPU
         workers, answers, missing = opened(stack, {name: arms[name] for name in asked}, checks, reference)
         where = {name: worker.about.where for name, worker in workers.items()}

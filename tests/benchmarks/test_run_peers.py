@@ -59,9 +59,10 @@ def dying(arm: Arm) -> tuple[About, Any]:
     os._exit(7)
 
 
-def options(driver: ModuleType, run: Path, **changed: Any) -> argparse.Namespace:
+def options(driver: ModuleType, run: Path | None, **changed: Any) -> argparse.Namespace:
     few = {"run": run, "films": 8, "calibration": 4, "rounds": 6, "calls": 1, "threads": 1}
-    return argparse.Namespace(**(driver.OPTIONS | few | changed))
+    defaults = {name: None if isinstance(value, type) else value for name, value in driver.OPTIONS.items()}
+    return argparse.Namespace(**(defaults | few | changed))
 
 
 def test_every_engine_has_its_row_and_is_timed_in_turn(
@@ -72,7 +73,7 @@ def test_every_engine_has_its_row_and_is_timed_in_turn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Drift against one made by hand, from the run's own float32 file and its thresholds."""
-    whole = driver.engines
+    whole, paths = driver.engines, list[Path]()
 
     def engines(folder: Path, run: Any, args: argparse.Namespace, films: Path) -> dict[str, Arm]:
         every = whole(folder, run, args, films)
@@ -81,7 +82,7 @@ def test_every_engine_has_its_row_and_is_timed_in_turn(
             "OpenVINO bfloat16", "OpenVINO int8 (NNCF)",
         ]  # fmt: skip
         assert {arm.threads for arm in every.values()} == {1}
-        assert np.load(films).shape == (4, 160, 160)
+        paths.append(films)
         for name, opener in (
             ("torch compiled float32", partial(coarse, digits=2)),
             ("OpenVINO float32", dying),
@@ -93,6 +94,7 @@ def test_every_engine_has_its_row_and_is_timed_in_turn(
 
     monkeypatch.setattr(driver, "engines", engines)
     found = json.loads(json.dumps(driver.measure(options(driver, run), tmp_path)), parse_constant=pytest.fail)
+    assert np.load(paths[0]).shape == (4, 160, 160), "what NNCF is given"
     assert list(found["engines"]) == ["ours float32", "torch eager float32", "OpenVINO int8 (NNCF)"]
     why = found["not_measured"]
     assert set(why) == {"ours int8", "torch compiled float32", "OpenVINO float32", "OpenVINO bfloat16"}
@@ -147,15 +149,13 @@ def test_float32_of_ours_that_differs_is_a_fault_and_another_engine_is_left_out(
 
 def test_what_is_asked_wrongly_ends_in_one_line(driver: ModuleType, run: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--run: give a run folder"):
-        driver.measure(options(driver, run, run=None), tmp_path)
+        driver.measure(options(driver, None), tmp_path)
     with pytest.raises(SystemExit, match="--only: 'ours int4' is not one of ours float32, ours int8, "):
         driver.measure(options(driver, run, only="ours int4"), tmp_path)
 
 
-def test_a_missing_engine_or_instruction_is_a_reason(
-    peers: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arm = Arm(path=run / "model.fp32.onnx", threads=1)
+def test_a_missing_engine_or_instruction_is_a_reason(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = Arm(path=Path("model.fp32.onnx"), threads=1)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match=r"openvino is not installed: pip install -r benchmarks/requirements-peers"):
         peers.openvino(arm)
