@@ -176,3 +176,28 @@ def test_openvino_answers_as_our_file_does(peers: ModuleType, run: Path) -> None
     pixels = np.random.default_rng(0).integers(0, 256, (1, 160, 160), np.uint8)
     np.testing.assert_allclose(answer(pixels), ours.probabilities(pixels), atol=1e-5)
     assert about.labels == ours.labels
+
+
+def test_the_table_of_the_page_is_that_of_the_results(peers: ModuleType, tmp_path: Path) -> None:
+    tables = importlib.import_module("peers_table")
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.common.between(page, "peers") == tables.table(), "run python benchmarks/peers_table.py"
+    empty = tables.table(tmp_path)
+    assert empty.count("**not measured**; `python benchmarks/run_peers.py --run RUN` measures it.") == 2
+    far = {"flips": 12.34, "p99": 0.001, "macro_drop": 0.002, "map_drop": None}
+    made = {
+        "name": "peers", "date": "2026-01-02", "threads": 3, "rounds": 6, "calls_a_round": 11,
+        "machine": {"cpu": "X", "cores": 4, "cpu_flags": ["avx2", "avx512_vnni"]}, "noise": {"share": 0.25},
+        "films": {"checked": 5, "calibration": 6}, "not_measured": {"B": "it is not installed"},
+        "engines": {"A": {"over_ours_float32": {"median": 0.5, "low": 0.4, "high": 0.6, "n": 6}, "drift": far}},
+        "yardstick": {"jpeg_95": far, "one_pixel": far},
+    }  # fmt: skip
+    (tmp_path / "peers-x.json").write_text(json.dumps(made))
+    lines = tables.table(tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| A |  |  |  |  |  | 0.50 [0.40, 0.60] | 12.3 | 0.0010 | +0.0020 |  |",
+        f"| B |{'  |' * 10}",
+    ]
+    assert "| film: one pixel |  |  |  |  |  |  | 12.3 | 0.0010 | +0.0020 |  |" in lines
+    assert any(line.startswith("- with VNNI: X, 4 cores, 3 thread(s)") and "25%" in line for line in lines)
+    assert "- with VNNI, B: not measured, it is not installed." in lines
