@@ -43,13 +43,14 @@ FLOAT32 = ("fp32", "torch")
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One model to compare: an ONNX file, or a run folder whose final model of a kind torch runs in float32."""
+    """One model: an ONNX file, a run folder's final model of a kind in torch float32, or what `opener` opens for it."""
 
     path: Path
     torch: bool = False
     final: str | None = None
     device: str = "auto"
     threads: int | None = None
+    opener: Callable[[Arm], tuple[About, Callable[[np.ndarray], np.ndarray]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,7 @@ def work(pipe: Connection, arm: Arm) -> None:
     """The other process: opens the model, says what it is, then answers and times until told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which ends this one
     try:
-        about, run = _open_torch(arm) if arm.torch else _open_onnx(arm)
+        about, run = (arm.opener or (_open_torch if arm.torch else _open_onnx))(arm)
     except CxrFastError as error:
         pipe.send(error)
         return
