@@ -156,9 +156,9 @@ def _require_vit(name: str, where: str) -> None:
 
 
 def select(names: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The tensors of a timm checkpoint by their names under `visual.`, and what is left out: the classifier.
+    """The tensors of a timm checkpoint by their names under `visual.`, and what is left out: classifier, mask token.
 
     Returns ({name in the file: name here}, parts).
     """
-    left_out = [name for name in names if name.startswith("head.")]
-    return {name: f"trunk.{name}" for name in names if name not in left_out}, ["head"] if left_out else []
+    left_out = {name: name.partition(".")[0] for name in names if name == "mask_token" or name.startswith("head.")}
+    return {name: f"trunk.{name}" for name in names if name not in left_out}, sorted(set(left_out.values()))

@@ -192,6 +192,8 @@ def _read_plain(files: WeightFiles) -> tuple[dict[str, Any], dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     for path in files.tensors:
         tensors |= _load(path, chosen)
+    if whole := next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None):
+        raise InputError(f"--weights: {where} holds {whole} as {tensors[whole].dtype}; quantised weights are not read.")
     return config, tensors if of_timm else transformers_names.rename(tensors, config, where)
 
 

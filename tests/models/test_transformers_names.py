@@ -284,6 +284,10 @@ def without(*gone: str) -> dict[str, torch.Tensor]:
             ["2 patch embedding(s)"],
         ),
         ({"weight": torch.ones(1)}, ["no patch embedding(s)"]),
+        (
+            {**dinov2_tensors(), "layernorm.weight": torch.ones(32, dtype=torch.int8)},
+            ["holds layernorm.weight as torch.int8; quantised"],
+        ),
     ],
 )
 def test_tensors_of_another_model_are_refused(
