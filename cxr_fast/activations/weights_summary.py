@@ -12,7 +12,7 @@ from ..config import CacheSpec, to_dict
 from ..models import onednn
 from ..models.backbone import Backbone, embed, load
 from ..models.device import pick_device, prepare
-from ..models.weights import read_licence
+from ..models.weights import locate, read_asked_resize, read_licence
 
 # What is timed for the estimate: a pass of this many films through this many blocks, the best of some.
 FILMS, BLOCKS, ROUNDS = 4, 2, 3
@@ -62,7 +62,7 @@ def summarise(source: str, spec: CacheSpec | None = None) -> WeightsSummary:
     spec, device = spec or CacheSpec(), pick_device("auto")
     prepare()
     tower = load(source)
-    trunk, config = tower.visual.trunk, tower.config
+    trunk, config, files = tower.visual.trunk, tower.config, None if tower.random else locate(source)
     tokens, width, embedding = tower.shape
     left = min(spec.unfreeze_blocks, tower.depth)
     row = tokens * width if left else embedding
@@ -83,9 +83,9 @@ def summarise(source: str, spec: CacheSpec | None = None) -> WeightsSummary:
         projection="proj" in tower.visual.head._modules,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        asked=dict(config.get("preprocess", {})),
+        asked=config.get("preprocess") or (read_asked_resize(files) if files else {}),
         left_out=tuple(config.get("left_out", ())),
-        licence=config.get("licence") or ("" if tower.random else read_licence(source)),
+        licence=config.get("licence") or (read_licence(files) if files else ""),
         views=len(spec.views),
         left=left,
         row_bytes=row * len(spec.views) * torch.finfo(getattr(torch, to_dict(spec)["dtype"])).bits // 8,

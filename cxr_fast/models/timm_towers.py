@@ -87,7 +87,7 @@ def build(config: Mapping[str, Any]) -> Tower:
     trunk = VisionTransformer(
         img_size=vision["image_size"], num_classes=0, act_layer=act, norm_layer=norm, weight_init="skip", **values
     )
-    if trunk.attn_pool is not None:  # timm before 1.0.20 gives this one GELU, whatever the blocks have
+    if trunk.attn_pool is not None:  # its MLP has the activation of the blocks, whatever this timm passes on
         trunk.attn_pool.mlp.act = act()
     projection = nn.Linear(trunk.embed_dim, config["embed_dim"], bias=False) if vision["projection"] else None
     return Tower(trunk, projection)

@@ -239,12 +239,12 @@ def _load(path: Path, chosen: Mapping[str, str]) -> dict[str, torch.Tensor]:
         return {chosen[name]: file.get_tensor(name) for name in file.keys() if name in chosen}  # noqa: SIM118
 
 
-def read_licence(source: str) -> str:
+def read_licence(files: WeightFiles) -> str:
     """The licence that the card beside the weights names in its header; empty where none does."""
     try:
-        card = locate(source).get(CARD)
+        card = files.get(CARD)
         text = card.read_text(encoding="utf-8", errors="replace") if card else ""
-    except (InputError, OSError):  # the weights are here already, or say themselves why they are not
+    except (InputError, OSError):  # a card is not needed
         return ""
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     said = (
@@ -252,6 +252,17 @@ def read_licence(source: str) -> str:
     )
     name, detail = said.get("license", ""), said.get("license_name", "")
     return f"{name} ({detail})" if name and detail else name or detail
+
+
+def read_asked_resize(files: WeightFiles) -> dict[str, str]:
+    """How the config of an open_clip model resizes its images: `resize` and `interpolation`, where it says so.
+
+    A config of timm and transformers has it under `preprocess`. It is for a reader, and decides nothing.
+    """
+    asked = read_json(files.config).get("preprocess_cfg") or {}
+    modes = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+    found = {"resize": modes.get(str(asked.get("resize_mode")), ""), "interpolation": asked.get("interpolation", "")}
+    return {name: str(value) for name, value in found.items() if value}
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cxr_fast.errors import InputError
 from cxr_fast.models import backbone
 from tests.conftest import TOY, TOY_AVERAGE
 from tests.helpers.encoders import DINOV2, PROCESSOR, dinov2_tensors, write_plain
+from tests.helpers.weights import biomedclip_config, toy_tensors, write_folder
 
 
 def test_a_folder_of_transformers_is_described(tmp_path: Path) -> None:
@@ -49,6 +50,15 @@ def test_the_operations_are_those_that_torch_counts(source: str) -> None:
         with FlopCounterMode(display=False) as counter:
             backbone.prefix(tower.visual, x, tower.depth - blocks)
         assert count_operations(tower.visual.trunk, blocks) == counter.get_total_flops()
+
+
+def test_the_resize_of_an_open_clip_config_is_said(tmp_path: Path) -> None:
+    config = biomedclip_config("test_vit")
+    assert summarise(write_folder(tmp_path / "a", toy_tensors(), config)).asked == {}
+    config["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": "shortest"}
+    found = summarise(write_folder(tmp_path / "b", toy_tensors(), config))
+    assert found.asked == {"resize": "crop", "interpolation": "bilinear"}
+    assert (found.family, found.projection, found.embedding) == ("open_clip, test_vit", True, 512)
 
 
 def test_weights_that_cannot_be_loaded_are_refused_as_they_would_be(tmp_path: Path) -> None:

@@ -143,11 +143,11 @@ def test_another_network_is_refused_with_the_reason(tmp_path: Path, change: dict
 def test_the_licence_is_that_of_the_config_or_of_the_card(tmp_path: Path) -> None:
     folder = write_plain(tmp_path, CONFIG, timm.create_model("test_vit", num_classes=0).state_dict(), None)
     assert backbone.load(str(folder)).config["licence"] == "mit"
-    assert weights.read_licence(str(folder)) == ""
+    assert weights.read_licence(weights.locate(str(folder))) == ""
     for header, said in (
         ("---\nlicense: apache-2.0\ntags: [x]\n---\n# Card\n", "apache-2.0"),
         ("---\ntags: [x]\nlicense: other\nlicense_name: some-terms\n---\n", "other (some-terms)"),
         ("# Card\nlicense: mit\n", ""),
     ):
         (folder / "README.md").write_text(header)
-        assert weights.read_licence(str(folder)) == said
+        assert weights.read_licence(weights.locate(str(folder))) == said

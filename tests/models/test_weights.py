@@ -247,9 +247,9 @@ def test_a_model_of_transformers_in_the_hub_cache_needs_no_network(hub: Path, mo
     write_plain(snapshot, DINOV2, dinov2_tensors())
     loaded = backbone.load("owner/name")
     assert loaded.config["family"] == "dinov2"
-    assert weights.read_licence("hf-hub:owner/name") == "", "no card is in the cache"
+    assert weights.read_licence(weights.locate("hf-hub:owner/name")) == "", "no card is in the cache"
     (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert weights.read_licence("hf-hub:owner/name") == "mit"
+    assert weights.read_licence(weights.locate("hf-hub:owner/name")) == "mit"
     # With a network open_clip's config comes first; once it is known to be absent, nothing is asked any more.
     monkeypatch.setattr(weights, "hub_resolves", lambda: True)
     assert "cannot fetch owner/name" in refused("owner/name")
