@@ -99,8 +99,8 @@ def _weights(source: str) -> str:
             "licence": found.licence or "not named in the files; see the model's page",
             "cache": f"{found.row_bytes:,} bytes a film: {counted(found.views, 'view')} in {CacheSpec().dtype}, "
             f"{counted(found.left, 'block')} left to train",
-            "time": f"about {duration(found.seconds, tenths=True)} for 1,000 films on this machine ({found.device}): an "
-            f"estimate from {counted(BLOCKS, 'block')} and {FILMS} films, without reading them",
+            "time": f"about {duration(found.seconds, tenths=True)} for 1,000 films on this machine ({found.device}): "
+            f"an estimate from {counted(BLOCKS, 'block')} and {FILMS} films, without reading them",
         }
     )
 
