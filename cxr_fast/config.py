@@ -25,6 +25,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+# The config beside a set of weights, by which it is known: of open_clip; of timm and transformers.
+WEIGHT_CONFIGS = ("open_clip_config.json", "config.json")
 VIEWS = ("plain", "flip")
 
 # What may be done to a film without a reader seeing it, in words: the yardstick of what fp16 and int8 may change.
@@ -143,7 +145,9 @@ class CacheSpec:
     ('plain', 'flip')
     """
 
-    weights: str = _setting("biomedclip", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
+    weights: str = _setting(
+        "biomedclip", "biomedclip, a hub id or folder (open_clip, timm, transformers), or random:SEED[:timm_arch]."
+    )
     unfreeze_blocks: int = _setting(2, "Blocks left to train; 0 caches embeddings and trains the head alone.")
     views: tuple[str, ...] = _setting(VIEWS, "Views to cache: plain, or plain,flip.")
     normalize: Literal["model", "imagenet"] = _setting("model", "Channel statistics: the model's own, or ImageNet's.")

@@ -1,4 +1,4 @@
-"""Describe a cache, a run folder, an ONNX model or a benchmark's JSON in a few lines."""
+"""Describe a cache, a run folder, an ONNX model, a set of weights or a benchmark's JSON in a few lines."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import PARTIAL, SHARDS
+from ..config import PARTIAL, SHARDS, WEIGHT_CONFIGS, CacheSpec
 from ..errors import InputError
 from ..inference import hub
 from ..system import extras
-from ..system.text import counted
+from ..system.text import counted, duration
 
 if TYPE_CHECKING:
     from ..activations.file import Header
 
+POOLING = {"token": "class token", "avg": "mean of patches", "map": "attention with one query"}
+
 
 def describe(path: Path) -> str:
-    """A description of the file or folder, or of a model on the hub. Raises InputError when it is none of ours."""
+    """A description of the file or folder, or of a model on the hub. Raises InputError when it is none of ours.
+
+    A hub id is `hf-hub:owner/name`, of model files of ours or of weights; without `hf-hub:` it is of weights.
+    """
     if hub.is_address(path):
-        file, source = _fetch(path)
-        with hub.named_by_address(source, file):
-            return _model(file, source)
+        return _on_hub(path)
     if path.is_dir():
+        if any((path / name).is_file() for name in WEIGHT_CONFIGS) and not (path / "run.json").exists():
+            return _weights(str(path))
         models = sorted(path.glob("*.onnx"))
         if models and not (path / "run.json").exists():
             return "\n\n".join(_model(model) for model in models)
         return _run(path)
     if not path.exists():
+        if str(path) == "biomedclip" or str(path).startswith("random:") or _is_hub_id(path):
+            return _weights(str(path))
         raise InputError(f"{path}: no such file.")
     if path.suffix == ".onnx":
         return _model(path)
@@ -44,6 +51,58 @@ def describe(path: Path) -> str:
     if path.suffix == ".h5" or path.name.endswith(PARTIAL):
         return _cache(path)
     raise InputError(f"{path}: not a cache (.h5 or {SHARDS}), a run folder, a model (.onnx) or a benchmark (.json).")
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Whether a path that does not exist can name weights on the hub: two parts, and no ending of a file of ours."""
+    named = len(path.parts) == 2 and path.parts[0] not in ("/", ".", "..")
+    return named and path.suffix not in (".onnx", ".h5", ".json", PARTIAL)
+
+
+def _on_hub(path: Path) -> str:
+    """Describe the model file of an address; where the repository has none, its weights."""
+    try:
+        file, source = _fetch(path)
+    except InputError as none_of_ours:
+        try:
+            from ..models.weights import locate
+
+            locate(str(path))
+        except (InputError, ModuleNotFoundError):
+            raise none_of_ours from None
+        return _weights(str(path))
+    with hub.named_by_address(source, file):
+        return _model(file, source)
+
+
+def _weights(source: str) -> str:
+    from ..activations.weights_summary import BLOCKS, FILMS, summarise
+
+    found = summarise(source)
+    classes, registers, patches = found.tokens
+    grid = f"patches of {found.patch} x {found.patch} pixels"
+    parts = [(classes, "class"), (registers, "register"), (patches, grid)]
+    asked = ", ".join(found.asked.values())
+    return lines(
+        {
+            "weights": source + (" (RANDOM, not learned)" if found.random else ""),
+            "family": found.family,
+            "parameters": f"{found.parameters:,}",
+            "blocks": f"{found.depth} of width {found.width}, {found.heads} heads",
+            "images": f"{found.image_size} x {found.image_size} pixels",
+            "tokens": f"{sum(found.tokens):,}: " + ", ".join(f"{count:,} {what}" for count, what in parts if count),
+            "embedding": f"{found.embedding} from {POOLING.get(found.pooling, found.pooling)}"
+            + (", projected" if found.projection else ""),
+            "normalisation": f"mean {_short(list(found.mean))}, std {_short(list(found.std))}",
+            "asked resize": f"{asked}; films are resized bicubic, and made square as --resize says" if asked else "",
+            "left out": ", ".join(found.left_out),
+            "licence": found.licence or "not named in the files; see the model's page",
+            "cache": f"{found.row_bytes:,} bytes a film: {counted(found.views, 'view')} in {CacheSpec().dtype}, "
+            f"{counted(found.left, 'block')} left to train",
+            "time": f"about {duration(found.seconds, tenths=True)} for 1,000 films on this machine ({found.device}): "
+            f"an estimate from {counted(BLOCKS, 'block')} and {FILMS} films, without reading them",
+        }
+    )
 
 
 def _fetch(path: Path) -> tuple[Path, str]:

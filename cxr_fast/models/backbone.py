@@ -1,4 +1,4 @@
-"""BiomedCLIP's vision tower: load it, cut it in two, hash each part. The text tower is never built."""
+"""A vision tower such as BiomedCLIP's: load it, cut it in two, hash each part. The text tower is never built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
-from . import weights
+from . import timm_towers, weights
 from .tail import embedding_width
 from .weights import short_reason, weights_sha256
 
@@ -24,7 +24,8 @@ EMBEDDING_CUT = "embedding"
 class Backbone:
     """A frozen vision tower in evaluation mode, with what is needed to build it again.
 
-    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`; `source` is what `--weights` was given.
+    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`, and of timm and transformers `family`; `source` is what
+    `--weights` was given.
     """
 
     visual: Any = field(repr=False)
@@ -59,9 +60,9 @@ class Backbone:
 def load(source: str) -> Backbone:
     """The vision tower named by `--weights`.
 
-    `source` is `biomedclip`, a hub id (`hf-hub:owner/name` or `owner/name`), a local folder holding
-    `open_clip_config.json` and the weights, or `random:SEED[:timm_arch]`. Raises InputError with one line
-    naming the files to fetch when the hub cannot be reached.
+    `source` is `biomedclip`, a hub id (`hf-hub:owner/name` or `owner/name`), a local folder holding the files of
+    open_clip, timm or transformers, or `random:SEED[:timm_arch]`. Raises InputError with one line naming the files to
+    fetch when the hub cannot be reached, and with the reason for a model that is not supported.
     """
     if source.startswith("random:"):
         config, visual = _draw(source)
@@ -72,26 +73,12 @@ def load(source: str) -> Backbone:
 
 
 def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
-    """An open_clip `TimmModel` for `config`, with open_clip's own pooling and projection (no weights loaded)."""
-    import timm  # noqa: F401  open_clip's own message on its absence names no extra of ours
-    from open_clip.timm_model import TimmModel
-
-    vision = config["vision_cfg"]
-    name = vision.get("timm_model_name")
-    if not name:
-        raise InputError(
-            "--weights: the open_clip config names no timm_model_name; only timm ViT towers are supported."
-        )
+    """A tower for `config`, no weights loaded: open_clip's own `TimmModel`, or a `timm_towers.Tower`."""
+    name = timm_towers.name_of(config)
     with torch.device(device):
         try:
-            visual = TimmModel(
-                name,
-                config["embed_dim"],
-                image_size=vision.get("image_size", 224),
-                pool=vision.get("timm_pool", "avg"),
-                proj=vision.get("timm_proj", "linear"),
-                proj_bias=vision.get("timm_proj_bias", False),
-            )
+            described = timm_towers.is_described(config["vision_cfg"])
+            visual = timm_towers.build(config) if described else _build_open_clip(config)
         except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError) as error:
             raise InputError(
                 f"--weights: timm cannot build {name!r} as a vision tower: {short_reason(error)}"
@@ -102,6 +89,27 @@ def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
     return visual.eval().requires_grad_(False)
 
 
+def _build_open_clip(config: Mapping[str, Any]) -> Any:
+    """An open_clip `TimmModel`, with open_clip's own pooling and projection."""
+    import timm  # noqa: F401  open_clip's own message on its absence names no extra of ours
+    from open_clip.timm_model import TimmModel
+
+    vision = config["vision_cfg"]
+    name = vision.get("timm_model_name")
+    if not name:
+        raise InputError(
+            "--weights: the open_clip config names no timm_model_name; only timm ViT towers are supported."
+        )
+    return TimmModel(
+        name,
+        config["embed_dim"],
+        image_size=vision.get("image_size", 224),
+        pool=vision.get("timm_pool", "avg"),
+        proj=vision.get("timm_proj", "linear"),
+        proj_bias=vision.get("timm_proj_bias", False),
+    )
+
+
 def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
     """A tower with the given tensors (names as under `visual.`). Raises InputError naming what does not fit."""
     visual = build_visual(config, device="meta")
@@ -109,7 +117,7 @@ def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
         raise InputError(
-            f"--weights: the checkpoint does not fit {config['vision_cfg']['timm_model_name']}: "
+            f"--weights: the checkpoint does not fit {timm_towers.name_of(config)}: "
             f"{len(missing)} tensor(s) missing {missing[:3]}, {len(extra)} unknown {extra[:3]}."
         )
     for name, want in expected.items():

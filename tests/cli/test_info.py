@@ -13,6 +13,7 @@ from cxr_fast.activations import file as store
 from cxr_fast.cli import info
 from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.training.run_folder import read_info
+from tests.helpers.encoders import DINOV2, dinov2_tensors, write_plain
 
 
 def facts(path: Path) -> dict[str, str]:
@@ -149,3 +150,36 @@ def test_an_unknown_schema_is_refused(toy_cache: Path, tmp_path: Path) -> None:
         file.attrs["written_by"] = "cxr-fast 9.9"
     with pytest.raises(SchemaError, match=r"schema 9 \(written by cxr-fast 9\.9\)"):
         info.describe(own)
+
+
+def test_weights(tmp_path: Path) -> None:
+    folder = write_plain(tmp_path, DINOV2, dinov2_tensors())
+    found = facts(folder)
+    assert found["weights"] == str(folder)
+    assert found["family"] == "transformers, dinov2"
+    assert found["tokens"] == "5: 1 class, 4 patches of 14 x 14 pixels"
+    assert found["embedding"] == "32 from class token"
+    assert found["asked resize"].startswith("squash, bicubic; films are resized bicubic")
+    assert found["left out"] == "mask_token"
+    assert found["licence"] == "not named in the files; see the model's page"
+    assert found["cache"] == "640 bytes a film: 2 views in float16, 2 blocks left to train"
+    assert found["time"].startswith("about ")
+    assert "an estimate from 2 blocks and 4 films" in found["time"]
+    found = facts(Path("random:0:test_vit2"))
+    assert found["weights"] == "random:0:test_vit2 (RANDOM, not learned)"
+    assert found["tokens"] == "101: 1 register, 100 patches of 16 x 16 pixels"
+
+
+def test_what_names_no_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, said in (
+        ("nothing", "nothing: no such file"),
+        ("cache/nothing.h5", "cache/nothing.h5: no such file"),
+        ("no/such/folder", "no/such/folder: no such file"),
+        ("some/weights", "some/weights is no folder here"),
+    ):
+        with pytest.raises(InputError, match=said):
+            info.describe(Path(name))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds no model\.safetensors"):
+        info.describe(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import random
@@ -16,6 +17,7 @@ import torch
 
 from cxr_fast.errors import InputError
 from cxr_fast.models import backbone, weights
+from tests.helpers.encoders import DINOV2, dinov2_tensors, write_plain
 from tests.helpers.weights import BIN, MEAN, SAFE, biomedclip_config, refused, toy_tensors, write_folder
 
 
@@ -234,6 +236,51 @@ def test_a_hub_model_without_open_clip_files_is_refused(monkeypatch: pytest.Monk
     write_folder(hub, toy_tensors(), biomedclip_config("test_vit"))
     present.append(BIN)
     assert backbone.load("owner/name").source == "owner/name"
+
+
+def test_a_model_of_transformers_in_the_hub_cache_needs_no_network(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "hub_resolves", lambda: False)
+    commit = "0" * 40
+    snapshot = hub / "models--owner--name" / "snapshots" / commit
+    (hub / "models--owner--name" / "refs").mkdir(parents=True)
+    (hub / "models--owner--name" / "refs" / "main").write_text(commit)
+    write_plain(snapshot, DINOV2, dinov2_tensors())
+    loaded = backbone.load("owner/name")
+    assert loaded.config["family"] == "dinov2"
+    assert weights.read_licence(weights.locate("hf-hub:owner/name")) == "", "no card is in the cache"
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert weights.read_licence(weights.locate("hf-hub:owner/name")) == "mit"
+    # With a network open_clip's config comes first; once it is known to be absent, nothing is asked any more.
+    monkeypatch.setattr(weights, "hub_resolves", lambda: True)
+    assert "cannot fetch owner/name" in refused("owner/name")
+    absent = hub / "models--owner--name" / ".no_exist" / commit
+    absent.mkdir(parents=True)
+    (absent / "open_clip_config.json").touch()
+    assert backbone.load("owner/name").config == loaded.config
+
+
+def test_a_hub_model_in_several_files_is_fetched_by_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder, asked = write_plain(tmp_path / "there", DINOV2, dinov2_tensors()), []
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    named = {"weight_map": dict.fromkeys(dinov2_tensors(), "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(named))
+
+    def download(repo: str, name: str, **_: Any) -> str:
+        asked.append(name)
+        if not (folder / name).exists():
+            raise EntryNotFoundError(f"404: {name}")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(weights, "hub_resolves", lambda: True)
+    assert backbone.load("owner/name").config["family"] == "dinov2"
+    assert asked == [
+        *("open_clip_config.json", "config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("model-00001-of-00001.safetensors", "preprocessor_config.json"),
+    ]
 
 
 def test_a_hash_depends_on_names_and_shapes_too() -> None:
