@@ -11,7 +11,7 @@ from ..errors import CxrFastError
 from ..inference import model_file
 from ..metrics import drift
 from ..recipes import RECIPES, reference_value
-from ..system.text import Figure, Label, Table, duration
+from ..system.text import Figure, Label, Table, duration, note_own_size
 from .summary import Record
 
 
@@ -68,6 +68,7 @@ def fact_table(run: Record) -> Table:
     own = run.get("custom") or {}
     facts = {
         "weights": Label(text=weights, alarm=run["random_weights"]),
+        "image size": describe_size(run),
         "cache fingerprint": cache["fingerprint"],
         "model": run["model_sha256"],
         "trained parameters": f"{count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{norm}",
@@ -85,6 +86,11 @@ def fact_table(run: Record) -> Table:
         "written": f"{run['written_by']}, {run['created']}",
     }
     return Table(title="Facts", columns=["", ""], rows=[[name, value] for name, value in facts.items() if value])
+
+
+def describe_size(run: Record) -> str:
+    """Text of the image size of a run, and of the size of the backbone's own where that is another."""
+    return "{0} x {0} pixels".format(run["preprocess"]["size"]) + note_own_size(run["backbone"])
 
 
 def _hardware(run: Record) -> str:
