@@ -35,8 +35,9 @@ def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any, str]]:
     given = ((CacheSpec, run["cache"]["spec"]), (PreprocessSpec, run["preprocess"]), (SweepSpec, run["spec"]))
     for spec, values in (*given, (TrainSpec, run["train"])):
         for name, here in values.items():
-            # The size is the backbone's, the seed nobody's choice.
-            if name in explained or name in ("train", "preprocess", "size", "seed"):
+            # The size is the backbone's unless another was asked for, the seed nobody's choice.
+            own_size = name == "size" and "own_image_size" not in run["backbone"]
+            if name in explained or own_size or name in ("train", "preprocess", "seed"):
                 continue
             published = reference_value(spec, name)
             published = list(published) if isinstance(published, tuple) else published  # as run.json holds it
