@@ -28,6 +28,7 @@ PREPROCESS = st.builds(
 CACHE = st.builds(
     CacheSpec,
     weights=st.text(max_size=20),
+    image_size=st.none() | st.integers(8, 2048),
     unfreeze_blocks=st.integers(0, 12),
     views=st.sampled_from([("plain",), ("plain", "flip")]),
     normalize=st.sampled_from(config.choices(CacheSpec, "normalize")),
@@ -109,7 +110,7 @@ def shuffled(value: Any, order: Any) -> Any:
 
 
 def test_the_strategies_cover_every_field() -> None:
-    built = {PreprocessSpec: 3, CacheSpec: 6, TrainSpec: 32, SweepSpec: 12}
+    built = {PreprocessSpec: 3, CacheSpec: 7, TrainSpec: 32, SweepSpec: 12}
     assert {cls: len(dataclasses.fields(cls)) for cls in SPECS} == built
 
 
@@ -159,6 +160,7 @@ BAD = [
     (PreprocessSpec, "size", (0, 7, 4097, -1)),
     (PreprocessSpec, "resize", ("stretch", "", None)),
     (PreprocessSpec, "dicom_policy", ("VOI",)),
+    (CacheSpec, "image_size", (0, 7, 2049, -16)),
     (CacheSpec, "unfreeze_blocks", (-1,)),
     (CacheSpec, "views", ((), ("flip",), ("flip", "plain"), ("plain", "plain"), ("plain", "rotated"), "plain")),
     (CacheSpec, "normalize", ("openai",)),

@@ -30,14 +30,19 @@ from . import file as store
 from .encoder import BuildProgress, Encoder, Pipeline, decode, with_size
 from .job import CacheJob, FileJob, make_header, shard_ranges
 
+USUAL_SIZE = 224
 NOTHING_YET = "stopped before anything was encoded; run the same command again to go on with {}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """What a cache run will do, known before it starts; `seconds` from one image decoded and one block encoded."""
+    """What a cache run will do, known before it starts; `seconds` from one image decoded and one block encoded.
+
+    `size` is what the tower sees, pixels a side.
+    """
 
     images: int
+    size: int
     views: int
     cut: str
     dtype: str
@@ -99,6 +104,7 @@ def plan(job: CacheJob) -> BuildPlan:
     folder = next(parent for parent in job.out.resolve().parents if parent.exists())
     return BuildPlan(
         images=header.shape[0],
+        size=job.backbone.image_size,
         views=header.shape[1],
         cut=header.meta["fingerprint_parts"]["cut"],
         dtype=header.dtype,
@@ -119,11 +125,13 @@ def _expected_seconds(job: CacheJob, images: int) -> float:
     mark = time.perf_counter()
     decode(job.manifest.path(0), job.spec)
     decoding = (time.perf_counter() - mark) / job.threads
-    pixels = np.zeros((encoder.block, *(job.spec.preprocess.size,) * 2), np.uint8)
+    size = job.spec.preprocess.size
+    few = max(1, min(encoder.block, encoder.block * USUAL_SIZE**2 // size**2))  # no longer wait for larger images
+    pixels = np.zeros((few, size, size), np.uint8)
     encoder(pixels)
     mark = time.perf_counter()
     encoder(pixels)
-    computing = (time.perf_counter() - mark) / encoder.block * len(job.spec.views)
+    computing = (time.perf_counter() - mark) / few * len(job.spec.views)
     return images * (decoding + computing if encoder.device.type == "cpu" else max(decoding, computing))
 
 
@@ -147,7 +155,7 @@ def build_cache(
         (4, 2, 512)
     """
     spec = spec or CacheSpec()
-    tower = load(spec.weights)
+    tower = load(spec.weights, spec.image_size)
     job = CacheJob(
         manifest=manifest, backbone=tower, spec=with_size(spec, tower), out=Path(out), shards=shards, device=device
     )

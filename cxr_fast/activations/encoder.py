@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,8 @@ from ..data.images import flip, load
 from ..errors import ImageError, InputError
 from ..models import onednn
 from ..models.backbone import Backbone, prefix
+from ..models.backbone import load as load_backbone
+from ..models.positions import SizeError
 from .file import FAILED, PENDING, Writer
 from .job import CacheJob
 from .reuse import hash_image
@@ -93,8 +95,24 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return (pixels[:, None].float().div(255).expand(-1, 3, -1, -1) - mean) / std
 
 
+def load_recorded(meta: Mapping[str, Any], weights: str | None = None) -> Backbone:
+    """Load the tower that the header of a cache names, or `weights` in its place, at the image size of the cache.
+
+    The caller checks by their hash that these are the weights of the cache. Raises InputError for weights that cannot
+    be, because their patches do not fit the size.
+    """
+    source, size = weights or meta["weights"], meta["spec"]["preprocess"]["size"]
+    try:
+        return load_backbone(source, size)
+    except SizeError as error:
+        raise InputError(
+            f"--weights {source}: not the weights of this cache, whose films have {size} pixels a side, no multiple of "
+            "the patches of these weights; pass those it was made with."
+        ) from error
+
+
 def with_size(spec: CacheSpec, backbone: Backbone) -> CacheSpec:
-    """Return the spec with the backbone's own input size."""
+    """Return the spec with the size of the films that the backbone takes."""
     return replace(spec, preprocess=replace(spec.preprocess, size=backbone.image_size))
 
 

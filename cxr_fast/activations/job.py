@@ -136,8 +136,10 @@ def make_header(job: CacheJob, manifest: Manifest) -> store.Header:
         "views": list(spec.views),
         "dtype": spec.dtype,
     }
+    asked = to_dict(spec)
+    del asked["image_size"]  # `preprocess.size` says it, whether it was asked for or is the tower's own
     meta = {
-        "spec": to_dict(spec),
+        "spec": asked,
         "block": job.block,
         "fingerprint": digest(parts),
         "fingerprint_parts": parts,

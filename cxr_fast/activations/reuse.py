@@ -164,10 +164,11 @@ def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
             f"--out: {path} was made by an older cxr-fast, which did not record how Pillow decodes images; "
             "give another --out, or remove the file."
         )
-    for name in here:
-        if here[name] != there.get(name):
+    for name in ("size", *here):  # first what changes the hash of the weights too
+        if here.get(name) != there.get(name):
+            said = "image size" if name == "size" else name
             raise InputError(
-                f"--out: {path} was made with {name} {_short(there.get(name))}, this run has {_short(here[name])}; "
+                f"--out: {path} was made with {said} {_short(there.get(name))}, this run has {_short(here[name])}; "
                 f"{_pillows(old, new) if name == PIXEL_CHECK else ''}give another --out, or remove the file."
             )
 

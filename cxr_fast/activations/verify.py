@@ -13,10 +13,10 @@ from ..data.images import load as load_image
 from ..data.images import self_check
 from ..data.paths import describe_places, recorded_places
 from ..errors import ImageError, InputError
-from ..models.backbone import load, prefix_sha256
+from ..models.backbone import prefix_sha256
 from ..models.device import pick_device
 from .cache import Cache, open_cache
-from .encoder import Decoded, Encoder
+from .encoder import Decoded, Encoder, load_recorded
 from .reuse import PIXEL_CHECK, hash_image
 
 # Of a row's largest absolute value. Rounding to float16 alone is 2**-11 = 4.9e-4 of it; the rest is room for another
@@ -125,7 +125,7 @@ def _reencode(file: Cache, rows: list[int], again: ReencodeSpec) -> tuple[float,
             f"the Pillow here gives other pixels than {file.meta.get('pillow')}, with which {file.path} was made: "
             "encoding again proves nothing. Install that one, or pass --reencode 0."
         )
-    backbone = load(again.weights or file.meta["weights"])
+    backbone = load_recorded(file.meta, again.weights)
     spec = from_dict(CacheSpec, file.meta["spec"])
     if prefix_sha256(backbone.visual, spec.unfreeze_blocks) != parts["prefix_sha256"]:
         raise InputError(f"--weights {backbone.source}: not the weights {file.path} was made with.")

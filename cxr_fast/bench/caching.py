@@ -174,6 +174,7 @@ def measure(
         "images": n,
         "weights": parts.tower.source,
         "views": ",".join(parts.spec.views),
+        "image_size": parts.tower.image_size,
         "device": parts.device.type,
         "workers": parts.cores,
         "bound_is": "CPU seconds of the parts / cores" if parts.device.type == "cpu" else "slower part",
@@ -204,11 +205,12 @@ def describe(result: CacheResult) -> str:
     ]
     views, whole = len(result["views"].split(",")), result["seconds_per_image"]["whole"]["median"]
     share, plain = (result["ratios"][f"{name} over whole"] for name in ("bound", "plain"))
+    sized = " of {0} x {0} pixels".format(result["image_size"]) if "image_size" in result else ""
     lines = [
         to_plain(Table(columns=["ms an image", "median", "min", "max"], rows=rows)),
         "",
-        f"{result['images']} images, {views} view(s), {share['n']} rounds in turn, warm files, {result['workers']} "
-        f"decoding thread(s), {result['device']}, {result['machine']['cpu']}",
+        f"{result['images']} images{sized}, {views} view(s), {share['n']} rounds in turn, warm files, "
+        f"{result['workers']} decoding thread(s), {result['device']}, {result['machine']['cpu']}",
         f"bound over whole: {results.describe_ratio(share)}",
         f"plain over whole: {results.describe_ratio(plain)}; the cache is made once, the plain "
         "pipeline takes its time every epoch (one view, whole tower, 2 loader workers)",

@@ -234,6 +234,7 @@ class CacheResult(BesidePlainResult):
 
     seconds_per_image: dict[str, SampleSpread]
     views: NotRequired[str]
+    image_size: NotRequired[int]
     workers: NotRequired[int]
     bound_is: NotRequired[str]
     largest_embedding_difference: NotRequired[float]

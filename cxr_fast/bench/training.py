@@ -14,7 +14,7 @@ import torch
 from ..activations import build, verify
 from ..activations import cache as index
 from ..activations import file as store
-from ..activations.encoder import normalise, with_size
+from ..activations.encoder import load_recorded, normalise, with_size
 from ..activations.forward import predict
 from ..activations.job import CacheJob
 from ..activations.loader import Activations
@@ -23,7 +23,7 @@ from ..data.images import load as load_image
 from ..data.manifest import Manifest
 from ..data.paths import recorded_places
 from ..errors import InputError
-from ..models.backbone import Backbone, load, prefix, prefix_sha256
+from ..models.backbone import Backbone, prefix, prefix_sha256
 from ..models.device import pick_device
 from ..system import hardware
 from ..system.text import Table, duration, to_plain
@@ -101,7 +101,7 @@ def from_cache(cache: Path, *, count: int, images: Path | None = None, weights: 
             f"{cache}: of {len(wanted)} images {len(kept)} are below {images or root} as they were cached, and the "
             "plain pipeline needs at least 4; give their folder with --images."
         )
-    tower = load(weights or file.meta["weights"])
+    tower = load_recorded(file.meta, weights)
     if prefix_sha256(tower.visual, spec.unfreeze_blocks) != file.meta["fingerprint_parts"]["prefix_sha256"]:
         raise InputError(f"--weights {tower.source}: not the weights {cache} was made with.")
     return TrainingImages(

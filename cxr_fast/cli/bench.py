@@ -254,7 +254,7 @@ def compare(
 
 @bench.command()
 @source_argument
-@spec_options(CacheSpec, "weights", "unfreeze_blocks", "views")
+@spec_options(CacheSpec, "weights", "image_size", "unfreeze_blocks", "views")
 @spec_options(PreprocessSpec, "resize")
 @spec_options(CacheSpec, "dtype")
 @click.option("--count", type=click.IntRange(1), default=48, show_default=True, help="Images, evenly spread.")
@@ -277,7 +277,7 @@ def cache(source: Path, count: int, rounds: int, device: str, json_out: Path | N
     cpu.pick_device(device)
     cpu.prepare(flags["threads"])
     spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
-    tower = backbone.load(spec.weights)
+    tower = backbone.load(spec.weights, spec.image_size)
     spec = encoder.with_size(spec, tower)
     some, left_out = caching.few(manifest, count, spec.preprocess)
     with tempfile.TemporaryDirectory() as scratch:

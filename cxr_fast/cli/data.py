@@ -67,7 +67,7 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
 @source_argument
 @click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
 @recipe_option
-@spec_options(CacheSpec, "weights", "unfreeze_blocks", "views")
+@spec_options(CacheSpec, "weights", "image_size", "unfreeze_blocks", "views")
 @spec_options(PreprocessSpec, "resize", "dicom_policy")
 @spec_options(CacheSpec, "normalize", "dtype")
 @device_option
@@ -114,7 +114,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     if not flags["cluster"]:
         cpu.pick_device(flags["device"])
     cpu.prepare(flags["threads"])
-    tower = backbone.load(spec.weights)
+    tower = backbone.load(spec.weights, spec.image_size)
     job = CacheJob(
         manifest=manifest,
         backbone=tower,
@@ -199,7 +199,8 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
     show_plan(
         f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
         f"{gigabytes(plan.bytes_needed)} "
-        f"({gigabytes(plan.bytes_free)} free), cut {plan.cut}, {plan.dtype}, on {plan.device}"
+        f"({gigabytes(plan.bytes_free)} free), {plan.size} x {plan.size} pixels, cut {plan.cut}, {plan.dtype}, "
+        f"on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
         + (f"; skipped {skipped:,} listed image(s) that are not below {root}" if skipped else "")

@@ -12,7 +12,7 @@ from ..config import PARTIAL, SHARDS, WEIGHT_CONFIGS, CacheSpec
 from ..errors import InputError
 from ..inference import hub
 from ..system import extras
-from ..system.text import counted, duration
+from ..system.text import counted, duration, note_own_size
 
 if TYPE_CHECKING:
     from ..activations.file import Header
@@ -161,7 +161,8 @@ def _activations(said: dict[str, str], header: Header, state: np.ndarray, absmax
             "weights": meta["weights"] + (" (RANDOM, not BiomedCLIP)" if meta["random_weights"] else ""),
             "cut": f"{parts['cut']} ({meta['spec']['unfreeze_blocks']} block(s) left to train), views "
             + ", ".join(parts["views"]),
-            "pixels": ", ".join(f"{k} {v}" for k, v in meta["spec"]["preprocess"].items()),
+            "pixels": ", ".join(f"{k} {v}" for k, v in meta["spec"]["preprocess"].items())
+            + note_own_size(meta["backbone"]),
             "normalisation": f"mean {_short(parts['mean'])}, std {_short(parts['std'])}",
             "fingerprint": meta["fingerprint"],
         }
@@ -187,6 +188,7 @@ def _run(path: Path) -> str:
             "data": f"{run['cache']['dataset']['name']}, {run['images']['used']:,} images, "
             f"{run['images']['groups']:,} groups, {len(run['classes'])} classes",
             "cache": f"{run['cache']['path']} ({run['cache']['fingerprint'][:16]})",
+            "pixels": ", ".join(f"{k} {v}" for k, v in run["preprocess"].items()) + note_own_size(run["backbone"]),
             "trained": f"{run['trainable']['total']:,} parameters: blocks {run['trainable']['blocks']:,}, "
             f"head {run['trainable']['head']:,}",
             "chosen": f"{counted(run['chosen']['epochs'], 'epoch')}, fold {run['chosen']['fold'] + 1}",
@@ -209,7 +211,7 @@ def _model(path: Path, source: str = "") -> str:
             "labels": f"{len(info['labels'])}: {', '.join(info['labels'])}",
             "weights": info["weights"],
             "data": info["data"]["name"],
-            "pixels": json.dumps(info["preprocess"]),
+            "pixels": json.dumps(info["preprocess"]) + note_own_size(info.get("backbone", {})),
             "parity": _parity(info.get("parity", {})),
             "nodes": ", ".join(f"{n} {op}" for op, n in sorted(info["nodes"].items(), key=lambda kv: -kv[1])),
             "intended use": info["intended_use"],

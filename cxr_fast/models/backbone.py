@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
-from . import timm_towers, weights
+from . import positions, timm_towers, weights
 from .tail import embedding_width
 from .weights import short_reason, weights_sha256
 
@@ -24,8 +24,8 @@ EMBEDDING_CUT = "embedding"
 class Backbone:
     """A frozen vision tower in evaluation mode, with what is needed to build it again.
 
-    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`, and of timm and transformers `family`; `source` is what
-    `--weights` was given.
+    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`, of timm and transformers `family`, and `own_image_size` where
+    the tower was made for another size than it has here; `source` is what `--weights` was given.
     """
 
     visual: Any = field(repr=False)
@@ -57,19 +57,24 @@ class Backbone:
         return tuple(self.config["mean"]), tuple(self.config["std"])
 
 
-def load(source: str) -> Backbone:
-    """The vision tower named by `--weights`.
+def load(source: str, image_size: int | None = None) -> Backbone:
+    """The vision tower named by `--weights`, for films of `image_size` pixels a side (None: its own size).
 
     `source` is `biomedclip`, a hub id (`hf-hub:owner/name` or `owner/name`), a local folder holding the files of
     open_clip, timm or transformers, or `random:SEED[:timm_arch]`. Raises InputError with one line naming the files to
-    fetch when the hub cannot be reached, and with the reason for a model that is not supported.
+    fetch when the hub cannot be reached, with the reason for a model that is not supported, and for a size that is no
+    multiple of the patch size.
     """
     if source.startswith("random:"):
         config, visual = _draw(source)
     else:
         config, tensors = weights.read(source)
         visual = assemble(config, tensors)
-    return Backbone(visual=visual, config=config, source=source, image_size=visual.trunk.patch_embed.img_size[0])
+    own = visual.trunk.patch_embed.img_size[0]
+    if image_size not in (None, own):
+        positions.set_image_size(visual, image_size, family=config.get("family", "timm"))
+        config = config | {"vision_cfg": config["vision_cfg"] | {"image_size": image_size}, "own_image_size": own}
+    return Backbone(visual=visual, config=config, source=source, image_size=image_size or own)
 
 
 def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
@@ -113,6 +118,8 @@ def _build_open_clip(config: Mapping[str, Any]) -> Any:
 def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
     """A tower with the given tensors (names as under `visual.`). Raises InputError naming what does not fit."""
     visual = build_visual(config, device="meta")
+    if isinstance(size := config["vision_cfg"].get("image_size"), int):  # the library builds at the architecture's own
+        positions.set_image_size(visual, size)
     expected = visual.state_dict()
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:

@@ -43,6 +43,7 @@ def render_card(material: ReportData) -> bytes:
         ],
         metrics=METRICS,
         names=FIGURES,
+        image_size=settings.describe_size(run),
         split=split,
         results=results,
         shortcuts=shortcut_lines(run),

@@ -11,7 +11,7 @@ from ..errors import CxrFastError
 from ..inference import model_file
 from ..metrics import drift
 from ..recipes import RECIPES, reference_value
-from ..system.text import Figure, Label, Table, duration
+from ..system.text import Figure, Label, Table, duration, note_own_size
 from .summary import Record
 
 
@@ -35,8 +35,9 @@ def _by_flag(run: Record) -> Iterator[tuple[str, Any, Any, str]]:
     given = ((CacheSpec, run["cache"]["spec"]), (PreprocessSpec, run["preprocess"]), (SweepSpec, run["spec"]))
     for spec, values in (*given, (TrainSpec, run["train"])):
         for name, here in values.items():
-            # The size is the backbone's, the seed nobody's choice.
-            if name in explained or name in ("train", "preprocess", "size", "seed"):
+            # The size is the backbone's unless another was asked for, the seed nobody's choice.
+            own_size = name == "size" and "own_image_size" not in run["backbone"]
+            if name in explained or own_size or name in ("train", "preprocess", "seed"):
                 continue
             published = reference_value(spec, name)
             published = list(published) if isinstance(published, tuple) else published  # as run.json holds it
@@ -68,6 +69,7 @@ def fact_table(run: Record) -> Table:
     own = run.get("custom") or {}
     facts = {
         "weights": Label(text=weights, alarm=run["random_weights"]),
+        "image size": describe_size(run),
         "cache fingerprint": cache["fingerprint"],
         "model": run["model_sha256"],
         "trained parameters": f"{count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{norm}",
@@ -85,6 +87,11 @@ def fact_table(run: Record) -> Table:
         "written": f"{run['written_by']}, {run['created']}",
     }
     return Table(title="Facts", columns=["", ""], rows=[[name, value] for name, value in facts.items() if value])
+
+
+def describe_size(run: Record) -> str:
+    """Text of the image size of a run, and of the size of the backbone's own where that is another."""
+    return "{0} x {0} pixels".format(run["preprocess"]["size"]) + note_own_size(run["backbone"])
 
 
 def _hardware(run: Record) -> str:

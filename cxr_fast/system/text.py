@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,12 @@ def counted(count: int, noun: str) -> str:
     ('1 epoch', '1,200 images')
     """
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def note_own_size(backbone: Mapping[str, Any]) -> str:
+    """Note the image size that a backbone was made for, from its config; empty where it is used at that size."""
+    own = backbone.get("own_image_size")
+    return f" (positions interpolated from those for {own})" if own else ""
 
 
 def number(value: Any) -> str:

@@ -17,12 +17,13 @@ import torch
 
 from .. import __version__
 from ..activations.cache import Cache
+from ..activations.encoder import load_recorded
 from ..activations.forward import precision
 from ..activations.loader import Activations
 from ..config import SweepOptions, SweepSpec, TrainSpec, to_dict
 from ..data.manifest import Manifest
 from ..errors import InputError, Interrupted
-from ..models.backbone import Backbone, load, tower_sha256
+from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
 from ..models.heads import Custom, LossFunction, MakeHead
 from ..models.tail import count_trainable
@@ -73,10 +74,11 @@ class SweepPlan:
 
 def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
     """Load the tower that the cache was made with, and check its hash against the cache's."""
-    source = weights or file.meta["weights"]
-    backbone = load(source)
+    backbone = load_recorded(file.meta, weights)
     if tower_sha256(backbone.visual) != file.meta["tower_sha256"]:
-        raise InputError(f"--weights {source}: not the weights {file.path} was made with; pass those, or cache again.")
+        raise InputError(
+            f"--weights {backbone.source}: not the weights {file.path} was made with; pass those, or cache again."
+        )
     return backbone
 
 

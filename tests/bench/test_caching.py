@@ -97,6 +97,9 @@ def test_every_part_is_timed_in_every_round(parts: caching.Parts, tmp_path: Path
     assert file.ActivationFile(next(tmp_path.glob("*.h5"))).ok.all()
     text = caching.describe({**found, "seconds_per_image": found["seconds_per_image"] | {"whole": spread([0.4])}})
     assert "EXTRAPOLATED: 7,466 images x 400.0 ms = 49 min 46 s with 2 view(s), once" in text
+    assert "10 images of 160 x 160 pixels, 2 view(s)" in text
+    older = {key: value for key, value in found.items() if key != "image_size"}
+    assert "10 images, 2 view(s)" in caching.describe(older)
     assert RATIOS in text
     assert "NOISY" not in caching.describe({**found, "noise": {"share": 0.0, "noisy": False}})
     assert "2 image(s) cannot be read" in caching.describe(found | {"left_out": 2})

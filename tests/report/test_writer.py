@@ -714,6 +714,7 @@ def test_the_card_is_the_hubs(folder: Path) -> None:
         assert f"{with_interval(value)} |" in text
     for row in found["per_class"]:
         assert f"| {row['class']} | {row['positives']:,} | {with_interval(row['auc'])} |" in text
+    assert " (RANDOM), 160 x 160 pixels, the last 2 blocks trained" in text
     assert "RANDOM WEIGHTS: THE BACKBONE IS NOT BIOMEDCLIP" in text
     assert "Label traps" not in text, "drawn images have no traps"
 
