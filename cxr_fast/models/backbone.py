@@ -13,6 +13,7 @@ from torch import nn
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
 from . import weights
+from .supported import require_plain_vit as _require_plain_vit
 from .tail import embedding_width
 from .weights import short_reason, weights_sha256
 
@@ -203,33 +204,15 @@ def _draw(source: str) -> tuple[dict[str, Any], Any]:
 
 
 def _spread(trunk: Any) -> None:
-    """Draw class token and positions with standard deviation 1, from torch's generator.
+    """Draw class token and positions with standard deviation 1, from torch's generator; layer scales become 1.
 
     timm's 0.02 is a fraction of what the patch embedding gives, so that a random tower hardly knows where anything is.
+    DINOv2's layer scale of 1e-5 would keep every block from changing its tokens, the class token among them.
     """
     for tensor in (trunk.cls_token, trunk.pos_embed):
         if tensor is not None:
             nn.init.normal_(tensor)
-
-
-def _require_plain_vit(visual: Any, name: str) -> None:
-    """Refuse at load, not after hours of training, what the tail and the export do not reproduce exactly."""
-    from timm.layers import Attention
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    trunk = visual.trunk
-    plain = (
-        type(trunk) is VisionTransformer
-        and trunk.global_pool in ("token", "avg")
-        and trunk.attn_pool is None
-        and isinstance(trunk.head, nn.Identity)
-        and isinstance(trunk.patch_drop, nn.Identity)
-        and all(type(block) is Block and type(block.attn) is Attention for block in trunk.blocks)
-        and all(getattr(block.attn, "gate", None) is None for block in trunk.blocks)
-        and all(isinstance(getattr(block.attn, n), nn.Identity) for block in trunk.blocks for n in ("q_norm", "norm"))
-        and all(type(block.mlp.act) is nn.GELU and isinstance(block.mlp.norm, nn.Identity) for block in trunk.blocks)
-        and all(isinstance(block.norm1, nn.LayerNorm) for block in trunk.blocks)
-        and set(visual.head._modules) <= {"drop", "proj"}
-    )
-    if not plain:
-        raise InputError(f"--weights: {name!r} is not a plain ViT (class token or average pooling, GELU, layer norm).")
+    for block in trunk.blocks:
+        for scale in (block.ls1, block.ls2):
+            if not isinstance(scale, nn.Identity):
+                nn.init.ones_(scale.gamma)
