@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import SwiGLU
 from torch import nn
 
+from cxr_fast.cluster.search import lean
 from cxr_fast.models import backbone, stacked_tail
 from cxr_fast.models.tail import Tail, attention_pool, class_token_block, count_trainable
 from cxr_fast.training.run_folder import in_tower
@@ -112,6 +113,31 @@ def test_the_frozen_pooling_is_in_the_embedding_cut() -> None:
     assert backbone.prefix_sha256(found.visual, 0) != before
 
 
+@pytest.mark.parametrize("kind", ["registers", "quick_gelu", "attention_pool_over_registers", "normed_heads_no_bias"])
+@torch.inference_mode()
+def test_the_prefix_hash_changes_with_exactly_the_weights_that_change_the_activations(kind: str) -> None:
+    visual, x = tower(kind).visual, drawn(1, 3, 40, 40)
+    rows = {k: backbone.prefix(visual, x, k) for k in (0, 1, 3)}
+    hashes = {k: backbone.prefix_sha256(visual, k) for k in rows}
+    for name, tensor in visual.state_dict().items():
+        if name.endswith("k_norm.bias"):
+            continue  # moves every score alike
+        kept = tensor.clone()
+        tensor += drawn(*tensor.shape, seed=1)
+        for k, before in rows.items():
+            moved = not torch.equal(backbone.prefix(visual, x, k), before)
+            assert (backbone.prefix_sha256(visual, k) != hashes[k]) == moved, (name, k)
+        tensor.copy_(kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_cluster_sends_of_a_tower_makes_the_same_tail(kind: str) -> None:
+    found = tower(kind)
+    rows = backbone.prefix(found.visual, drawn(2, 3, 40, 40), 1)
+    whole, part = (Tail(each.visual, unfreeze_blocks=1, classes=2).eval() for each in (found, lean(found, 1)))
+    assert torch.equal(whole.embedding(rows), part.embedding(rows))
+
+
 # ------------------------------------------------------------------------------------------------ folds together
 
 
@@ -157,7 +183,6 @@ def test_folds_together_are_one_tail_after_the_other(kind: str, train_norm: bool
         ("eva02_tiny_patch14_224", "rotary positions"),
         ("vit_pwee_patch16_reg1_gap_256", "blocks of class ParallelScalingBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "attention of class DiffAttention"),
-        ("vit_base_patch16_rpn_224", "blocks of class ResPostBlock"),
         ("deit_tiny_distilled_patch16_224", "the class VisionTransformerDistilled"),
     ],
 )
