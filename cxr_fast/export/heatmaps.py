@@ -9,6 +9,7 @@ import difflib
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TO
         for c, one in zip(chosen, each, strict=True)
     )
     members, warning = len(run.members), str(info["provenance"])
-    return Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+    found = Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+    return replace(found, query="attention pooling looked") if run.visual.trunk.global_pool == "map" else found
 
 
 def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:

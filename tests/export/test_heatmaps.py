@@ -250,8 +250,16 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
     np.testing.assert_allclose(found.maps[0].shares, expected[0], atol=1e-5)
 
 
-def test_a_tower_without_a_class_token_is_refused(toy_run_average: Path, film: Path) -> None:
-    with pytest.raises(InputError, match="class token") as caught:
+def test_the_picture_says_whose_attention_it_is(run: Run, film: Path) -> None:
+    mapped = run_of(tower("attention_pool"))
+    info = {**run.info, **mapped.info, "preprocess": {**run.info["preprocess"], "size": 40}, "thresholds": [0.5] * 5}
+    found = explain(dataclasses.replace(mapped, info=info), film, top=1)
+    assert "attention pooling" in found.query
+    assert "class token" in explain(run, film, top=1).query
+
+
+def test_a_tower_that_averages_is_refused(toy_run_average: Path, film: Path) -> None:
+    with pytest.raises(InputError, match="averages its patches") as caught:
         explain(read_run(toy_run_average), film)
     assert "\n" not in str(caught.value)
 
