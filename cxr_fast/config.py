@@ -180,7 +180,8 @@ class TrainSpec:
     square root of its number of films (`sqrt`). `ema` averages the weights after each step; at step t its decay is
     min(`ema`, (1 + t) / (10 + t)), so that a short run is averaged over the steps it has. `class_weights` weighs a
     class by one over its share of positives in training, or by the square root of that, mean 1. `flip` draws the
-    cached flipped view for half the samples; `train_norm` trains the final norm and projection too.
+    cached flipped view for half the samples; `train_norm` trains the final norm, attention pooling
+    and projection too.
 
     `shuffle` is the order of an epoch: `full`, any; or `block`, for caches that are read from disk: the training rows
     in file order are cut into blocks of `shuffle_block`, the blocks are permuted, and all rows of `shuffle_window`
@@ -229,7 +230,7 @@ class TrainSpec:
     plateau_factor: float = _setting(0.5, "Plateau: what the rate is multiplied by.")
     plateau_patience: int = _setting(3, "Plateau: epochs without a better AUC that it waits.")
     patience: int | None = _setting(None, "Stop a fold after this many epochs without a better AUC.")
-    train_norm: bool = _setting(False, "Train the final norm and projection too.")
+    train_norm: bool = _setting(False, "Train the final norm, attention pooling and projection too.")
     precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "Arithmetic of training; validation of the chosen model is always float32."
     )

@@ -225,7 +225,7 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
 @click.option("--npy", type=PATH, help="Also the maps on the patch grid, (classes, rows, columns), as a .npy file.")
 @click.option("--images", type=PATH, help="Folder of the films, for an IMAGE that is named as in the run's tables.")
 def explain(run: Path, image: Path, classes: tuple[str, ...], top: int | None, out: Path, **flags: Any) -> None:
-    """Draw heat maps of an image: where the class token looked.
+    """Draw heat maps of an image: where the model looked.
 
     Its attention is weighted by the gradient of a class's logit. A heat map is no proof of a finding.
     """

@@ -231,9 +231,9 @@ class ClusterFolds:
 def lean(backbone: Backbone, unfreeze_blocks: int) -> Backbone:
     """Keep what a `Tail` needs of a tower: the last blocks and what follows them, a sixth of a ViT-B/16 for two."""
     visual, trunk = backbone.visual, backbone.visual.trunk
-    names = ("global_pool", "num_prefix_tokens", "embed_dim", "norm", "fc_norm")
+    names = ("global_pool", "num_prefix_tokens", "pool_include_prefix", "embed_dim", "norm", "attn_pool", "fc_norm")
     kept = list(trunk.blocks)[len(trunk.blocks) - unfreeze_blocks :]
-    part = SimpleNamespace(blocks=kept, **{name: getattr(trunk, name) for name in names})
+    part = SimpleNamespace(blocks=kept, **{name: getattr(trunk, name) for name in names if hasattr(trunk, name)})
     return replace(backbone, visual=SimpleNamespace(trunk=part, head=visual.head))
 
 

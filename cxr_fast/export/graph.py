@@ -20,6 +20,7 @@ from ..metrics.calibration import EDGE
 from ..models.heads import leaves
 from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
+from .attention import gelu, has_norms, normed_parts, normed_scores, one_value, pool
 from .int8 import KINDS, Matrix, Plan, answers_first_only, member_prefix, plain, round_plainly
 from .nodes import Graph, to_array, to_array_or_none
 from .rotate import Turned
@@ -144,7 +145,7 @@ def _tail(graph: Graph, x: str, member: Member, cut: int, name: str) -> str:
         x = graph.add("MatMul", x, graph.weight(f"{name}turn.back", to_array(norm.back)), name=f"{name}turned")
         norm = norm.norm
     x = graph.layer_norm(x, norm, f"{name}norm")
-    x = _pool(graph, x, trunk, name)
+    x = pool(graph, x, trunk, name)
     x = graph.layer_norm(x, trunk.fc_norm, f"{name}fc_norm")
     if "proj" in member.visual.head._modules:
         projection = member.visual.head.proj
@@ -285,7 +286,7 @@ def _mlp(graph: Graph, y: str, block: Any, matrices: tuple[Matrix, Matrix], numb
     for k, group in enumerate(groups):
         each = f".{k}" if len(groups) > 1 else ""
         h = graph.product(y, fc1 if not each else fc1.rows(group), f"{name}.fc1{each}", f"{number}.fc1")
-        h = graph.add("Gelu", h, name=f"{name}.gelu{each}", approximate=block.mlp.act.approximate)
+        h = gelu(graph, h, block.mlp.act, f"{name}.gelu{each}")
         second = fc2.columns(k) if each else fc2
         out.append(graph.product(h, second, f"{name}.fc2{each}", f"{number}.fc2", bias=k == 0))
     return out
@@ -293,16 +294,19 @@ def _mlp(graph: Graph, y: str, block: Any, matrices: tuple[Matrix, Matrix], numb
 
 def _attention(graph: Graph, y: str, attn: Any, qkv: Matrix, number: int, name: str) -> str:
     """Attention of all tokens (N, T, D) before its projection, in ONNX Runtime's fused form."""
-    each = zip("qkv", np.split(np.arange(len(qkv.weight)), 3), strict=True)
-    parts = [graph.product(y, qkv.rows(r), f"{name}.{p}", f"{number}.qkv", bias=False) for p, r in each]
-    if qkv.bias is not None:
-        parts.append(graph.weight(f"{name}.qkv.bias", qkv.bias))
+    if has_norms(attn):
+        parts = normed_parts(graph, y, attn, qkv, number, name)
+    else:
+        each = zip("qkv", np.split(np.arange(len(qkv.weight)), 3), strict=True)
+        parts = [graph.product(y, qkv.rows(r), f"{name}.{p}", f"{number}.qkv", bias=False) for p, r in each]
+        if qkv.bias is not None:
+            parts.append(graph.weight(f"{name}.qkv.bias", qkv.bias))
     heads = {"num_heads": attn.num_heads, "scale": float(attn.scale)}
     return graph.add("MultiHeadAttention", *parts, name=f"{name}.attention", domain="com.microsoft", **heads)
 
 
 def _one_query(graph: Graph, y: str, attn: Any, qkv: Matrix, name: str) -> str:
-    """Attention of the first token alone, (N, T, D) to (N, 1, D), without any token's key or value.
+    """Attention of the first token alone, (N, T, D) to (N, 1, D), without any token's value, nor key unless normed.
 
     q . (K y) = (K' q) . y and the mean of V y is V times the mean of y: a hundredth of the work. A bias of the keys
     moves every score alike, and softmax does not see it.
@@ -310,43 +314,27 @@ def _one_query(graph: Graph, y: str, attn: Any, qkv: Matrix, name: str) -> str:
     heads, width = attn.num_heads, attn.head_dim
     to_q, to_k, to_v = (part.reshape(heads, width, -1) for part in np.split(qkv.weight, 3))
     q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else np.split(qkv.bias, 3)
-    scale = float(attn.scale)
     one = _first_token(graph, y, f"{name}.query")
+    if has_norms(attn):
+        return one_value(graph, normed_scores(graph, y, one, attn, qkv, name), y, to_v, v_bias, name)
+    scale = float(attn.scale)
     q = graph.linear(
         one, to_q.reshape(heads * width, -1) * scale, None if q_bias is None else q_bias * scale, f"{name}.q"
     )
-    shapes = {"heads": [0, heads, 1, width], "scores": [0, heads, -1], "joined": [0, 1, heads * width]}
+    shapes = {"heads": [0, heads, 1, width], "scores": [0, heads, -1]}
     shape = {k: graph.weight(f"{name}.{k}.shape", np.array(v)) for k, v in shapes.items()}
     q = graph.add("Reshape", q, shape["heads"], name=f"{name}.q.heads")
     keys = graph.add("MatMul", q, graph.weight(f"{name}.k.weight", to_k), name=f"{name}.keys")  # (N, heads, 1, D)
     keys = graph.add("Reshape", keys, shape["scores"], name=f"{name}.keys.flat")
     other = graph.add("Transpose", y, name=f"{name}.tokens", perm=[0, 2, 1])
     scores = graph.add("MatMul", keys, other, name=f"{name}.scores")  # (N, heads, T)
-    mean = graph.add("MatMul", graph.add("Softmax", scores, name=f"{name}.softmax", axis=-1), y, name=f"{name}.mean")
-    axis = graph.weight(f"{name}.mean.axis", np.array([2]))
-    mean = graph.add("Unsqueeze", mean, axis, name=f"{name}.mean.one")  # (N, heads, 1, D)
-    z = graph.add("MatMul", mean, graph.weight(f"{name}.v.weight", to_v.swapaxes(1, 2)), name=f"{name}.values")
-    z = graph.add("Reshape", z, shape["joined"], name=f"{name}.joined")
-    return (
-        z if v_bias is None else graph.add("Add", z, graph.weight(f"{name}.v.bias", v_bias), name=f"{name}.attention")
-    )
+    return one_value(graph, scores, y, to_v, v_bias, name)
 
 
 def _first_token(graph: Graph, x: str, name: str) -> str:
     """(N, T, D) to (N, 1, D)."""
     ends = [graph.weight(f"{name}.{k}", np.array([v])) for k, v in (("start", 0), ("end", 1), ("axis", 1))]
     return graph.add("Slice", x, *ends, name=name)
-
-
-def _pool(graph: Graph, x: str, trunk: Any, name: str) -> str:
-    """(N, T, D) to (N, D): the class token (already alone), or the mean of the patch tokens."""
-    axis = graph.weight(f"{name}pool.axis", np.array([1]))
-    if trunk.global_pool == "token":
-        return graph.add("Squeeze", x, axis, name=f"{name}pool")
-    bounds = (trunk.num_prefix_tokens, np.iinfo(np.int64).max)
-    ends = [graph.weight(f"{name}pool.{k}", np.array([v])) for k, v in zip(("start", "end"), bounds, strict=True)]
-    x = graph.add("Slice", x, *ends, axis, name=f"{name}pool.patches")
-    return graph.add("ReduceMean", x, axis, name=f"{name}pool", keepdims=0)
 
 
 def _l2(graph: Graph, x: str, name: str) -> str:

@@ -1,4 +1,7 @@
-"""Compute heat maps: the class token's attention to each patch, weighted by the gradient of one class's logit."""
+"""Compute heat maps: the attention of the one query that is pooled to each patch, weighted by the gradient of a logit.
+
+The query is the class token's in the last block, or that of attention pooling.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import difflib
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from ..data.paths import describe_places, recorded_places
 from ..errors import InputError
 from ..metrics import calibration
 from ..models.backbone import embed
+from ..models.tail import not_pooled
 from ..system.files import atomic, write_bytes
 from ..training.run_folder import Member, Run, read_info, read_run
 from .overlay import Explained, Map, picture
@@ -64,12 +69,12 @@ def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TO
     """Maps of the named classes, or of the `top` ones by probability minus threshold, highest first.
 
     An ensemble's map is the mean of its members' maps, each as shares of its own sum, since their logits have scales of
-    their own. Raises InputError for an unknown class or a backbone without a class token, ImageError for the image.
+    their own. Raises InputError for an unknown class or a backbone that averages its patches, ImageError for the image.
     """
-    if run.visual.trunk.global_pool != "token":
+    if run.visual.trunk.global_pool not in ("token", "map"):
         raise InputError(
-            "heat maps need a backbone that pools its class token; this run's averages its patches, which reach the "
-            "score past all attention too."
+            "heat maps need a backbone that pools its class token or by attention; this run's averages its patches, "
+            "which reach the score past all attention too."
         )
     info = run.info
     asked = [_index(name, info["classes"]) for name in dict.fromkeys(classes)]
@@ -86,30 +91,41 @@ def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TO
         for c, one in zip(chosen, each, strict=True)
     )
     members, warning = len(run.members), str(info["provenance"])
-    return Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+    found = Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+    return replace(found, query="attention pooling looked") if run.visual.trunk.global_pool == "map" else found
 
 
 def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
     """Return each patch's relevance to each class for one normalised image (1, 3, S, S); (C, rows, columns) >= 0.
 
-    Mean over heads of max(0, A * d logit / d A), A the class token's attention in the last block: equation 5 of Chefer,
-    Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), in logits. Their product over blocks is left
-    out: it supposes how blocks compose, and a map must not change its meaning with the number of blocks trained.
+    Mean over heads of max(0, A * d logit / d A), A the class token's attention in the last block, or that of attention
+    pooling: equation 5 of Chefer, Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), in logits. Their
+    product over blocks is left out: it supposes how blocks compose, and a map must not change its meaning with the
+    number of blocks trained.
     """
     visual, trunk = member.visual, member.visual.trunk
+    pooled = trunk.global_pool == "map"
     with torch.no_grad():
         tokens = embed(visual, x)
-        for block in trunk.blocks[:-1]:
+        for block in trunk.blocks if pooled else trunk.blocks[:-1]:
             tokens = block(tokens)
-        a, v = attention(trunk.blocks[-1], tokens)
+        if pooled:
+            tokens = trunk.norm(tokens)[:, not_pooled(trunk) :]
+            a, v = pool_attention(trunk.attn_pool, tokens)
+        else:
+            a, v = attention(trunk.blocks[-1], tokens)
     with torch.enable_grad():
         a.requires_grad_(True)
-        tokens = from_attention(trunk.blocks[-1], tokens, a, v)
-        embedding = visual.head(trunk.forward_head(trunk.norm(tokens)))
+        if pooled:
+            embedding = visual.head(trunk.fc_norm(from_pool_attention(trunk.attn_pool, a, v)))
+        else:
+            tokens = from_attention(trunk.blocks[-1], tokens, a, v)
+            embedding = visual.head(trunk.forward_head(trunk.norm(tokens)))
         logits = member.head(torch.nn.functional.normalize(embedding, dim=-1))[0]
         slopes = [torch.autograd.grad(logits[c], a, retain_graph=True)[0] for c in classes]
-    maps = [(a.detach() * slope).clamp(min=0)[0, :, 0, trunk.num_prefix_tokens :].mean(dim=0) for slope in slopes]
-    return np.asarray(torch.stack(maps).reshape(len(classes), *trunk.patch_embed.grid_size).numpy())
+    rows, columns = trunk.patch_embed.grid_size  # the patches are last in line
+    maps = [(a.detach() * slope).clamp(min=0)[0, :, 0, -rows * columns :].mean(dim=0) for slope in slopes]
+    return np.asarray(torch.stack(maps).reshape(len(classes), rows, columns).numpy())
 
 
 def attention(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +137,7 @@ def attention(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     b, t, _ = x.shape
     qkv = attn.qkv(block.norm1(x)).reshape(b, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    return torch.softmax((q * attn.scale) @ k.mT, dim=-1), v
+    return torch.softmax((attn.q_norm(q) * attn.scale) @ attn.k_norm(k).mT, dim=-1), v
 
 
 def from_attention(block: Any, x: torch.Tensor, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -129,6 +145,21 @@ def from_attention(block: Any, x: torch.Tensor, a: torch.Tensor, v: torch.Tensor
     z = (a @ v).transpose(1, 2).reshape(*x.shape[:2], -1)
     x = x + block.ls1(block.attn.proj(z))
     out: torch.Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return out
+
+
+def pool_attention(pool: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute probabilities (B, heads, 1, T) and values (B, heads, T, D / heads) of timm's `AttentionPoolLatent`."""
+    b, t, _ = x.shape
+    k, v = pool.kv(x).reshape(b, t, 2, pool.num_heads, pool.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q = pool.q_norm(pool.q(pool.latent).reshape(1, 1, pool.num_heads, pool.head_dim).transpose(1, 2))
+    return torch.softmax((q * pool.scale) @ pool.k_norm(k).mT, dim=-1), v
+
+
+def from_pool_attention(pool: Any, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Compute what attention pooling gives (B, D) from the result of `pool_attention`."""
+    x = pool.proj((a @ v).transpose(1, 2).reshape(len(v), -1))
+    out: torch.Tensor = x + pool.mlp(pool.norm(x))
     return out
 
 

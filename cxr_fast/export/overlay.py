@@ -44,7 +44,7 @@ class Map:
 class Explained:
     """A film, uint8 grey (H, W) upright at full size, and its maps.
 
-    `members` is how many models they are the mean of; `warning` is drawn in red.
+    `members` is how many models they are the mean of; `warning` is drawn in red. `query` says whose attention it is.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Explained:
     maps: tuple[Map, ...]
     members: int
     warning: str
+    query: str = "the class token looked in the last block"
 
 
 def on_film(
@@ -133,7 +134,7 @@ def _map_text(each: Map) -> Lines:
 def _notes(found: Explained) -> list[str]:
     rows, columns = found.maps[0].shares.shape
     notes = [
-        "Colour: where the class token looked in the last block, weighted by the gradient of that class's logit; only "
+        f"Colour: where {found.query}, weighted by the gradient of that class's logit; only "
         f"what speaks for the class. {rows} x {columns} patches, smoothed between their centres; each map is coloured "
         "to its own highest patch.",
         "This is no proof of a finding, and no outline of one.",

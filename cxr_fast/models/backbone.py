@@ -13,6 +13,7 @@ from torch import nn
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from ..errors import InputError
 from . import positions, timm_towers, weights
+from .supported import require_plain_vit
 from .tail import embedding_width
 from .weights import short_reason, weights_sha256
 
@@ -24,7 +25,7 @@ EMBEDDING_CUT = "embedding"
 class Backbone:
     """A frozen vision tower in evaluation mode, with what is needed to build it again.
 
-    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`, of timm and transformers `family`, and `own_image_size` where
+    `config` holds `embed_dim`, `vision_cfg`, `mean`, `std`, of timm and transformers `family`, `own_image_size` where
     the tower was made for another size than it has here; `source` is what `--weights` was given.
     """
 
@@ -88,7 +89,7 @@ def build_visual(config: Mapping[str, Any], *, device: str = "cpu") -> Any:
             raise InputError(
                 f"--weights: timm cannot build {name!r} as a vision tower: {short_reason(error)}"
             ) from error
-    _require_plain_vit(visual, name)
+    require_plain_vit(visual, name)
     if (width := embedding_width(visual)) != config["embed_dim"]:
         raise InputError(f"--weights: {name!r} without projection gives {width} numbers, not {config['embed_dim']}.")
     return visual.eval().requires_grad_(False)
@@ -218,33 +219,15 @@ def _draw(source: str) -> tuple[dict[str, Any], Any]:
 
 
 def _spread(trunk: Any) -> None:
-    """Draw class token and positions with standard deviation 1, from torch's generator.
+    """Draw class token and positions with standard deviation 1, from torch's generator; layer scales become 1.
 
     timm's 0.02 is a fraction of what the patch embedding gives, so that a random tower hardly knows where anything is.
+    DINOv2's layer scale of 1e-5 would keep every block from changing its tokens, the class token among them.
     """
     for tensor in (trunk.cls_token, trunk.pos_embed):
         if tensor is not None:
             nn.init.normal_(tensor)
-
-
-def _require_plain_vit(visual: Any, name: str) -> None:
-    """Refuse at load, not after hours of training, what the tail and the export do not reproduce exactly."""
-    from timm.layers import Attention
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    trunk = visual.trunk
-    plain = (
-        type(trunk) is VisionTransformer
-        and trunk.global_pool in ("token", "avg")
-        and trunk.attn_pool is None
-        and isinstance(trunk.head, nn.Identity)
-        and isinstance(trunk.patch_drop, nn.Identity)
-        and all(type(block) is Block and type(block.attn) is Attention for block in trunk.blocks)
-        and all(getattr(block.attn, "gate", None) is None for block in trunk.blocks)
-        and all(isinstance(getattr(block.attn, n), nn.Identity) for block in trunk.blocks for n in ("q_norm", "norm"))
-        and all(type(block.mlp.act) is nn.GELU and isinstance(block.mlp.norm, nn.Identity) for block in trunk.blocks)
-        and all(isinstance(block.norm1, nn.LayerNorm) for block in trunk.blocks)
-        and set(visual.head._modules) <= {"drop", "proj"}
-    )
-    if not plain:
-        raise InputError(f"--weights: {name!r} is not a plain ViT (class token or average pooling, GELU, layer norm).")
+    for block in trunk.blocks:
+        for scale in (block.ls1, block.ls2):
+            if not isinstance(scale, nn.Identity):
+                nn.init.ones_(scale.gamma)

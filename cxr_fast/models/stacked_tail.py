@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .tail import HEAD_WIDTHS, Dropout
+from .tail import attention_pool as shared_attention_pool
 
 # Names as in one fold's module, tensors (K, ...).
 Weights = Mapping[str, torch.Tensor]
@@ -52,7 +53,7 @@ def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
 
 
 def layer_norm(module: Any, x: torch.Tensor, w: Weights) -> torch.Tensor:
-    """A layer norm of each fold, (K, B, T, D) or (K, B, D); as `module` is, where it is not trained."""
+    """A layer norm of each fold, (K, B, ..., D); as `module` is, where it is not trained."""
     if not w:
         return module(x)
     shape = (len(x), *(1,) * (x.ndim - 2), -1)
@@ -68,7 +69,11 @@ def embedding(tail: Any, leaves: Weights, x: torch.Tensor) -> torch.Tensor:
         alone = tail.pool == "token" and i == len(tail.blocks) - 1
         x = block(module, part(leaves, f"blocks.{i}."), x, alone=alone)
     x = layer_norm(tail.norm, x, part(leaves, "norm."))
-    x = x[:, :, 0] if tail.pool == "token" else x[:, :, tail.prefix_tokens :].mean(dim=2)
+    if tail.pool == "token":
+        x = x[:, :, 0]
+    else:
+        x = x[:, :, tail.prefix_tokens :]
+        x = attention_pool(tail.attn_pool, part(leaves, "attn_pool."), x) if tail.pool == "map" else x.mean(dim=2)
     x = layer_norm(tail.fc_norm, x, part(leaves, "fc_norm."))
     projection = part(leaves, "projection.")
     return linear(x, projection, "proj") if projection else tail.projection(x)
@@ -111,8 +116,19 @@ def attention(module: Any, w: Weights, y: torch.Tensor, *, alone: bool) -> torch
         z = class_token(module, w, y)
     else:
         qkv = linear(y, w, "qkv").reshape(k * b, t, 3, heads, width).permute(2, 0, 3, 1, 4)
-        z = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2)
+        query, key, value = qkv.unbind(0)
+        query, key = head_norm(module.q_norm, w, "q_norm.", query), head_norm(module.k_norm, w, "k_norm.", key)
+        z = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return linear(z.reshape(k, b, -1, heads * width), w, "proj")
+
+
+def head_norm(module: Any, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """The norm of each head's queries or keys, (K B, ..., width), where a block has it; in the precision of x."""
+    own = part(w, name)
+    if not own:
+        return x
+    k = len(own["weight"])
+    return layer_norm(module, x.view(k, len(x) // k, *x.shape[1:]), own).flatten(0, 1).to(x.dtype)
 
 
 def class_token(module: Any, w: Weights, y: torch.Tensor) -> torch.Tensor:
@@ -122,21 +138,60 @@ def class_token(module: Any, w: Weights, y: torch.Tensor) -> torch.Tensor:
     # Unbound, not sliced: the gradient of a slice is a whole matrix of zeros around it.
     to_q, to_k, to_v = w["qkv.weight"].view(k, 3, heads * width, d).unbind(1)
     bias = w.get("qkv.bias")
-    q_bias, _, v_bias = (None,) * 3 if bias is None else bias.view(k, 3, -1).unbind(1)
-    one = {"q.weight": to_q} if q_bias is None else {"q.weight": to_q, "q.bias": q_bias}
-    q = linear(y[:, :, 0], one, "q") * module.scale
-    y = y.to(q.dtype).view(k * b, t, d)
+    q_bias, k_bias, v_bias = (None,) * 3 if bias is None else bias.view(k, 3, -1).unbind(1)
+    q = linear(y[:, :, 0], _linear(to_q, q_bias), "one")
+    q = head_norm(module.q_norm, w, "q_norm.", q.view(k * b, heads, width)).view_as(q) * module.scale
+    y = y.to(q.dtype)
+    if isinstance(module.k_norm, nn.Identity):
+        scores = one_query(q, to_k, y, heads)
+    else:
+        keys = linear(y, _linear(to_k, k_bias), "one").view(k * b, t, heads, width)
+        keys = head_norm(module.k_norm, w, "k_norm.", keys).permute(0, 2, 1, 3)
+        scores = (keys @ q.view(k * b, heads, width, 1)).squeeze(-1)
+    return one_value(scores, to_v, v_bias, y)
 
-    def a_head(x: torch.Tensor) -> torch.Tensor:  # (K, B, heads, *) to (K heads, B, *)
-        return x.transpose(1, 2).reshape(k * heads, b, -1)
 
-    def a_sample(x: torch.Tensor) -> torch.Tensor:  # and on to (K B, heads, *)
-        return x.reshape(k, heads, b, -1).transpose(1, 2).reshape(k * b, heads, -1)
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {"one.weight": weight} if bias is None else {"one.weight": weight, "one.bias": bias}
 
-    keys = a_sample(a_head(q.view(k, b, heads, width)) @ to_k.reshape(k * heads, width, d))
-    mean = torch.softmax(keys @ y.mT, dim=-1).to(y.dtype) @ y
-    z = a_sample(a_head(mean.view(k, b, heads, d)) @ to_v.reshape(k * heads, width, d).mT).reshape(k, b, 1, -1)
-    return z if v_bias is None else z + v_bias[:, None, None]
+
+def one_query(q: torch.Tensor, to_k: torch.Tensor, y: torch.Tensor, heads: int) -> torch.Tensor:
+    """Scores (K B, heads, T) of one query a sample (K, B, heads * width) over tokens y (K, B, T, D)."""
+    k, b, t, d = y.shape
+    each = q.view(k, b, heads, -1).transpose(1, 2).reshape(k * heads, b, -1)
+    return _by_sample(each @ to_k.reshape(k * heads, -1, d), k, heads) @ y.view(k * b, t, d).mT
+
+
+def one_value(scores: torch.Tensor, to_v: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    """What one query finds, (K, B, 1, heads * width), from scores (K B, heads, T): see `tail.one_value`."""
+    k, b, t, d = y.shape
+    heads = scores.shape[1]
+    mean = torch.softmax(scores, dim=-1).to(y.dtype) @ y.view(k * b, t, d)
+    each = mean.view(k, b, heads, d).transpose(1, 2).reshape(k * heads, b, d)
+    z = _by_sample(each @ to_v.reshape(k * heads, -1, d).mT, k, heads).reshape(k, b, 1, -1)
+    return z if bias is None else z + bias[:, None, None]
+
+
+def _by_sample(x: torch.Tensor, k: int, heads: int) -> torch.Tensor:
+    """(K heads, B, ...) to (K B, heads, ...)."""
+    return x.reshape(k, heads, x.shape[1], -1).transpose(1, 2).reshape(k * x.shape[1], heads, -1)
+
+
+def attention_pool(module: Any, w: Weights, y: torch.Tensor) -> torch.Tensor:
+    """Attention pooling of each fold, (K, B, T, D) to (K, B, D): `tail.attention_pool` of all, where not trained."""
+    k, b, _, d = y.shape
+    if not w:
+        return shared_attention_pool(module, y.flatten(0, 1)).view(k, b, -1)
+    heads, width = module.num_heads, module.head_dim
+    to_k, to_v = w["kv.weight"].view(k, 2, heads * width, d).unbind(1)
+    v_bias = w["kv.bias"].view(k, 2, -1).unbind(1)[1] if "kv.bias" in w else None
+    q = linear(w["latent"].view(k, 1, -1), w, "q")
+    q = head_norm(module.q_norm, w, "q_norm.", q.view(k, heads, width)).view_as(q) * module.scale
+    y = y.to(q.dtype)
+    scores = one_query(q.expand(k, b, -1), to_k, y, heads)
+    z = linear(one_value(scores, to_v, v_bias, y), w, "proj").squeeze(2)
+    x = layer_norm(module.norm, z, part(w, "norm."))
+    return z + linear(module.mlp.act(linear(x, w, "mlp.fc1")), w, "mlp.fc2")
 
 
 def head(

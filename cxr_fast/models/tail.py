@@ -67,8 +67,9 @@ class Head(nn.Sequential):
 class Tail(nn.Module):
     """What is trained, from activations (B, T, D) at the cut, or (B, E) when no block is unfrozen, to logits (B, C).
 
-    `visual` is an open_clip `TimmModel`; its blocks, norm and projection are copied, so one tower serves every
-    fold. Norm and projection stay frozen unless `train_norm`. `head` replaces the MLP head by one of the user's.
+    `visual` is an open_clip `TimmModel`; its blocks, norms, pooling and projection are copied, so one tower serves
+    every fold. What follows the blocks stays frozen unless `train_norm`. `head` replaces the MLP head by one of the
+    user's.
     """
 
     head: Any
@@ -88,18 +89,18 @@ class Tail(nn.Module):
         kept = len(trunk.blocks) - unfreeze_blocks
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in trunk.blocks[kept:])
         self.pool = trunk.global_pool
-        self.prefix_tokens = trunk.num_prefix_tokens
-        after = (trunk.norm, trunk.fc_norm, visual.head) if unfreeze_blocks else (nn.Identity(),) * 3
-        self.norm, self.fc_norm, self.projection = (copy.deepcopy(module) for module in after)
+        self.prefix_tokens = not_pooled(trunk)
+        attn_pool = getattr(trunk, "attn_pool", None) or nn.Identity()
+        after = (trunk.norm, attn_pool, trunk.fc_norm, visual.head) if unfreeze_blocks else (nn.Identity(),) * 4
+        self.norm, self.attn_pool, self.fc_norm, self.projection = (copy.deepcopy(module) for module in after)
         self.embed_dim = embed_dim = embedding_width(visual)
         self.head = Head(embed_dim, classes, dropout=dropout) if head is None else head
         self.requires_grad_(False)
         self.blocks.requires_grad_(True)
         self.head.requires_grad_(True)
         if train_norm:
-            self.norm.requires_grad_(True)
-            self.fc_norm.requires_grad_(True)
-            self.projection.requires_grad_(True)
+            for module in (self.norm, self.attn_pool, self.fc_norm, self.projection):
+                module.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Tail:
         """Training mode for blocks and head; the frozen projection keeps its evaluation mode (it may hold dropout)."""
@@ -119,7 +120,11 @@ class Tail(nn.Module):
         """Embedding (B, E) before its length is taken out, from activations at the cut."""
         if len(self.blocks):
             x = self.norm(self.tokens(x, len(self.blocks)))
-            x = x[:, 0] if self.pool == "token" else x[:, self.prefix_tokens :].mean(dim=1)
+            if self.pool == "token":
+                x = x[:, 0]
+            else:
+                x = x[:, self.prefix_tokens :]
+                x = attention_pool(self.attn_pool, x) if self.pool == "map" else x.mean(dim=1)
             x = self.projection(self.fc_norm(x))
         return x
 
@@ -140,6 +145,11 @@ def embedding_width(visual: Any) -> int:
     return int(visual.head.proj.out_features if "proj" in visual.head._modules else visual.trunk.embed_dim)
 
 
+def not_pooled(trunk: Any) -> int:
+    """Number of class and register tokens that average or attention pooling leaves out, first in line."""
+    return 0 if getattr(trunk, "pool_include_prefix", False) else int(trunk.num_prefix_tokens)
+
+
 def full_block(block: Any, x: torch.Tensor) -> torch.Tensor:
     """What a timm `Block` gives, (B, T, D) to the same.
 
@@ -152,7 +162,8 @@ def full_block(block: Any, x: torch.Tensor) -> torch.Tensor:
     attn = block.attn
     b, t, _ = x.shape
     qkv = _qkv(block, x).reshape(b, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = (part.contiguous() for part in qkv.unbind(0))
+    q, k, v = qkv.unbind(0)
+    q, k, v = (part.contiguous() for part in (attn.q_norm(q), attn.k_norm(k), v))
     z = torch.softmax((q * attn.scale) @ k.mT, dim=-1) @ v
     return _after_attention(block, x, z.transpose(1, 2).reshape(b, t, -1))
 
@@ -173,23 +184,50 @@ def _qkv(block: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def class_token_block(block: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a timm `Block` gives for the class token alone: (B, T, D) to (B, 1, D), equal to `block(x)[:, :1]`.
-
-    One query needs no token's key or value: q . (K y) is (K' q) . y, and the mean of V y is V times the mean of y. That
-    leaves a hundredth of the block's work. A bias of the keys moves every score alike, and softmax does not see it.
-    """
+    """What a timm `Block` gives for the class token alone: (B, T, D) to (B, 1, D), equal to `block(x)[:, :1]`."""
     attn = block.attn
     heads, width = attn.num_heads, attn.head_dim
     y = block.norm1(x)
     to_q, to_k, to_v = attn.qkv.weight.view(3, heads * width, -1).unbind(0)  # not slices: their gradients are whole
-    q_bias, _, v_bias = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.view(3, -1).unbind(0)
-    q = F.linear(y[:, 0], to_q, q_bias).view(-1, heads, width) * attn.scale
+    q_bias, k_bias, v_bias = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.view(3, -1).unbind(0)
+    q = attn.q_norm(F.linear(y[:, 0], to_q, q_bias).view(-1, heads, width)) * attn.scale
     y = y.to(q.dtype)
-    keys = (q.transpose(0, 1) @ to_k.view(heads, width, -1)).transpose(0, 1)  # (B, heads, D)
-    mean = torch.softmax(keys @ y.mT, dim=-1) @ y  # (B, heads, D)
-    z = (mean.transpose(0, 1) @ to_v.view(heads, width, -1).mT).transpose(0, 1).reshape(len(x), 1, -1)
-    z = z if v_bias is None else z + v_bias
-    return _after_attention(block, x[:, :1], z)
+    if isinstance(attn.k_norm, nn.Identity):
+        scores = one_query(q, to_k, y)
+    else:
+        k = attn.k_norm(F.linear(y, to_k, k_bias).view(*y.shape[:2], heads, width))
+        scores = (k.permute(0, 2, 1, 3) @ q[..., None]).squeeze(-1)
+    return _after_attention(block, x[:, :1], one_value(scores, to_v, v_bias, y))
+
+
+def one_query(q: torch.Tensor, to_k: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Attention scores (B, heads, T) of one query (B or 1, heads, width) over tokens y (B, T, D).
+
+    It needs no token's key: q . (K y) is (K' q) . y. With `one_value` that leaves a hundredth of a block's work. A bias
+    of the keys moves every score alike, and softmax does not see it.
+    """
+    keys = (q.transpose(0, 1) @ to_k.view(*q.shape[1:], -1)).transpose(0, 1)  # (B, heads, D)
+    return keys @ y.mT
+
+
+def one_value(scores: torch.Tensor, to_v: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    """What one query finds, its heads side by side (B, 1, heads * width): the mean of V y is V times the mean of y."""
+    mean = torch.softmax(scores, dim=-1) @ y  # (B, heads, D)
+    matrices = to_v.view(mean.shape[1], -1, y.shape[-1]).mT
+    z = (mean.transpose(0, 1) @ matrices).transpose(0, 1).reshape(len(y), 1, -1)
+    return z if bias is None else z + bias
+
+
+def attention_pool(pool: Any, y: torch.Tensor) -> torch.Tensor:
+    """What timm's `AttentionPoolLatent` with one query gives, (B, T, D) to (B, D), without any token's key or value."""
+    heads, width = pool.num_heads, pool.head_dim
+    to_k, to_v = pool.kv.weight.view(2, heads * width, -1).unbind(0)
+    v_bias = None if pool.kv.bias is None else pool.kv.bias.view(2, -1).unbind(0)[1]
+    q = pool.q_norm(pool.q(pool.latent[0]).view(1, heads, width)) * pool.scale
+    y = y.to(q.dtype)
+    z = pool.proj(one_value(one_query(q, to_k, y), to_v, v_bias, y))[:, 0]
+    out: torch.Tensor = z + pool.mlp(pool.norm(z))
+    return out
 
 
 def _after_attention(block: Any, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

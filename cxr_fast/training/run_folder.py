@@ -27,7 +27,7 @@ SCHEMA = 2
 KIND = "cxr-fast run"
 TOWER, TAILS = "visual.", "tails."
 # Where a tail's parts stand in the tower; its blocks are numbered from the cut.
-PLACES = {"norm": "trunk.norm", "fc_norm": "trunk.fc_norm", "projection": "head"}
+PLACES = {"norm": "trunk.norm", "attn_pool": "trunk.attn_pool", "fc_norm": "trunk.fc_norm", "projection": "head"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from cxr_fast.models import backbone
 from cxr_fast.models.backbone import embed
 from cxr_fast.training.run_folder import Member, Run, read_run
 from cxr_fast.training.sweep import Sweep
+from tests.helpers.towers import MAPPED, TOKEN, run_of, tower
 
 CLASSES = [0, 7, 34]
 
@@ -93,6 +94,34 @@ def test_the_map_is_that_of_timms_own_attention(run: Run, film: Path) -> None:
     assert (found >= 0).all()
     assert expected.max() > 1e-4
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", [*TOKEN, *MAPPED])
+def test_the_map_of_every_kind_of_tower_is_that_of_timms_own_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's unfused softmax of the class token's last block, or of attention pooling, caught on the way."""
+    (member,) = run_of(tower(kind)).members
+    x = torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    found = relevance(member, x, [0, 3])
+    assert found.shape == (2, 5, 5)
+    assert member.visual.trunk.blocks[-1].attn.fused_attn
+    visual, caught = copy.deepcopy(member.visual).requires_grad_(True), list[torch.Tensor]()
+    (visual.trunk.attn_pool or visual.trunk.blocks[-1].attn).fused_attn = False
+    softmax = torch.Tensor.softmax
+
+    def keep(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        caught.append(softmax(scores, dim))
+        return caught[-1]
+
+    monkeypatch.setattr(torch.Tensor, "softmax", keep)
+    logits = member.head(torch.nn.functional.normalize(visual(x), dim=-1))[0]
+    (a,) = caught
+    for i, c in enumerate([0, 3]):
+        (slope,) = torch.autograd.grad(logits[c], a, retain_graph=True)
+        expected = (a * slope)[0, :, 0, -25:].clamp(min=0).mean(0).detach().reshape(5, 5).numpy()
+        assert expected.max() > 1e-5
+        np.testing.assert_allclose(found[i], expected, atol=1e-4 * expected.max(), rtol=0)
 
 
 def test_the_gradient_is_the_logits_change_by_differences(run: Run, film: Path) -> None:
@@ -221,8 +250,16 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
     np.testing.assert_allclose(found.maps[0].shares, expected[0], atol=1e-5)
 
 
-def test_a_tower_without_a_class_token_is_refused(toy_run_average: Path, film: Path) -> None:
-    with pytest.raises(InputError, match="class token") as caught:
+def test_the_picture_says_whose_attention_it_is(run: Run, film: Path) -> None:
+    mapped = run_of(tower("attention_pool"))
+    info = {**run.info, **mapped.info, "preprocess": {**run.info["preprocess"], "size": 40}, "thresholds": [0.5] * 5}
+    found = explain(dataclasses.replace(mapped, info=info), film, top=1)
+    assert "attention pooling" in found.query
+    assert "class token" in explain(run, film, top=1).query
+
+
+def test_a_tower_that_averages_is_refused(toy_run_average: Path, film: Path) -> None:
+    with pytest.raises(InputError, match="averages its patches") as caught:
         explain(read_run(toy_run_average), film)
     assert "\n" not in str(caught.value)
 
