@@ -149,9 +149,7 @@ class CacheSpec:
     ('plain', 'flip')
     """
 
-    weights: str = _setting(
-        "biomedclip", "biomedclip, a hub id or folder (open_clip, timm, transformers), or random:SEED[:timm_arch]."
-    )
+    weights: str = _setting("biomedclip", "biomedclip, a hub id, a local folder, or random:SEED[:timm_arch].")
     image_size: int | None = _setting(None, "Pixels a side of what the model sees.  [default: the model's own]")
     unfreeze_blocks: int = _setting(2, "Blocks left to train; 0 caches embeddings and trains the head alone.")
     views: tuple[str, ...] = _setting(VIEWS, "Views to cache: plain, or plain,flip.")
@@ -180,8 +178,7 @@ class TrainSpec:
     square root of its number of films (`sqrt`). `ema` averages the weights after each step; at step t its decay is
     min(`ema`, (1 + t) / (10 + t)), so that a short run is averaged over the steps it has. `class_weights` weighs a
     class by one over its share of positives in training, or by the square root of that, mean 1. `flip` draws the
-    cached flipped view for half the samples; `train_norm` trains the final norm, attention pooling
-    and projection too.
+    cached flipped view for half the samples; `train_norm` trains final norm, attention pooling and projection too.
 
     `shuffle` is the order of an epoch: `full`, any; or `block`, for caches that are read from disk: the training rows
     in file order are cut into blocks of `shuffle_block`, the blocks are permuted, and all rows of `shuffle_window`
