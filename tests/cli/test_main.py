@@ -424,7 +424,7 @@ CASES: list[tuple[list[object], str]] = [
     (["cache", "good.csv", "--weights", "random:0:resnet18"], "--weights: .*resnet18"),
     (["cache", "good.csv", "--weights", "no such thing"], "--weights: 'no such thing' is neither"),
     (["cache", "good.csv", "--weights", ""], "--weights"),
-    (["cache", "good.csv", "--weights", "empty"], "--weights: empty must hold open_clip_config.json"),
+    (["cache", "good.csv", "--weights", "empty"], "--weights: empty holds no open_clip_config.json"),
     (["cache", "good.csv", "--weights", "somebody/something"], "cannot fetch somebody/something.*\n.*--weights FOLDER"),
     (["cache", "good.csv", *W, "--unfreeze-blocks", 7], "--unfreeze-blocks: 7 is more than the 6 blocks"),
     (["cache", "good.csv", *W, "--unfreeze-blocks", -1], "--unfreeze-blocks"),
@@ -468,7 +468,7 @@ CASES: list[tuple[list[object], str]] = [
     (["sweep", "toy.h5", *TRAIN, "--out", "file", "--overwrite"], "--overwrite: file is not a run folder"),
     (["sweep", "toy.h5", *TRAIN, "--out", "file/run"], "--out: cannot write file/run"),
     (["sweep", "toy.h5", *TRAIN, "--weights", RANDOM], f"--weights {RANDOM}: not the weights"),
-    (["sweep", "toy.h5", *TRAIN, "--weights", "empty"], "--weights: empty must hold"),
+    (["sweep", "toy.h5", *TRAIN, "--weights", "empty"], "--weights: empty holds no"),
     (["sweep", "toy.h5", *TRAIN, "--manifest", "gone.csv"], "gone.csv"),
     (["sweep", "toy.h5", *TRAIN, "--manifest", "absent.csv"], "7 of 8 images are not in toy.h5"),
     # what comes after

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -753,9 +752,7 @@ def test_decade(age: str, said: str) -> None:
 
 def test_real_indiana_has_the_published_figures() -> None:
     folder = real("iu")
-    start = time.perf_counter()
     m = read_dataset(folder, missing="unchecked")
-    assert time.perf_counter() - start < 1
     told, table = summary(m), {row.name: row for row in class_table(m)}
     assert (told["images"], told["studies"], told["groups"]) == (7466, 3851, 3851)
     assert told["positives"] == 13123
@@ -800,9 +797,7 @@ def test_real_indiana_with_all_its_files(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for image in tables.read_csv(tmp_path / "indiana_projections.csv")["filename"]:
         (tmp_path / "images" / image).touch()
-    start = time.perf_counter()
     m = read_dataset(tmp_path)
-    assert time.perf_counter() - start < 1
     assert len(m) == 7466
     assert m.path(7465).is_file()
     for name in ("manifest.csv", "manifest.parquet"):
