@@ -225,9 +225,12 @@ def _asked_resize(processor: Mapping[str, Any]) -> dict[str, str]:
     resample = processor.get("resample", 3)
     size = processor.get("size")
     cropped = processor.get("do_center_crop") or (isinstance(size, dict) and "shortest_edge" in size)
+    shown = processor.get("crop_size", size) if processor.get("do_center_crop") else size
+    side = next(iter(shown.values()), None) if isinstance(shown, dict) else shown
     return {
         "resize": "pad" if processor.get("do_pad") else "crop" if cropped else "squash",
         "interpolation": names.get(resample, str(resample)),
+        **({"size": f"{side} pixels"} if isinstance(side, int) else {}),
     }
 
 
