@@ -67,6 +67,8 @@ def _block_reasons(block: Any) -> Iterator[str]:
     if type(mlp) is not Mlp:
         yield f"an MLP of class {type(mlp).__name__} (gated, as SwiGLU is)"
         return
+    if attn.num_heads < 1:
+        yield f"{attn.num_heads} heads"
     if getattr(attn, "gate", None) is not None:
         yield "gated attention"
     if not (isinstance(attn.norm, nn.Identity) and isinstance(mlp.norm, nn.Identity)):

@@ -180,7 +180,7 @@ def _arguments(family: str, values: Mapping[str, Any], found: Mapping[str, Any],
         raise refuse("no pooling (vision_use_head is false)")
     if not 0 <= eps < math.inf:
         raise refuse(f"layer_norm_eps {eps}")
-    if heads < 0 or width % heads or found.get("head_dim") not in (None, width // heads):
+    if width % heads or found.get("head_dim") not in (None, width // heads):
         raise refuse(f"heads of another width than {width} / {heads}")
     hidden = int(values["intermediate_size"] if "intermediate_size" in values else width * values["mlp_ratio"])
     ratio = hidden / width

@@ -146,6 +146,7 @@ CONFIG = {
         ),
         ({"model_args": {"img_size": 176}}, ["trunk.pos_embed is (1, 101, 64), expected (1, 122, 64)"]),
         ({"model_args": {"depth": 7}}, ["12 tensor(s) missing ['trunk.blocks.6."]),
+        ({"model_args": {"num_heads": -2}}, ["not a plain ViT", "-2 heads"]),
         ({"model_args": {"depth": 10**6}}, ["1000000 blocks; from 1 to 1,000"]),
         ({"architecture": "deit_tiny_distilled_patch16_224"}, ["timm's VisionTransformerDistilled"]),
         ({"global_pool": "max"}, ["not a plain ViT"]),

@@ -255,7 +255,7 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
         ({"num_hidden_layers": 10**9}, ["1000000000 blocks; from 1 to 1,000"]),
         ({"layer_norm_eps": -1}, ["layer_norm_eps -1.0"]),
         ({"layer_norm_eps": math.nan}, ["layer_norm_eps nan"]),
-        ({"num_attention_heads": -2}, ["heads of another width"]),
+        ({"num_attention_heads": -2}, ["not a plain ViT", "-2 heads"]),
         ({"num_attention_heads": 3}, ["heads of another width"]),
         ({"num_attention_heads": 0}, ["describes no vision transformer"]),
         ({"hidden_size": "wide"}, ["describes no vision transformer"]),
