@@ -13,7 +13,7 @@ from ..errors import InputError
 def require_plain_vit(visual: Any, name: str) -> None:
     """Refuse at load, not after hours of training, what the tail and the export do not reproduce exactly.
 
-    `visual` is an open_clip `TimmModel`. Raises InputError with the first reason.
+    `visual` is a tower of `backbone.build_visual`. Raises InputError with the first reason.
     """
     reason = next(_reasons(visual), None)
     if reason is not None:
