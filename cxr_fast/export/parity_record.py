@@ -28,7 +28,7 @@ def parity_record(yardstick: Yardstick, part: str, parity: Parity, far: Drift, f
         "margin": found["margin"],
     }
     return {
-        "against": "torch float32, whole tower",
+        "against": "torch float32, the whole tower",
         "images": far.images,
         "part": part,
         "provider": file.provider,

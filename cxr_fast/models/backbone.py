@@ -131,7 +131,10 @@ def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     for name, want in expected.items():
         if want.shape != tensors[name].shape:
             raise InputError(f"--weights: {name} is {tuple(tensors[name].shape)}, expected {tuple(want.shape)}.")
-    visual.load_state_dict({k: v.float().contiguous() for k, v in tensors.items()}, strict=True, assign=True)
+    whole = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    if broken := next((name for name, tensor in whole.items() if not tensor.isfinite().all()), None):
+        raise InputError(f"--weights: {broken} holds numbers that are not finite; fetch the weights again.")
+    visual.load_state_dict(whole, strict=True, assign=True)
     return visual.eval().requires_grad_(False)
 
 

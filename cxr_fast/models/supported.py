@@ -13,7 +13,7 @@ from ..errors import InputError
 def require_plain_vit(visual: Any, name: str) -> None:
     """Refuse at load, not after hours of training, what the tail and the export do not reproduce exactly.
 
-    `visual` is an open_clip `TimmModel`. Raises InputError with the first reason.
+    `visual` is a tower of `backbone.build_visual`. Raises InputError with the first reason.
     """
     reason = next(_reasons(visual), None)
     if reason is not None:
@@ -67,6 +67,8 @@ def _block_reasons(block: Any) -> Iterator[str]:
     if type(mlp) is not Mlp:
         yield f"an MLP of class {type(mlp).__name__} (gated, as SwiGLU is)"
         return
+    if attn.num_heads < 1:
+        yield f"{attn.num_heads} heads"
     if getattr(attn, "gate", None) is not None:
         yield "gated attention"
     if not (isinstance(attn.norm, nn.Identity) and isinstance(mlp.norm, nn.Identity)):

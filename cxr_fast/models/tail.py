@@ -67,7 +67,7 @@ class Head(nn.Sequential):
 class Tail(nn.Module):
     """What is trained, from activations (B, T, D) at the cut, or (B, E) when no block is unfrozen, to logits (B, C).
 
-    `visual` is an open_clip `TimmModel`; its blocks, norms, pooling and projection are copied, so one tower serves
+    `visual` is a tower of `backbone.load`; its blocks, norms, pooling and projection are copied, so one tower serves
     every fold. What follows the blocks stays frozen unless `train_norm`. `head` replaces the MLP head by one of the
     user's.
     """

@@ -23,6 +23,7 @@ IGNORED = (
     "img_size num_classes in_chans dynamic_img_size dynamic_img_pad strict_img_size drop_rate pos_drop_rate "
     "patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init"
 )
+MOST_BLOCKS = 1000  # a config that asks for more is wrong, and building it would take minutes
 VIT = ("vision_transformer", "deit")  # the modules of timm with its plain vision transformers
 # Why the networks of a module of timm are refused; the first start of its name that fits.
 REASONS = {
@@ -110,9 +111,12 @@ def read_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if unknown := sorted(set(saved) - {*ARGUMENTS.split(), *IGNORED.split()}):
         raise InputError(f"--weights: {where} sets {', '.join(unknown)}, and such a network is not supported.")
     arguments = {key: value for key, value in saved.items() if key in ARGUMENTS.split()}
-    if pool := raw.get("global_pool") or pretrained.get("global_pool"):
+    # The pooling that the saved network had; else, as timm does, its arguments before what the weights came with.
+    if pool := raw.get("global_pool") or arguments.get("global_pool") or pretrained.get("global_pool"):
         arguments["global_pool"] = pool
-    size = _side(saved.get("img_size") or list(pretrained["input_size"])[1:], where)
+    if "depth" in arguments:
+        require_depth(arguments["depth"], where)
+    size = read_side(saved.get("img_size") or list(pretrained["input_size"])[1:], "images", where)
     with torch.device("meta"):
         trunk = _create(name, size, arguments)
     if type(trunk).__name__ != "VisionTransformer":
@@ -135,11 +139,18 @@ def _asked_resize(pretrained: Mapping[str, Any]) -> dict[str, str]:
     return {"resize": mode, "interpolation": str(pretrained.get("interpolation") or "bicubic")}
 
 
-def _side(size: Any, where: str) -> int:
+def read_side(size: Any, what: str, where: str) -> int:
+    """The pixels a side of images or patches, from a number or a list of equal ones. Raises InputError."""
     sides = {int(side) for side in (size if isinstance(size, list | tuple) else [size])}
-    if len(sides) != 1:
-        raise InputError(f"--weights: {where} is for images of {size} pixels; only square ones are supported.")
+    if len(sides) != 1 or min(sides) < 1:
+        raise InputError(f"--weights: {where} is for {what} of {size} pixels; only squares are supported.")
     return sides.pop()
+
+
+def require_depth(depth: Any, where: str) -> None:
+    """Refuse a number of blocks that no vision transformer has, before any is built. Raises InputError."""
+    if not 1 <= int(depth) <= MOST_BLOCKS:
+        raise InputError(f"--weights: {where} is for {depth} blocks; from 1 to {MOST_BLOCKS:,} are supported.")
 
 
 def _require_vit(name: str, where: str) -> None:

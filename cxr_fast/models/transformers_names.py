@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .timm_towers import read_side, require_depth
 
 # What a config leaves out is the default of its class in transformers: a nested config is saved as its differences.
 _VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3, "image_size": 224}
@@ -149,7 +150,11 @@ def read_config(
     return {
         "family": family,
         "embed_dim": int(values["projection_dim"]) if projection else vit["embed_dim"],
-        "vision_cfg": {"image_size": _side(values["image_size"], where), "vit": vit, "projection": projection},
+        "vision_cfg": {
+            "image_size": read_side(values["image_size"], "images", where),
+            "vit": vit,
+            "projection": projection,
+        },
         "mean": mean,
         "std": std,
         "preprocess": _asked_resize(processor),
@@ -162,7 +167,9 @@ def _arguments(family: str, values: Mapping[str, Any], found: Mapping[str, Any],
     def refuse(what: str) -> InputError:
         return InputError(f"--weights: {where} has {what}; that is not supported.")
 
-    width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+    width, heads, eps = (values[name] for name in ("hidden_size", "num_attention_heads", "layer_norm_eps"))
+    width, heads, eps = int(width), int(heads), float(eps)
+    require_depth(values["num_hidden_layers"], where)
     if values.get("use_swiglu_ffn"):
         raise refuse("SwiGLU (use_swiglu_ffn)")
     if values["hidden_act"] not in ACTIVATIONS:
@@ -171,13 +178,15 @@ def _arguments(family: str, values: Mapping[str, Any], found: Mapping[str, Any],
         raise refuse(f"{values['num_channels']} channels instead of 3")
     if values.get("vision_use_head") is False:
         raise refuse("no pooling (vision_use_head is false)")
+    if not 0 <= eps < math.inf:
+        raise refuse(f"layer_norm_eps {eps}")
     if width % heads or found.get("head_dim") not in (None, width // heads):
         raise refuse(f"heads of another width than {width} / {heads}")
     hidden = int(values["intermediate_size"] if "intermediate_size" in values else width * values["mlp_ratio"])
     ratio = hidden / width
     dino = family.startswith("dinov2")
     return {
-        "patch_size": _side(values["patch_size"], where),
+        "patch_size": read_side(values["patch_size"], "patches", where),
         "embed_dim": width,
         "depth": int(values["num_hidden_layers"]),
         "num_heads": heads,
@@ -190,15 +199,8 @@ def _arguments(family: str, values: Mapping[str, Any], found: Mapping[str, Any],
         "pre_norm": family == "clip",
         "global_pool": "map" if family == "siglip" else "token",
         "act_layer": ACTIVATIONS[values["hidden_act"]],
-        "norm_eps": float(values["layer_norm_eps"]),
+        "norm_eps": eps,
     }
-
-
-def _side(size: Any, where: str) -> int:
-    sides = {int(side) for side in (size if isinstance(size, list | tuple) else [size])}
-    if len(sides) != 1:
-        raise InputError(f"--weights: {where} is for images or patches of {size} pixels; only squares are supported.")
-    return sides.pop()
 
 
 def read_statistics(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -223,9 +225,12 @@ def _asked_resize(processor: Mapping[str, Any]) -> dict[str, str]:
     resample = processor.get("resample", 3)
     size = processor.get("size")
     cropped = processor.get("do_center_crop") or (isinstance(size, dict) and "shortest_edge" in size)
+    shown = processor.get("crop_size", size) if processor.get("do_center_crop") else size
+    side = next(iter(shown.values()), None) if isinstance(shown, dict) else shown
     return {
         "resize": "pad" if processor.get("do_pad") else "crop" if cropped else "squash",
         "interpolation": names.get(resample, str(resample)),
+        **({"size": f"{side} pixels"} if isinstance(side, int) else {}),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises InputError for anything else."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"--weights: {path} is not JSON ({short_reason(error)}).") from error
     if not isinstance(raw, dict):
         raise InputError(f"--weights: {path} holds no JSON object.")
@@ -212,7 +213,7 @@ def _read_processor(files: WeightFiles) -> dict[str, Any]:
 
 
 def _require_statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+    if len(mean) != 3 or len(std) != 3 or not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
 
 
@@ -277,7 +278,7 @@ def read_config(path: Path) -> dict[str, Any]:
             for name, openai in (("mean", OPENAI_MEAN), ("std", OPENAI_STD))
         )
         _require_statistics(mean, std)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"--weights: {path} is not an open_clip config ({short_reason(error)}).") from error
     return {"embed_dim": embed_dim, "vision_cfg": vision, "mean": mean, "std": std}
 

@@ -20,14 +20,15 @@ from tests.helpers.weights import biomedclip_config, toy_tensors, write_folder
 
 
 def test_a_folder_of_transformers_is_described(tmp_path: Path) -> None:
-    folder = write_plain(tmp_path, DINOV2, dinov2_tensors(), {**PROCESSOR, "do_center_crop": True, "resample": 2})
+    asked = {"do_center_crop": True, "crop_size": {"height": 14, "width": 14}, "size": {"shortest_edge": 16}}
+    folder = write_plain(tmp_path, DINOV2, dinov2_tensors(), {**PROCESSOR, **asked, "resample": 2})
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     found = summarise(str(folder))
     assert found.family == "transformers, dinov2"
     assert (found.tokens, found.width, found.depth, found.heads) == ((1, 0, 4), 32, 3, 2)
     assert (found.patch, found.image_size, found.pooling, found.embedding) == (14, 28, "token", 32)
     assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    assert found.asked == {"resize": "crop", "interpolation": "bilinear"}
+    assert found.asked == {"resize": "crop", "interpolation": "bilinear", "size": "14 pixels"}
     assert (found.left_out, found.licence, found.random) == (("mask_token",), "mit", False)
     assert found.parameters == sum(t.numel() for name, t in dinov2_tensors().items() if "mask" not in name)
     assert found.seconds > 0

@@ -87,7 +87,7 @@ def test_a_model(toy_model: Path, toy_run: Path) -> None:
     assert found["variant"] == "fp32"
     assert found["data"] == "phantom"
     assert json.loads(found["pixels"]) == run["preprocess"]
-    assert " to torch float32, whole tower on 79 images (limit 1e-05); decisions changed" in found["parity"]
+    assert " to torch float32, the whole tower on 79 images (limit 1e-05); decisions changed" in found["parity"]
     assert "6 Gelu" in found["nodes"]
     assert "Not a medical device" in found["intended use"]
 

@@ -92,6 +92,20 @@ def test_the_same_weights_under_the_names_of_timm_give_the_same_activations(real
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("top", [None, "avg"])
+@torch.inference_mode()
+def test_the_pooling_of_the_saved_network_comes_before_what_its_weights_came_with(
+    tmp_path: Path, top: str | None
+) -> None:
+    arguments = {"global_pool": "avg" if top is None else "token"}
+    model = draw(timm.create_model("test_vit", num_classes=0, global_pool="avg"))
+    came_with = {**CONFIG["pretrained_cfg"], "global_pool": "token"}
+    config = {**CONFIG, "global_pool": top, "model_args": arguments, "pretrained_cfg": came_with}
+    loaded = backbone.load(str(write_plain(tmp_path, config, model.state_dict(), None)))
+    x = pixels(160)
+    torch.testing.assert_close(loaded.visual(x), model(x), rtol=1e-6, atol=1e-6)
+
+
 @torch.inference_mode()
 def test_an_older_config_without_pretrained_cfg_around_it_is_read(tmp_path: Path) -> None:
     model = draw(timm.create_model("test_vit", num_classes=0))
@@ -126,9 +140,14 @@ CONFIG = {
         ({"pretrained_cfg": {}}, ["describes no vision transformer ('input_size' is missing)"]),
         ({"pretrained_cfg": {"input_size": [3, 160, 160], "std": [1, 1, 1]}}, ["'mean' is missing"]),
         ({"pretrained_cfg": {**CONFIG["pretrained_cfg"], "std": [0, 0, 0]}}, ["three numbers"]),
-        ({"pretrained_cfg": {**CONFIG["pretrained_cfg"], "input_size": [3, 160, 320]}}, ["only square ones"]),
+        (
+            {"pretrained_cfg": {**CONFIG["pretrained_cfg"], "input_size": [3, 160, 320]}},
+            ["images of [160, 320] pixels; only squares"],
+        ),
         ({"model_args": {"img_size": 176}}, ["trunk.pos_embed is (1, 101, 64), expected (1, 122, 64)"]),
         ({"model_args": {"depth": 7}}, ["12 tensor(s) missing ['trunk.blocks.6."]),
+        ({"model_args": {"num_heads": -2}}, ["not a plain ViT", "-2 heads"]),
+        ({"model_args": {"depth": 10**6}}, ["1000000 blocks; from 1 to 1,000"]),
         ({"architecture": "deit_tiny_distilled_patch16_224"}, ["timm's VisionTransformerDistilled"]),
         ({"global_pool": "max"}, ["not a plain ViT"]),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -248,7 +249,13 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
         ({"model_type": "bert"}, ["'bert'; supported are dinov2"]),
         ({"hidden_act": "relu"}, ["hidden_act 'relu'"]),
         ({"num_channels": 1}, ["1 channels"]),
-        ({"image_size": [28, 42]}, ["only squares"]),
+        ({"image_size": [28, 42]}, ["for images of [28, 42] pixels; only squares"]),
+        ({"image_size": -28}, ["for images of -28 pixels"]),
+        ({"patch_size": 0}, ["for patches of 0 pixels"]),
+        ({"num_hidden_layers": 10**9}, ["1000000000 blocks; from 1 to 1,000"]),
+        ({"layer_norm_eps": -1}, ["layer_norm_eps -1.0"]),
+        ({"layer_norm_eps": math.nan}, ["layer_norm_eps nan"]),
+        ({"num_attention_heads": -2}, ["not a plain ViT", "-2 heads"]),
         ({"num_attention_heads": 3}, ["heads of another width"]),
         ({"num_attention_heads": 0}, ["describes no vision transformer"]),
         ({"hidden_size": "wide"}, ["describes no vision transformer"]),
@@ -288,6 +295,13 @@ def without(*gone: str) -> dict[str, torch.Tensor]:
             {**dinov2_tensors(), "layernorm.weight": torch.ones(32, dtype=torch.int8)},
             ["holds layernorm.weight as torch.int8; quantised"],
         ),
+        *(
+            (
+                {**dinov2_tensors(), "layernorm.weight": torch.full((32,), value, dtype=torch.float16)},
+                ["trunk.norm.weight holds numbers that are not finite"],
+            )
+            for value in (math.nan, math.inf)
+        ),
     ],
 )
 def test_tensors_of_another_model_are_refused(
@@ -324,7 +338,12 @@ def test_statistics_are_the_files_own_or_the_model_is_refused(tmp_path: Path) ->
     assert "holds no preprocessor_config.json with image_mean" in refused(folder)
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR}))
     assert backbone.load(str(folder)).statistics("model") == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    for wrong in ({"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]}):
+    for wrong in (
+        {"image_mean": [0.5], "image_std": [0.5]},
+        {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]},
+        {"image_mean": [0.5, math.nan, 0.5], "image_std": [1, 1, 1]},
+        {"image_mean": [0.5] * 3, "image_std": [1, math.nan, 1]},
+    ):
         write_plain(folder, DINOV2, None, {**PROCESSOR, **wrong})
         assert "three numbers" in refused(folder)
 

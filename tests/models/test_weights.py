@@ -139,8 +139,9 @@ def test_a_config_that_cannot_be_built_is_refused(tmp_path: Path, config: Any, p
 
 def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, toy_tensors(), biomedclip_config("test_vit"))
-    (tmp_path / "open_clip_config.json").write_bytes(b"\xff\xfe")
-    assert "not an open_clip config" in refused(folder)
+    for content in (b"\xff\xfe", b"[" * 100_000):
+        (tmp_path / "open_clip_config.json").write_bytes(content)
+        assert "not an open_clip config" in refused(folder)
 
 
 @pytest.mark.parametrize("gone", ["open_clip_config.json", BIN])
