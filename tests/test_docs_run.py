@@ -28,7 +28,7 @@ LEFT_OUT = {
     "docs/explanation/benchmarks.md": 1,
     "docs/explanation/scaling.md": 1,
     "docs/how-to/clusters.md": 3,
-    "docs/how-to/encoders.md": 1,
+    "docs/how-to/encoders.md": 2,
     "docs/how-to/hub.md": 2,
     "docs/how-to/install.md": 7,
     "docs/how-to/latency.md": 3,

@@ -94,7 +94,9 @@ def _weights(source: str) -> str:
             "embedding": f"{found.embedding} from {POOLING.get(found.pooling, found.pooling)}"
             + (", projected" if found.projection else ""),
             "normalisation": f"mean {_short(list(found.mean))}, std {_short(list(found.std))}",
-            "asked resize": f"{asked}; films are resized bicubic, and made square as --resize says" if asked else "",
+            "resize": f"{asked} by its files; films are resized bicubic, and become square as --resize says"
+            if asked
+            else "",
             "left out": ", ".join(found.left_out),
             "licence": found.licence or "not named in the files; see the model's page",
             "cache": f"{found.row_bytes:,} bytes a film: {counted(found.views, 'view')} in {CacheSpec().dtype}, "

@@ -194,7 +194,7 @@ def _export_variant(
 def _with_count(on_progress: OnProgress, floats: int) -> OnProgress:
     """Name the number of matrices in float with each stage, where there are some."""
     return lambda stage, done, total: on_progress(
-        f"{stage}, {floats} matrices in float" if floats else stage, done, total
+        f"{stage}, {floats} {'matrix' if floats == 1 else 'matrices'} in float" if floats else stage, done, total
     )
 
 

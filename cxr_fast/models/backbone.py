@@ -124,13 +124,18 @@ def assemble(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     expected = visual.state_dict()
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
+        wrong = ((missing, "missing"), (extra, "unknown"))
         raise InputError(
-            f"--weights: the checkpoint does not fit {timm_towers.name_of(config)}: "
-            f"{len(missing)} tensor(s) missing {missing[:3]}, {len(extra)} unknown {extra[:3]}."
+            f"--weights: the file holds other tensors than the config describes ({timm_towers.name_of(config)}): "
+            + "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for names, what in wrong if names)
+            + ("." if max(len(missing), len(extra)) <= 3 else ", ...")
         )
     for name, want in expected.items():
         if want.shape != tensors[name].shape:
-            raise InputError(f"--weights: {name} is {tuple(tensors[name].shape)}, expected {tuple(want.shape)}.")
+            raise InputError(
+                f"--weights: {name} has the shape {tuple(tensors[name].shape)} in the file, and "
+                f"{tuple(want.shape)} by the config ({timm_towers.name_of(config)})."
+            )
     whole = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     if broken := next((name for name, tensor in whole.items() if not tensor.isfinite().all()), None):
         raise InputError(f"--weights: {broken} holds numbers that are not finite; fetch the weights again.")

@@ -242,8 +242,8 @@ def select(names: list[str], config: Mapping[str, Any], where: str) -> tuple[dic
     """
     starts = [found[1] for name in names if (found := ANCHOR.fullmatch(name))]
     if len(starts) != 1:
-        count = "no" if not starts else f"{len(starts)}"
-        raise InputError(f"--weights: {where} holds {count} patch embedding(s) of a {config['family']} model.")
+        count = f"{len(starts)} patch embeddings" if starts else "no patch embedding"
+        raise InputError(f"--weights: the weights in {where} hold {count} of a {config['family']} model; take its own.")
     start, kept, left_out = starts[0], {}, set()
     for name in names:
         inside = name.removeprefix(start)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,8 @@ WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PLAIN_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 CARD = "README.md"
+# What a clone without `git lfs` holds in place of each large file begins with this.
+LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +228,11 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"--weights: cannot read {path}: {short_reason(error)}") from error
+        reason = short_reason(error)
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                reason = "it is a Git LFS pointer and not the weights; fetch them with `git lfs pull`."
+        raise InputError(f"--weights: cannot read {path}: {reason}") from error
 
 
 def _names(path: Path) -> list[str]:

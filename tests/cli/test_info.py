@@ -159,7 +159,7 @@ def test_weights(tmp_path: Path) -> None:
     assert found["family"] == "transformers, dinov2"
     assert found["tokens"] == "5: 1 class, 4 patches of 14 x 14 pixels"
     assert found["embedding"] == "32 from class token"
-    assert found["asked resize"].startswith("squash, bicubic; films are resized bicubic")
+    assert found["resize"].startswith("squash, bicubic by its files; films are resized bicubic")
     assert found["left out"] == "mask_token"
     assert found["licence"] == "not named in the files; see the model's page"
     assert found["cache"] == "640 bytes a film: 2 views in float16, 2 blocks left to train"

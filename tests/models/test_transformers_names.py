@@ -259,11 +259,11 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
         ({"num_attention_heads": 3}, ["heads of another width"]),
         ({"num_attention_heads": 0}, ["describes no vision transformer"]),
         ({"hidden_size": "wide"}, ["describes no vision transformer"]),
-        ({"hidden_size": 64}, ["expected (1, 1, 64)"]),
-        ({"num_hidden_layers": 4}, ["14 tensor(s) missing", "trunk.blocks.3."]),
+        ({"hidden_size": 64}, ["and (1, 1, 64) by the config"]),
+        ({"num_hidden_layers": 4}, ["14 missing: trunk.blocks.3."]),
         ({"num_hidden_layers": 2}, ["unknown", "trunk.blocks.2."]),
-        ({"image_size": 42}, ["trunk.pos_embed is (1, 5, 32), expected (1, 10, 32)"]),
-        ({"patch_size": 7}, ["trunk.pos_embed is (1, 5, 32), expected (1, 17, 32)"]),
+        ({"image_size": 42}, ["trunk.pos_embed has the shape (1, 5, 32) in the file, and (1, 10, 32) by"]),
+        ({"patch_size": 7}, ["trunk.pos_embed has the shape (1, 5, 32) in the file, and (1, 17, 32) by"]),
         ({"model_type": "dinov2_with_registers"}, ["trunk.reg_token"]),
         ({"model_type": "vit"}, ["unknown", "ls1.gamma"]),
         ({"model_type": "siglip_vision_model", "vision_use_head": False}, ["no pooling"]),
@@ -282,15 +282,19 @@ def without(*gone: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "parts"),
     [
-        (without("position_embeddings"), ["1 tensor(s) missing", "trunk.pos_embed"]),
+        (without("position_embeddings"), ["(dinov2, 3 blocks of width 32): 1 missing: trunk.pos_embed."]),
+        (
+            {**dinov2_tensors(), "embeddings.cls_token": torch.ones(1, 1, 64)},
+            ["trunk.cls_token has the shape (1, 1, 64) in the file, and (1, 1, 32) by the config (dinov2, 3 blocks"],
+        ),
         (without("layer.1.attention.attention.key.weight"), ["no keys for trunk.blocks.1.attn.qkv.weight"]),
-        (without("projection.weight"), ["no patch embedding(s) of a dinov2 model"]),
-        ({**dinov2_tensors(), "lora.weight": torch.ones(1)}, ["1 unknown ['trunk.lora.weight']"]),
+        (without("projection.weight"), ["no patch embedding of a dinov2 model; take its own"]),
+        ({**dinov2_tensors(), "lora.weight": torch.ones(1)}, ["1 unknown: trunk.lora.weight."]),
         (
             {"a.embeddings.patch_embeddings.projection.weight": torch.ones(1), **dinov2_tensors()},
-            ["2 patch embedding(s)"],
+            ["2 patch embeddings"],
         ),
-        ({"weight": torch.ones(1)}, ["no patch embedding(s)"]),
+        ({"weight": torch.ones(1)}, ["no patch embedding"]),
         (
             {**dinov2_tensors(), "layernorm.weight": torch.ones(32, dtype=torch.int8)},
             ["holds layernorm.weight as torch.int8; quantised"],
@@ -321,8 +325,10 @@ def test_a_pickled_checkpoint_is_refused_unread(tmp_path: Path) -> None:
 
 def test_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     write_plain(tmp_path, DINOV2, dinov2_tensors())
-    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
     assert "cannot read" in refused(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "a Git LFS pointer" in refused(tmp_path)
     for text, part in (("{", "is not JSON"), ("[]", "no JSON object"), ("{}", "names no architecture")):
         write_plain(tmp_path, text, dinov2_tensors())
         assert part in refused(tmp_path)

@@ -91,13 +91,13 @@ def without(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "parts"),
     [
-        (without("visual.head.proj.weight"), ["1 tensor(s) missing", "head.proj.weight", "test_vit"]),
+        (without("visual.head.proj.weight"), ["(test_vit): 1 missing: head.proj.weight."]),
         ({**toy_tensors(), "visual.trunk.extra": torch.ones(1)}, ["1 unknown", "trunk.extra"]),
         (
             {**toy_tensors(), "visual.trunk.cls_token": torch.ones(1, 1, 32)},
-            ["trunk.cls_token is (1, 1, 32), expected (1, 1, 64)"],
+            ["trunk.cls_token has the shape (1, 1, 32) in the file, and (1, 1, 64) by the config (test_vit)."],
         ),
-        ({**toy_tensors(), "visual.trunk.cls_token": 3}, ["1 tensor(s) missing", "trunk.cls_token"]),
+        ({**toy_tensors(), "visual.trunk.cls_token": 3}, ["1 missing: trunk.cls_token."]),
         ({"text.proj.0.weight": torch.ones(2)}, ["no tensor named visual.*"]),
         ({1: torch.ones(2)}, ["no tensor named visual.*"]),
         ([1, 2, 3], ["no tensor named visual.*"]),
