@@ -71,7 +71,8 @@ class BatchSpec:
 
     `batch_size` images are one call of the model; `workers` threads decode (default: usable cores); `decide` adds the
     findings over their thresholds; `pool` also writes NAME.studies.csv, the images of a study as one; `overwrite`
-    drops what the table holds; `append` keeps rows of films that are no longer among the inputs, before the others.
+    drops what the table holds; `append` keeps rows of films that are no longer among the inputs (before the others), or
+    that are gone from the disk.
     """
 
     batch_size: int = BATCH
@@ -208,7 +209,7 @@ def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) ->
 
 
 def _checkpoint(predictor: Answerer, out: Path, identity: dict[str, str], spec: BatchSpec) -> Checkpoint:
-    return Checkpoint(out, identity, overwrite=spec.overwrite, strict=predictor.strict)
+    return Checkpoint(out, identity, overwrite=spec.overwrite, strict=predictor.strict, gone=spec.append)
 
 
 def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:

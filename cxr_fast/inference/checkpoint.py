@@ -45,8 +45,10 @@ class Checkpoint:
     where the disk is full or cannot be written. Use as a context manager, under the lock of `out`.
     """
 
-    def __init__(self, out: Path, model: Mapping[str, str], *, overwrite: bool = False, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(
+        self, out: Path, model: Mapping[str, str], *, overwrite: bool = False, strict: bool = False, gone: bool = False
+    ) -> None:
+        self.strict, self.keeps_gone = strict, gone
         self.out, self.path = out, beside(out)
         if overwrite:
             self.path.unlink(missing_ok=True)  # SQLite removes a WAL without its file
@@ -78,12 +80,16 @@ class Checkpoint:
     def holds(self, path: str) -> bool:
         """Whether there are probabilities of this very file: of its size and time, else of its content.
 
-        With `strict` those whose note says that it is no film of a chest do not count.
+        With `strict` those whose note says that it is no film of a chest do not count. With `gone` the answer to a
+        file that is gone counts: it may be fetched by somebody between the look at a folder and the answers.
         """
         try:
-            known, status = self.row(path)[0], os.stat(path)
+            known = self.row(path)[0]
             if self.strict and other_subject(known.note):
                 return False
+            if self.keeps_gone and known.ok and not os.path.lexists(path):
+                return True
+            status = os.stat(path)
             if not known.ok or not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
                 return False
             return changed_ns(status) == known.mtime_ns or file_sha256(Path(path)) == known.sha256

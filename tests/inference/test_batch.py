@@ -388,6 +388,10 @@ def test_films_that_arrive_while_they_are_written(toy_model: Path, files: list[s
     with subprocess.Popen(
         [*words, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+
+        def running() -> bool:
+            return process.poll() is None
+
         try:
             for file in files[4:8]:
                 data = Path(file).read_bytes()
@@ -400,14 +404,33 @@ def test_films_that_arrive_while_they_are_written(toy_model: Path, files: list[s
                             head, *body = rows(out)
                             assert all(len(row) == len(head) for row in body)
                 if file == files[6]:  # fetched by somebody else once it is answered
-                    states.wait_until(lambda: answered(files[4]), "an answer to the first film")
+                    states.wait_until(lambda: answered(files[4]), "an answer to the first film", running)
                     os.unlink(inbox / Path(files[4]).name)
 
-            states.wait_until(lambda: all(map(answered, files[4:8])), "a table of four films")
+            states.wait_until(lambda: all(map(answered, files[4:8])), "a table of four films", running)
         finally:
             process.terminate()
             said = process.communicate(timeout=60)
     assert process.returncode == 0, said
+
+
+def test_the_answer_to_a_film_that_was_fetched_after_the_look_is_kept(
+    predictor: Predictor, files: list[str], tmp_path: Path
+) -> None:
+    """`watch` looks first and answers then; a film that is gone in between keeps the answer of the round before."""
+    folder, out = tmp_path / "films", tmp_path / "p.csv"
+    folder.mkdir()
+    for file in files[4:6]:
+        shutil.copy(file, folder)
+    write(predictor, read([str(folder)]), out)
+    first, seen = out.read_bytes(), read([str(folder)])
+    os.unlink(folder / Path(files[4]).name)
+    assert write(predictor, seen, out, append=True)["reused"] == 2
+    assert out.read_bytes() == first
+    assert write(predictor, read([str(folder)]), out, append=True)["kept"] == 1
+    assert out.read_bytes() == first
+    summary = write(predictor, seen, out)
+    assert summary["failed"] == 1, "a listed film that is missing is a failure where nothing is appended"
 
 
 def test_only_what_is_new_changed_or_failed_is_done(
