@@ -8,8 +8,10 @@ import os
 import pickle
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -23,7 +25,7 @@ from cxr_fast.inference.checkpoint import Asked, Checkpoint
 from cxr_fast.inference.predictor import CAUSES, Predictor, describe_unlike
 from cxr_fast.training.run_folder import read_run
 
-from ..helpers.model_edits import changed, put
+from ..helpers.model_edits import changed, put, weights
 from ..helpers.unlike import write_run
 
 MODEL = {"model_sha256": "0" * 64, "pixel_check": "1" * 64}
@@ -228,7 +230,28 @@ def test_a_file_that_only_says_that_it_has_it_is_refused(toy_model: Path, tmp_pa
         Predictor(lying, device="cpu", threads=1)
 
 
-def _props(model: Path) -> list[object]:
-    import onnx
+def test_an_unlikeness_that_is_no_number_fails_the_film(model: Path, films: Path, tmp_path: Path) -> None:
+    def spoil(proto: onnx.ModelProto) -> None:
+        tensor = weights(proto)["unlike.mean"]
+        tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
 
+    broken = changed(model, tmp_path / "m.onnx", spoil)
+    found = list(Predictor(broken, device="cpu", threads=1).stream([films / "upright.png"]))
+    assert [(result.ok, result.reason, result.unlikeness) for result in found] == [(False, "not_finite", None)]
+    assert "unlikeness" in differs(broken)
+
+
+@pytest.mark.parametrize("value", ["null", "[]", '"x"', "1", "{}", '{"quantiles": null, "films": []}'])
+@pytest.mark.parametrize("golden", ["null", '"x"', "[1]", "-1", "1e999"])
+def test_odd_entries_are_refused_or_answered(model: Path, films: Path, tmp_path: Path, value: str, golden: str) -> None:
+    pair = next(p.value for p in _props(model) if p.key == "cxr.golden")
+    odd = json.loads(pair) | {"expected_unlikeness": json.loads(golden)}
+    path = changed(model, tmp_path / "m.onnx", put("unlikeness", value), put("golden", json.dumps(odd)))
+    (result,) = Predictor(path, device="cpu", threads=1).stream([films / "upright.png"])
+    assert result.ok
+    assert (result.unlikeness is not None) == value.startswith("{")
+    assert not verify.verify(path, device="cpu", threads=1).ok
+
+
+def _props(model: Path) -> Any:
     return list(onnx.load(model).metadata_props)
