@@ -154,7 +154,7 @@ def render_run(material: ReportData) -> bytes:
         settings=settings,
         confusions=_largest_confusions(material),
         shortcuts=shortcut_table.shortcut_table(material.run),
-        stated=evaluation.prevalence_table(material.ranked()),
+        stated=probabilities.prevalence_table(material.ranked()),
     )
 
 
