@@ -19,7 +19,7 @@ from ..metrics.intervals import Resampling
 from ..report import probabilities
 from ..report.evaluation import LEVEL, EvaluationJob, cooccurrence, describe_parts, only_shown
 from ..report.summary import Record
-from ..system.text import Table, counted
+from ..system.text import Figure, Table, counted
 from ..training.operating_points import read_prevalence
 from ..training.predictions import Pool, Scored
 from ..training.run_folder import clean
@@ -161,7 +161,8 @@ def call_table(rows: Sequence[Mapping[str, Any]], confusion: Sequence[Record]) -
     for row in rows:
         each = cells[row["class"]]
         called, known = each["tp"] + each["fp"], each["tp"] + each["fp"] + each["fn"] + each["tn"]
-        times = f"{called / row['positives']:.1f} times" if row["positives"] else "none is positive"
+        ratio = called / row["positives"] if row["positives"] else None
+        times = Figure(value=ratio, digits=1)
         found.append((called - row["positives"], [row["class"], known, row["positives"], called, times]))
     return Table(
         title="Called positive beside positive",

@@ -40,8 +40,8 @@ class _Node:
     fields: tuple[Part, ...]
 
     def renamed(self, names: dict[str, str]) -> _Node:
-        """With other names of what goes in and out."""
-        own = (_IN, _OUT)
+        """With other names of what goes in and out, and of the node, which is called as what it gives."""
+        own = (_IN, _OUT, _NAME)
         fields = tuple((n, _rename(v, names) if n in own else v) for n, v in self.fields)
         inputs, outputs = (tuple(names.get(name, name) for name in each) for each in (self.inputs, self.outputs))
         return replace(self, inputs=inputs, outputs=outputs, fields=fields)
@@ -84,7 +84,9 @@ def _graph(payload: bytes, calibration: dict[str, Any]) -> tuple[bytes, Counter[
     bodies = any(node.kind == "Scan" for node in nodes)
     kept: list[bytes] = []
     for number, value in parts:
-        if number == _NODE or (number == _INITIALIZER and not bodies and _first(value, 8) not in used):
+        name = _first(value, 8) if number == _INITIALIZER else ""
+        old = name.startswith(f"{PREFIX}.") or (name not in used and not bodies)  # a body uses weights unseen
+        if number == _NODE or (number == _INITIALIZER and old):
             continue
         kept.append(_field(number, value))
     kept += [_field(_NODE, node.payload()) for node in nodes]

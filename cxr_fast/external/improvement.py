@@ -17,9 +17,15 @@ from ..training.predictions import Scored
 from ..training.run_folder import clean
 from .evaluation import FigureSpec, Source
 from .films import Answers
-from .recalibration import NewPoint
+from .recalibration import NEEDED, NewPoint
 
 SIDES = ("as the file is", "set here")
+# Figures of the order of films within a class. A rising map changes no order, so those of the file hold for its copy;
+# out of sample the maps of several parts are mixed, which lowers them for no reason of the copy.
+RANKING = ("macro_auc", "map")
+AT_THRESHOLDS = tuple(key for key in figures.OF_CLASSES if key not in ("auc", "ap"))
+
+RANKING_NOTE = "The order of films within a class does not change: AUC and mAP of the copy are those of the file."
 
 
 def describe_point(
@@ -54,7 +60,7 @@ def describe_point(
                 "kept": kept.get(row["class"], ""),
                 "threshold": {"before": before["threshold"], "after": float(point.thresholds[place])},
                 "called": counts,
-                **{key: {"before": before[key], "after": row[key]} for key in figures.OF_CLASSES},
+                **{key: {"before": before[key], "after": row[key]} for key in AT_THRESHOLDS},
             }
         )
     record = {
@@ -63,7 +69,7 @@ def describe_point(
         "folds": point.folds,
         "fitted": list(point.fitted),
         "kept": point.refused,
-        "part": part,
+        "part": {**part, "figures": _without_ranking(part["figures"])},
         "per_class": each,
         "differences": _differences(scored, (source.limits, probs, limits), names, spec),
     }
@@ -78,7 +84,12 @@ def _differences(
     if not spec.resamples or len(set(scored.columns["group"].tolist())) < 2:
         return None
     sides = ((scored.probs, old), (probs, limits))
-    return describe_differences(scored, sides, names, class_groups(scored.labels), spec.resampling)
+    found = describe_differences(scored, sides, names, class_groups(scored.labels), spec.resampling)
+    return {"figures": _without_ranking(found["figures"])}
+
+
+def _without_ranking(found: Record) -> dict[str, Any]:
+    return {key: each for key, each in found.items() if key not in RANKING}
 
 
 def figures_for_file(found: Record, record: Record) -> dict[str, Any]:
@@ -87,10 +98,8 @@ def figures_for_file(found: Record, record: Record) -> dict[str, Any]:
     return {
         "images": before["n"],
         "groups": before["groups"],
-        "before": {key: before["figures"][key]["value"] for key in FIGURES if key in before["figures"]},
-        "out_of_sample": {
-            key: record["part"]["figures"][key]["value"] for key in FIGURES if key in record["part"]["figures"]
-        },
+        "before": {key: each["value"] for key, each in before["figures"].items()},
+        "out_of_sample": {key: each["value"] for key, each in record["part"]["figures"].items()},
     }
 
 
@@ -104,12 +113,12 @@ def point_table(record: Record, digits: int = 3) -> Table:
             rows=table.rows,
             chosen=table.chosen,
             mark=table.mark,
-            notes=table.notes,
+            notes=[*table.notes, RANKING_NOTE],
         )
     rows: list[list[Cell]] = [
         [FIGURES[key], as_figure(each, digits)] for key, each in record["part"]["figures"].items() if key in FIGURES
     ]
-    return Table(title="Set here, out of sample", columns=["figure", SIDES[1]], rows=rows)
+    return Table(title="Set here, out of sample", columns=["figure", SIDES[1]], rows=rows, notes=[RANKING_NOTE])
 
 
 def point_class_table(record: Record, digits: int = 3) -> Table:
@@ -142,5 +151,5 @@ def describe_kept(record: Record) -> list[str]:
     ]
     if record["kept"]:
         named = "; ".join(f"{name}: {why}" for name, why in record["kept"].items())
-        lines.append(f"These keep their threshold and calibration: {named}.")
+        lines.append(f"A class is set from {NEEDED}. These keep their threshold and calibration: {named}.")
     return lines

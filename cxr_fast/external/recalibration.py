@@ -14,9 +14,11 @@ from ..data.splits.assign import SplitSpec, split
 from ..errors import InputError
 from ..metrics import calibration
 from ..metrics.intervals import FEW
+from ..system.text import counted
 from ..training.operating_points import MIN_POSITIVES, choose_thresholds, describe_target, read_target
 
 FOLDS = 5
+NEEDED = f"{MIN_POSITIVES} positives and {MIN_POSITIVES} negatives, each in {FEW} groups or more"
 KEEP = "none"
 
 
@@ -80,19 +82,16 @@ def refuse_classes(labels: np.ndarray, groups: np.ndarray, names: Sequence[str])
             rows = labels[:, c] == sign
             films, of = int(rows.sum()), len(set(groups[rows].tolist()))
             if name not in out and (films < MIN_POSITIVES or of < FEW):
-                said = f"{films} {word}{'s' * (films != 1)} in {of} group{'s' * (of != 1)}"
-                out[name] = f"{said}; {MIN_POSITIVES} in {FEW} are needed"
+                out[name] = f"{counted(films, word)} in {counted(of, 'group')}"
     return out
 
 
 def refuse_all(refused: dict[str, str], count: int) -> None:
     """Raise InputError where no class can be set."""
     if len(refused) == count:
-        first = [f"{name} has {why.partition(';')[0]}" for name, why in list(refused.items())[:3]]
-        raise InputError(
-            f"--recalibrate: no class has {MIN_POSITIVES} positives and negatives in {FEW} groups "
-            f"({', '.join(first)}); give more labelled films."
-        )
+        first = [f"{name} has {why}" for name, why in list(refused.items())[:3]]
+        said = ", ".join(first)
+        raise InputError(f"--recalibrate: no class has {NEEDED} ({said}); give more labelled films.")
 
 
 def find_point(labels: np.ndarray, raw: np.ndarray, groups: np.ndarray, old: OldPoint, spec: PointSpec) -> NewPoint:

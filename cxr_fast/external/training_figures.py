@@ -84,10 +84,12 @@ def training_table(record: Record | None, digits: int = 3) -> Table:
         cells = [Figure(value=each[side], digits=digits) for side in ("training", "here")]
         difference = Figure(value=each["difference"], digits=digits, signed=True)
         rows.append([FIGURES[key], *cells, difference, each["classes"]])
+    by_class = any(row[-1] is not None for row in rows)
+    columns = ["figure", _of(record), "these films", "difference", "classes of the mean"]
     return Table(
         title="Beside the figures of the training data",
-        columns=["figure", _of(record), "these films", "difference", "classes of the mean"],
-        rows=rows,
+        columns=columns if by_class else columns[:-1],
+        rows=rows if by_class else [row[:-1] for row in rows],
         notes=_notes(record),
     )
 

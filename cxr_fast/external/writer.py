@@ -30,6 +30,11 @@ OWN = (
 class ExternalData(ReportData):
     """All that the page of an evaluated model file may say."""
 
+    @property
+    def same_data(self) -> str:
+        """A warning where the films have the name of the training data; empty elsewhere."""
+        return warn_same_data(self.evaluation or {})
+
     def summary(self) -> list[str]:
         """What was scored, how well it does, beside the training data, and how far that can be trusted."""
         found = self.evaluation or {}
@@ -43,6 +48,17 @@ class ExternalData(ReportData):
         ]
         lines += [text] if (text := describe_training(found)) else []
         return [*lines, self._trust()]
+
+
+def warn_same_data(found: Record) -> str:
+    """Say that films and training data have one name; empty where they have not."""
+    name = found["data"]["name"]
+    if found["model"]["trained_on"] != name:
+        return ""
+    return (
+        f"These films and the training data are both called {name}. If films of the training data are among them, the "
+        "figures also tell how well the model remembers."
+    )
 
 
 def describe_training(found: Record) -> str:
@@ -103,7 +119,7 @@ def _point_rows(found: Record) -> Table:
     record = found.get("set_here") or {"per_class": []}
     rows = []
     for row in record["per_class"]:
-        for key in ("threshold", "called", *evaluation.figures.OF_CLASSES):
+        for key in ("threshold", "called", *improvement.AT_THRESHOLDS):
             before, after = (row[key][side] for side in ("before", "after"))
             values = [each["value"] if isinstance(each, Mapping) else each for each in (before, after)]
             rows.append([row["class"], key, *values, row["kept"]])
@@ -136,7 +152,7 @@ def render(found: Record, title: str, pictures: Mapping[str, bytes]) -> bytes:
     notes = [note.replace("of the images of the folds", "of these films") for note in frequent.notes]
     return render_page(
         "external.html.j2",
-        kind="on other films",
+        kind="evaluation of a model file",
         material=material,
         tables=tables,
         means=class_means,
