@@ -86,15 +86,14 @@ def evaluate(models: tuple[Path, ...], manifest: Path, out: Path | None, **flags
     if out is not None and out.is_file():
         raise InputError(f"--out: {out} is a file; give a folder.")
     source = read_source(manifest, flags)
-    from ..external.classes import describe_classes
     from ..external.job import evaluate_models
     from ..external.writer import warn_same_data
 
     bar = ProgressBar()
-    done, pair = evaluate_models(models, source, out, external_spec(flags), partial(show_batch, bar))
+    spec, on_batch = external_spec(flags), partial(show_batch, bar)
+    done, pair = evaluate_models(models, source, out, spec, on_batch, lambda line: echo_notes([line]))
     bar.done()
     for each in done:
-        echo_notes(describe_classes(each.source.matched, source.name))
         echo_notes(filter(None, [warn_same_data(each.found)]))
         show(describe(each, flags["recalibrate"]))
         click.echo(f"wrote {each.page}")

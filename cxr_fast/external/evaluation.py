@@ -129,9 +129,16 @@ def _model(source: Source) -> dict[str, Any]:
         "classes": len(source.predictor.labels),
         "threshold_source": info.get("threshold_source"),
         "calibration": info.get("calibration"),
-        "trained_on": (info.get("data") or {}).get("name"),
-        "recalibrated": (info.get("recalibrated") or {}).get("data"),
+        "trained_on": name_data(info, "data", "name"),
+        "recalibrated": name_data(info, "recalibrated", "data"),
     }
+
+
+def name_data(info: Mapping[str, Any], entry: str, field: str) -> str | None:
+    """The name of a data set in an entry of a file's metadata, which may hold anything; None where it holds none."""
+    found = info.get(entry)
+    name = found.get(field) if isinstance(found, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _data(source: Source, scored: Scored, answers: Answers) -> dict[str, Any]:

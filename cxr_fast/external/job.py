@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,21 @@ from ..inference import hub
 from ..inference.batch import BatchSpec, OnBatch
 from ..inference.predictor import Predictor
 from ..inference.verify import Report
-from ..report.evaluation import LEVEL
 from . import improvement, recalibrated_file
-from .classes import MatchedClasses, match_classes
+from .classes import MatchedClasses, describe_classes, match_classes
 from .comparison import compare_models
 from .evaluation import FigureSpec, Source, judge
 from .films import PREDICTIONS, RAW_PREDICTIONS, Answers, RawPredictor, predict_films, require_labels
-from .recalibration import NewPoint, OldPoint, PointSpec, check_target, find_point, refuse_all, refuse_classes
+from .recalibration import (
+    NewPoint,
+    OldPoint,
+    PointSpec,
+    check_target,
+    find_point,
+    refuse_all,
+    refuse_classes,
+    require_library,
+)
 from .writer import render_pair, write_page, write_pair
 
 FOLDER = Path("evaluations")
@@ -79,12 +87,18 @@ def name_model(model: Path) -> str:
 
 
 def evaluate_models(
-    models: Sequence[Path], manifest: Manifest, out: Path | None, spec: ExternalSpec, on_batch: OnBatch | None = None
+    models: Sequence[Path],
+    manifest: Manifest,
+    out: Path | None,
+    spec: ExternalSpec,
+    on_batch: OnBatch | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> tuple[list[Evaluated], dict[str, Any] | None]:
     """Evaluate one model into `out` (default: evaluations/DATA/MODEL), or two into folders of it (evaluations/DATA) and
     compare them in its comparison.html; what each is, and the comparison.
 
-    Everything that can be refused is refused before the first film is read. Raises InputError for classes, labels or
+    Everything that can be refused is refused before the first film is read; `on_note` then gets lines about classes
+    without figures. Raises InputError for classes, labels or
     names that do not fit, and as `batch.write` does; Interrupted as that does.
     """
     names = [name_model(model) for model in models]
@@ -95,6 +109,8 @@ def evaluate_models(
     if len(models) > 1 and spec.recalibrate is not None:
         raise InputError("--recalibrate writes a copy of one model; name one.")
     sources = [_open(model, manifest, spec) for model in models]
+    for line in dict.fromkeys(line for each in sources for line in describe_classes(each.matched, manifest.name)):
+        on_note(line)
     base = out or FOLDER / _plain(manifest.name)
     folders = [base / name for name in names] if len(models) > 1 or out is None else [base]
     done = [
@@ -120,15 +136,13 @@ def _open(model: Path, manifest: Manifest, spec: ExternalSpec) -> Source:
     predictor = spec.open(model)
     matched = match_classes(manifest.classes, predictor.labels, spec.renamed, manifest.name)
     require_labels(manifest, matched, manifest.name)
-    if spec.figures.resamples and spec.figures.resamples < 100:
-        raise InputError(
-            f"--resamples: {spec.figures.resamples} are too few for {LEVEL:.0%} intervals; 0 leaves them out."
-        )
     if spec.recalibrate is not None:
         recalibrated_file.check_out(spec.recalibrate, predictor.path, str(predictor.info.get("variant")))
+        require_library(spec.point)
         check_target(spec.point, predictor.labels)
         labels = all_labels(manifest, matched, predictor)
         refuse_all(_refused(labels, manifest, predictor), _present(labels))
+        recalibrated_file.check_source(predictor, spec.device)
     return Source(predictor=predictor, manifest=manifest, matched=matched)
 
 

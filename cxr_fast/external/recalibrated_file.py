@@ -15,12 +15,12 @@ from .. import __version__
 from ..errors import InputError
 from ..inference import model_file, verify
 from ..inference.model_file import PREFIX, SEAL, VARIANTS
-from ..inference.predictor import golden_pixels
+from ..inference.predictor import Predictor, golden_pixels
 from ..inference.session import open_model
 from ..metrics import calibration
 from ..report.summary import Record
 from ..system.files import disk_reason, folders_above
-from .evaluation import Source
+from .evaluation import Source, name_data
 from .graph_edit import PROBABILITIES, RAW, recalibrate_graph, replace_entries
 from .recalibration import KEEP, NewPoint
 
@@ -37,6 +37,17 @@ def check_out(out: Path, model: Path, variant: str) -> None:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():
         raise InputError(f"--recalibrate: cannot write {out}: {above} is a file.")
+
+
+def check_source(predictor: Predictor, device: str) -> None:
+    """Raise InputError where the model does not pass `cxrfast verify` here: neither would its copy."""
+    report = verify.verify(predictor.path, device=device, threads=predictor.threads)
+    if not report.ok:
+        raise InputError(f"--recalibrate: {predictor.source} does not pass `cxrfast verify`: {_wrong(report)}.")
+
+
+def _wrong(report: verify.Report) -> str:
+    return "; ".join(f"{each.name}: {each.detail}" for each in report.checks if not each.ok)
 
 
 def write_copy(source: Source, point: NewPoint, figures: Record, out: Path, device: str) -> verify.Report:
@@ -64,8 +75,7 @@ def write_copy(source: Source, point: NewPoint, figures: Record, out: Path, devi
                 _save(data, model, info, scratch)
                 report = verify.verify(scratch, device=device, threads=source.predictor.threads)
                 if not report.ok:
-                    wrong = "; ".join(f"{each.name}: {each.detail}" for each in report.checks if not each.ok)
-                    raise InputError(f"--recalibrate: {out} was not kept: verify finds {wrong}.")
+                    raise InputError(f"--recalibrate: {out} was not kept: verify finds {_wrong(report)}.")
                 os.replace(scratch, out)
             finally:
                 with contextlib.suppress(OSError):
@@ -94,7 +104,7 @@ def _changes(source: Source, point: NewPoint, figures: Record) -> dict[str, Any]
         "calibration": point.calibration,
         "recalibrated": {
             "data": name,
-            "trained_on": (info.get("data") or {}).get("name"),
+            "trained_on": name_data(info, "data", "name"),
             "written_by": f"cxr-fast {__version__}",
             "from_content_sha256": info[SEAL],
             "images": figures["images"],

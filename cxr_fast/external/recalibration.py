@@ -60,6 +60,12 @@ class NewPoint:
     limits: np.ndarray
 
 
+def require_library(spec: PointSpec) -> None:
+    """Raise ModuleNotFoundError where a calibration is to be fitted and scikit-learn is not installed."""
+    if spec.calibration != KEEP:
+        import sklearn  # noqa: F401
+
+
 def check_target(spec: PointSpec, classes: Sequence[str]) -> str:
     """The threshold target as a sweep holds it. Raises InputError where it is none, or names an unknown class."""
     target = read_target(spec.target)

@@ -33,8 +33,9 @@ def compare_with_training(info: Mapping[str, Any], found: Record, lacking: Seque
     if not part:
         return None
     then, here = metrics[part], found["parts"]["external"]
-    rows = {row["class"]: row for row in data.get("per_class") or [] if isinstance(row, Mapping)}
-    rows = rows if part == "holdout" else {}
+    rows = data.get("per_class") if part == "holdout" else []
+    rows = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    rows = {str(row.get("class")): row for row in rows}
     pairs = [(rows[row["class"]], row) for row in found["per_class"] if row["class"] in rows]
     figures = {}
     for key in FIGURES:

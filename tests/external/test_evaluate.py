@@ -75,7 +75,7 @@ def test_every_figure_is_that_of_scikit_learn(folder: Path, films: Path, toy_mod
             "jaccard": metrics.jaccard_score(y, called),
             "sensitivity": metrics.recall_score(y, called),
             "specificity": metrics.recall_score(y, called, pos_label=0),
-            "brier": metrics.brier_score_loss(y, p),
+            "brier": metrics.brier_score_loss(y, p.astype(np.float64)),
         }
         if called.any():
             plain["ppv"] = metrics.precision_score(y, called)
@@ -174,9 +174,9 @@ def test_a_copy_set_here(toy_model: Path, films: Path, renamed: str, tmp_path: P
     assert said["kept"][old["labels"][20]] == "not in this data"
     assert new["threshold_source"].startswith("sensitivity 0.8 on site, for ")
     # What the copy answers, and calls.
-    labels, probs, _, _ = arrays(out, films, toy_model)
+    labels, _, _, _ = arrays(out, films, toy_model)
     one, two = (Predictor(path, device="cpu", threads=1) for path in (toy_model, copy))
-    good = [row for row in read_csv(films)["image"]]
+    good = list(read_csv(films)["image"])
     answers = np.array([r.probabilities for r in two.stream(good) if r.ok])
     raw = np.array([r.probabilities for r in one.stream(good) if r.ok])
     np.testing.assert_allclose(answers, calibration.apply(new["calibration"], raw), atol=3e-6)
