@@ -24,9 +24,9 @@ PACKAGE = Path(cxr_fast.__file__).parent
 # A package imports only packages before it; ORDER[:TORCH_FREE] never imports torch.
 ORDER = (
     *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
-    *("models", "activations", "unlikeness", "training", "export", "report", "cluster", "bench", "cli"),
+    *("models", "activations", "unlikeness", "training", "export", "report", "external", "cluster", "bench", "cli"),
 )
-TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference")
+TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference", "external")
 NO_TORCH_AT_TOP = ("report", "cli")
 STRANGERS = frozenset({"inference", "metrics", "models"})  # these do not know each other
 FACES = {"predict": "inference", "__main__": "cli", "__init__": ""}  # modules beside the packages, and whom they show

@@ -356,7 +356,7 @@ def echo_verdict(found: Any, file: Path) -> int:
 @click.command()
 @click.argument("file", type=PATH)
 def info(file: Path) -> None:
-    """Describe a cache, run folder, ONNX file, bench result or weights.
+    """Describe a cache, run, ONNX file, bench result or weights.
 
     A folder that holds ONNX files alone is described by them; a bench result is what a bench command wrote with --json.
     Weights are what --weights of `cxrfast cache` takes: a folder, owner/name on the hub, biomedclip, or random:SEED.

@@ -213,12 +213,21 @@ def _model(path: Path, source: str = "") -> str:
             "labels": f"{len(info['labels'])}: {', '.join(info['labels'])}",
             "weights": info["weights"],
             "data": info["data"]["name"],
+            "recalibrated": _recalibrated(info),
             "pixels": json.dumps(info["preprocess"]) + note_own_size(info.get("backbone", {})),
             "parity": _parity(info.get("parity", {})),
             "nodes": ", ".join(f"{n} {op}" for op, n in sorted(info["nodes"].items(), key=lambda kv: -kv[1])),
             "intended use": info["intended_use"],
         }
     )
+
+
+def _recalibrated(info: dict[str, Any]) -> str:
+    """Where thresholds and calibration were set by `cxrfast evaluate`; empty where they are of the export."""
+    found = info.get("recalibrated")
+    if not found:
+        return ""
+    return f"on {found['data']}, for {len(found['classes'])} of {len(info['labels'])} classes; {found['target']}"
 
 
 def _parity(parity: dict[str, Any]) -> str:

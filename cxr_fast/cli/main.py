@@ -7,6 +7,7 @@ import click
 from .. import __version__
 from .bench import bench
 from .data import cache, info, phantom, prepare, verify
+from .external import evaluate
 from .models import doctor, explain, export, predict, push
 from .options import Group
 from .report import compare, report
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 for command in (
-    *(prepare, cache, verify, sweep, export, predict, explain, bench),
+    *(prepare, cache, verify, sweep, export, predict, evaluate, explain, bench),
     *(report, info, compare, push, phantom, doctor),
 ):
     main.add_command(command)

@@ -172,7 +172,7 @@ def predict(
             click.echo(f"nothing new: no image among the inputs{_passed_over(wanted)}; {out} is as it was")
             return
         bar = ProgressBar()
-        summary = batch.write(predictor, wanted, out, batch.BatchSpec(**flags), partial(_show_batch, bar))
+        summary = batch.write(predictor, wanted, out, batch.BatchSpec(**flags), partial(show_batch, bar))
     bar.done()
     _echo_predicted(summary, predictor.where, out)
     if wanted.passed_over:
@@ -212,7 +212,8 @@ def _passed_over(wanted: Any) -> str:
     return f" ({found})" if found else ""
 
 
-def _show_batch(bar: ProgressBar, state: Any) -> None:
+def show_batch(bar: ProgressBar, state: Any) -> None:
+    """Show how far a run of predictions is."""
     fresh = state.done - state.reused
     text = f"{state.done:,} of {state.total:,} images, {fresh / max(bar.seconds, 1e-9):.1f} images/s, "
     text += f"waiting for {state.waiting_for}" + (f", {state.failed:,} failed" if state.failed else "")

@@ -1,12 +1,13 @@
-"""Find files whose names differ a little from those listed: backslashes, Unicode, case, suffix."""
+"""Find names that differ a little from those listed: of files by backslashes, Unicode, case, suffix; of classes."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 _SUFFIXES = re.compile(r"(\.(png|jpe?g|tiff?|bmp|dcm|dicom))+$", re.IGNORECASE)
 _STEPS: Mapping[str, Callable[[str], str]] = {
@@ -32,6 +33,25 @@ def name_differences(listed: str, found: str) -> str:
             one, other = step(one), step(other)
             tried.append(name)
     return " and ".join(name for name in tried if not _equal(listed, found, {*tried} - {name})) or "spelling"
+
+
+def nearest_name(name: str, names: Iterable[str], least: float = 0.6) -> str:
+    """Return the one of `names` that is nearest to a class's name, empty where none is near.
+
+    Case, underscores and hyphens do not count. Nearness is the share of letters in common, in order (difflib).
+
+        >>> nearest_name("Pleural effusion", ["Effusion", "Edema", "Pleural_Thickening"])
+        'Effusion'
+    """
+    plain = {_spell_class(each): each for each in names}
+    own = _spell_class(name)
+    inside = [each for each in plain if set(each.split()) <= set(own.split())]
+    found = sorted(inside, key=len, reverse=True) or difflib.get_close_matches(own, plain, n=1, cutoff=least)
+    return plain[found[0]] if found else ""
+
+
+def _spell_class(name: str) -> str:
+    return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name).casefold()).split())
 
 
 def _equal(one: str, other: str, steps: Collection[str]) -> bool:

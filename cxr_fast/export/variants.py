@@ -28,7 +28,7 @@ from ..metrics.drift import Drift, Yardstick
 from ..system.files import AnyPath, disk_reason, folders_above
 from ..system.hardware import machine
 from ..training.operating_points import OperatingPoint
-from ..training.run_folder import Run, read_run
+from ..training.run_folder import Run, clean, read_run
 from ..unlikeness.nodes import OUTPUT as UNLIKENESS
 from ..unlikeness.reference import LIMITS, describe_output
 from . import int8
@@ -344,13 +344,20 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
         "model_sha256": info["model_sha256"],
         "trainable": info["trainable"],
         "cache_fingerprint": info["cache"]["fingerprint"],
-        "data": {"name": info["cache"]["dataset"]["name"], "images": info["images"], "metrics": info["metrics"]},
+        "data": {"name": info["cache"]["dataset"]["name"], "images": info["images"], "metrics": info["metrics"]}
+        | _class_figures(run),
         "nodes": counts,
         "toolchain": info["toolchain"]
         | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "pillow": PIL.__version__},
         "intended_use": NOTICE,
         **({} if run.unlikeness is None else {"unlikeness": describe_output(run.unlikeness)}),
     }
+
+
+def _class_figures(run: Run) -> dict[str, Any]:
+    """The hold-out's figures of each class, for `cxrfast evaluate`; empty where the run has none of this very model."""
+    own = run.info["final"]["kind"] == run.chosen and (run.info["metrics"] or {}).get("holdout")
+    return {"per_class": clean(run.info["per_class"])} if own and run.info.get("per_class") else {}
 
 
 def _save(model: onnx.ModelProto, info: dict[str, Any], path: Path) -> int:

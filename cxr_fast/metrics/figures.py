@@ -218,12 +218,12 @@ class Counts:
 
 
 def decisions(probs: np.ndarray, thresholds: np.ndarray | float) -> np.ndarray:
-    """Call a class positive where p >= threshold, bool (N, C); thresholds (C,) or one for all.
+    """Call a class positive where p >= threshold, bool (N, C); thresholds (C,), one for all, or (N, C).
 
     Raises InputError on NaN thresholds (a class that `best_f1_thresholds` could not set) or a wrong shape.
     """
     limits = np.asarray(thresholds, dtype=np.float64)
-    if limits.shape not in ((), (probs.shape[1],)):
+    if limits.shape not in ((), (probs.shape[1],), probs.shape):
         raise InputError(f"thresholds {limits.shape} do not fit {probs.shape[1]} classes.")
     if missing := int(np.isnan(limits).sum()):
         raise InputError(f"{missing} of {limits.size} thresholds are NaN: give those classes one, such as 0.5.")
@@ -365,19 +365,21 @@ def per_class(
 ) -> list[dict[str, Any]]:
     """Return one row per class with every figure, NaN where undefined; same arguments and errors as `headline`.
 
-    `ap_lift` is average precision over prevalence: 1 is chance.
+    `ap_lift` is average precision over prevalence: 1 is chance. Where each image has its own thresholds, (N, C), the
+    `threshold` of a class is NaN.
     """
     labels = np.asarray(labels)
     if labels.ndim == 2 and len(classes) != labels.shape[1]:
         raise InputError(f"{len(classes)} class names for {labels.shape[1]} columns of labels.")
-    found, share = every_figure(labels, probs, thresholds), prevalence(labels)
+    limits = np.asarray(thresholds, dtype=np.float64)
+    found, share = every_figure(labels, probs, limits), prevalence(labels)
     names = ("jaccard", "f1", "sensitivity", "specificity", "ppv", "npv", "accuracy", "brier", "ece")
     columns = {
         "auc": found["auc"],
         "ap": found["ap"],
         "ap_lift": ratio(found["ap"], share),
         **{name: found[name] for name in names},
-        "threshold": np.broadcast_to(np.asarray(thresholds, dtype=np.float64), share.shape),
+        "threshold": np.broadcast_to(np.nan if limits.ndim == 2 else limits, share.shape),
         "positives": (labels == 1).sum(axis=0),
         "negatives": (labels == 0).sum(axis=0),
         "unknown": (labels == -1).sum(axis=0),

@@ -35,28 +35,40 @@ CELL_NAMES = {"tp": "true positive", "fp": "false positive", "fn": "false negati
 Row = dict[str, Any]
 
 
+Draw = Callable[[], Any]
+
+
 def all_plots(run: Row, history: Sequence[Row], evaluation: Row | None) -> dict[str, bytes]:
     """The pictures of a run by file name, each in every one of FORMATS; those whose data is missing are left out."""
-    plots: dict[str, Callable[[], Any]] = {"epoch_search_plot": lambda: epoch_search(run)}
+    plots: dict[str, Draw] = {"epoch_search_plot": lambda: epoch_search(run)}
     if history:
         plots["training_plot"] = lambda: training(history)
-    if evaluation is not None:
-        known, curves = evaluation, evaluation["curves"]
-        if any(row["auc"]["value"] is not None for row in known["per_class"]):
-            plots["evaluation_plot"] = lambda: class_intervals(known["per_class"], "auc", "AUC")
-            plots["precision_plot"] = lambda: class_intervals(known["per_class"], "ap", "average precision")
-        if known["confusion"]:
-            plots["confusion_matrices"] = lambda: confusion(largest(known))
-        if curves:
-            plots["roc_curves"] = lambda: curve_plot(known, "roc")
-            plots["pr_curves"] = lambda: curve_plot(known, "pr")
-        if known["reliability"]:
-            plots["reliability_diagram"] = lambda: reliability(known["reliability"])
-        if (known.get("decisions") or {}).get("curves"):
-            plots["decision_curves"] = lambda: decision_plot(known)
-        if len(known["cooccurrence"]["classes"]) > 1:
-            plots["cooccurrence_plot"] = lambda: cooccurrence(known["cooccurrence"])
-    return {f"{name}.{kind}": data for name, draw in plots.items() for kind, data in render(draw()).items()}
+    return draw(plots | evaluation_plots(evaluation or {}))
+
+
+def evaluation_plots(known: Row) -> dict[str, Draw]:
+    """How to draw each picture of an evaluation, by name; none for an empty one."""
+    plots: dict[str, Draw] = {}
+    if any(row["auc"]["value"] is not None for row in known.get("per_class", [])):
+        plots["evaluation_plot"] = lambda: class_intervals(known["per_class"], "auc", "AUC")
+        plots["precision_plot"] = lambda: class_intervals(known["per_class"], "ap", "average precision")
+    if known.get("confusion"):
+        plots["confusion_matrices"] = lambda: confusion(largest(known))
+    if known.get("curves"):
+        plots["roc_curves"] = lambda: curve_plot(known, "roc")
+        plots["pr_curves"] = lambda: curve_plot(known, "pr")
+    if known.get("reliability"):
+        plots["reliability_diagram"] = lambda: reliability(known["reliability"])
+    if (known.get("decisions") or {}).get("curves"):
+        plots["decision_curves"] = lambda: decision_plot(known)
+    if len(known.get("cooccurrence", {}).get("classes", [])) > 1:
+        plots["cooccurrence_plot"] = lambda: cooccurrence(known["cooccurrence"])
+    return plots
+
+
+def draw(plots: dict[str, Draw]) -> dict[str, bytes]:
+    """The pictures by file name, each in every one of FORMATS."""
+    return {f"{name}.{kind}": data for name, made in plots.items() for kind, data in render(made()).items()}
 
 
 def largest(evaluation: Row) -> list[Row]:

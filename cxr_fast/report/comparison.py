@@ -71,7 +71,7 @@ def compare_runs(
     resampling = Resampling(resamples=resamples, seed=seed, level=LEVEL)
     decided = ((both.probs, one.limits), (probs_b, two.limits[order]))
     kinds = class_groups(one.labels)
-    figures = _differences(both, decided, classes, kinds, resampling)
+    figures = describe_differences(both, decided, classes, kinds, resampling)
     figures["rarity_classes"] = class_means.rarity_classes(one.labels, kinds, classes)
     counted = {"images": len(rows_a), "groups": len(set(both.columns["group"].tolist()))}
     counted |= leaks | {"only_a": len(a.labels) - len(rows_a), "only_b": len(b.labels) - len(rows_b)}
@@ -156,9 +156,11 @@ def _keys(scored: Scored) -> list[tuple[str, int]]:
     return keys
 
 
-def _differences(
+def describe_differences(
     a: Scored, sides: tuple[Decided, Decided], classes: Sequence[str], kinds: np.ndarray, how: Resampling
 ) -> dict[str, Any]:
+    """Differences of the second side minus the first in every figure, each side probabilities and thresholds of the
+    images of `a`; NaN where undefined. Raises InputError where all images are of one group."""
     groups = a.columns["group"]
     if len(set(groups.tolist())) < 2:
         raise InputError("the common images are all of one group: nothing can be resampled.")

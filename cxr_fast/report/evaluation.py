@@ -16,9 +16,8 @@ from ..errors import InputError
 from ..metrics import curves, figures, rarity, subgroups
 from ..metrics.intervals import FEW, Interval, Resampling, bootstrap, support
 from ..metrics.subgroups import VIEW
-from ..metrics.thresholds import predictive_values
 from ..system.files import AnyPath
-from ..system.text import Figure, Table
+from ..system.text import Table
 from ..training import operating_points
 from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
@@ -29,18 +28,28 @@ from .summary import Record, as_figure
 
 SCHEMA = 1
 LEVEL = 0.95
+TITLES = PARTS | {"external": "these films"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What every part is computed with; `missing` and `withheld` collect what could not be had."""
+class EvaluationJob:
+    """What every part is computed with; `missing` and `withheld` collect what could not be had.
+
+    `limits` are the thresholds (C,), or (n, C) where each image of a part has its own; `labels` (n, C) those that
+    divide the classes by how frequent they are.
+    """
 
     classes: Sequence[str]
     limits: np.ndarray
-    rarity: np.ndarray
+    labels: np.ndarray
     how: Resampling
     missing: list[str] = field(default_factory=list)
     withheld: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def rarity(self) -> np.ndarray:
+        """Whether each class is head, medium or tail, (C,)."""
+        return rarity.class_groups(self.labels)
 
     def intervals(self, scored: Scored) -> dict[str, Interval]:
         """Of every figure, by group; none from a single group."""
@@ -91,42 +100,52 @@ def evaluate(
     """
     folder = Path(folder)
     run = read_run_info(folder, logit_adjustment=logit_adjustment, point=point)
-    saved, shown = _only_shown(read(folder, run))
-    how, every = Resampling(resamples=resamples, seed=seed, level=LEVEL), saved.arrays["labels"]
-    dev = every[saved.arrays["fold"] >= 0]
-    limits, kinds = np.array(run["thresholds"], float), rarity.class_groups(dev)
-    job = _Job(classes=run["classes"], limits=limits, rarity=kinds, how=how)
-    scored = _parts(saved, job)
+    saved = read(folder, run)
+    arrays, shown = only_shown(saved.arrays)
+    saved, every = replace(saved, arrays=arrays), saved.arrays["labels"]
+    limits, dev = np.array(run["thresholds"], float), every[arrays["fold"] >= 0]
+    how = Resampling(resamples=resamples, seed=seed, level=LEVEL)
+    job = EvaluationJob(classes=run["classes"], limits=limits, labels=dev, how=how)
+    result = describe_parts(_parts(saved, job), job, shown, pool)
+    result["out_of_fold_auc"] = _two_means(saved, result["parts"].get("out_of_fold"))
+    result |= {"shortcuts": run.get("shortcuts") or [], "cooccurrence": cooccurrence(every, job.classes)}
+    if point.prevalence is not None:
+        probabilities.state_prevalence(result["per_class"], read_prevalence(point.prevalence, job.classes))
+    return dict(clean(result))
+
+
+def describe_parts(
+    scored: Mapping[str, Scored], job: EvaluationJob, shown: subgroups.Shown, pool: Pool
+) -> dict[str, Any]:
+    """Every figure of these parts, by the keys of TITLES: those of classes, curves and subgroups of the first that a
+    model was not trained on."""
     intervals = {name: job.intervals(part) if name != "train" else {} for name, part in scored.items()}
-    parts = {name: job.part(PARTS[name], part, intervals[name]) for name, part in scored.items()}
-    chief = next((name for name in ("holdout", "out_of_fold", "train") if name in scored), None)
+    parts = {name: job.part(TITLES[name], part, intervals[name]) for name, part in scored.items()}
+    chief = next((name for name in ("external", "holdout", "out_of_fold", "train") if name in scored), None)
     views, columns = _by(VIEW, scored.get(chief or ""), job), _subgroups(scored.get(chief or ""), job)
     result = {
         "schema": SCHEMA,
-        "level": LEVEL,
-        "resamples": resamples,
-        "seed": seed,
+        "level": job.how.level,
+        "resamples": job.how.resamples,
+        "seed": job.how.seed,
         "unit": "group",
         "missing": job.missing,
         "parts": parts,
-        "out_of_fold_auc": _two_means(saved, parts.get("out_of_fold")),
-        "rarity": class_means.rarity_classes(dev, kinds, job.classes),
+        "out_of_fold_auc": None,
+        "rarity": class_means.rarity_classes(job.labels, job.rarity, job.classes),
         "studies": {"pool": pool, "parts": _studies(scored, pool, job)},
         "views": views,
         "subgroups": columns,
         "gaps": _gaps(scored.get(chief or ""), views, columns, job),
         "columns_not_shown": len(shown.hidden),
-        "shortcuts": run.get("shortcuts") or [],
+        "shortcuts": [],
         "per_class_of": chief,
         **(_details(scored[chief], intervals[chief], job) if chief else _NOTHING),
-        "cooccurrence": cooccurrence(every, job.classes),
     }
-    if point.prevalence is not None:
-        _state_prevalence(result["per_class"], read_prevalence(point.prevalence, job.classes))
     _tell_withheld(job)
     job.missing.extend(f"by {title}: the data names none" for title in shown.empty)
     job.missing.extend([str(shown)] if shown.hidden else [])
-    return dict(clean(result))
+    return result
 
 
 def _two_means(saved: Saved, part: Record | None) -> dict[str, Any] | None:
@@ -136,13 +155,6 @@ def _two_means(saved: Saved, part: Record | None) -> dict[str, Any] | None:
     raw = saved.out_of_fold()[saved.decided_by]
     mean = operating_points.mean_of_folds(saved.arrays["labels"], saved.arrays["fold"], raw)
     return operating_points.two_means(part["figures"]["macro_auc"]["value"], mean)
-
-
-def _state_prevalence(rows: Sequence[dict[str, Any]], shares: np.ndarray) -> None:
-    """Add to each class's row its stated prevalence, and the PPV and NPV that its sensitivity and specificity give."""
-    for row, share in zip(rows, shares.tolist(), strict=True):
-        ppv, npv = predictive_values(row["sensitivity"]["value"], row["specificity"]["value"], share)
-        row |= {"stated_prevalence": share, "ppv_at_stated_prevalence": ppv, "npv_at_stated_prevalence": npv}
 
 
 _NOTHING: dict[str, Any] = {
@@ -155,7 +167,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
+def _parts(saved: Saved, job: EvaluationJob) -> dict[str, Scored]:
     out = {}
     for name, title in PARTS.items():
         try:
@@ -173,36 +185,36 @@ def _parts(saved: Saved, job: _Job) -> dict[str, Scored]:
     return out
 
 
-def _studies(scored: dict[str, Scored], pool: Pool, job: _Job) -> dict[str, Any]:
+def _studies(scored: Mapping[str, Scored], pool: Pool, job: EvaluationJob) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for name in ("out_of_fold", "holdout"):
+    for name in ("out_of_fold", "holdout", "external"):
         if name not in scored:
             continue
         if not (scored[name].columns["study"] != "").any():
-            job.missing.append(f"studies, {PARTS[name]}: the data names none")
+            job.missing.append(f"studies, {TITLES[name]}: the data names none")
             continue
         pooled = scored[name].studies(pool)
-        out[name] = job.part(f"{PARTS[name]} studies", pooled, job.intervals(pooled))
+        out[name] = job.part(f"{TITLES[name]} studies", pooled, job.intervals(pooled))
     return out
 
 
-def _only_shown(saved: Saved) -> tuple[Saved, subgroups.Shown]:
+def only_shown(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], subgroups.Shown]:
     """Put the name of a subgroup in place of each value of `view` and `meta:` columns, "" where it is not shown."""
-    arrays = {name: values for name, values in saved.arrays.items() if not name.startswith(META)}
-    columns = {name: saved.arrays[name].tolist() for name in saved.arrays if name == VIEW or name.startswith(META)}
-    shown = subgroups.choose(columns, arrays["group"].tolist())
-    arrays |= {META + title: named for title, named in shown.columns.items() if title != VIEW}
-    arrays[VIEW] = shown.columns.get(VIEW, np.full(len(arrays["group"]), ""))
-    return replace(saved, arrays=arrays), shown
+    out = {name: values for name, values in arrays.items() if not name.startswith(META)}
+    columns = {name: arrays[name].tolist() for name in arrays if name == VIEW or name.startswith(META)}
+    shown = subgroups.choose(columns, out["group"].tolist())
+    out |= {META + title: named for title, named in shown.columns.items() if title != VIEW}
+    out[VIEW] = shown.columns.get(VIEW, np.full(len(out["group"]), ""))
+    return out, shown
 
 
-def _subgroups(scored: Scored | None, job: _Job) -> dict[str, Any]:
+def _subgroups(scored: Scored | None, job: EvaluationJob) -> dict[str, Any]:
     names = [] if scored is None else [name for name in scored.columns if name.startswith(META)]
     found = {name.removeprefix(META): _by(name, scored, job) for name in names}
     return {name: parts for name, parts in found.items() if parts}
 
 
-def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
+def _by(column: str, scored: Scored | None, job: EvaluationJob) -> dict[str, Any]:
     """A PART for every value of a column that enough groups have; the column holds names of subgroups."""
     if scored is None or not any(scored.columns[column]):
         return {}
@@ -217,7 +229,7 @@ def _by(column: str, scored: Scored | None, job: _Job) -> dict[str, Any]:
     return out
 
 
-def _gaps(scored: Scored | None, views: Record, columns: Record, job: _Job) -> dict[str, Any]:
+def _gaps(scored: Scored | None, views: Record, columns: Record, job: EvaluationJob) -> dict[str, Any]:
     """The widest gaps between the values shown of each column; unknown is no value."""
     out: dict[str, Any] = {}
     for column, parts in {"view": views, **{META + name: parts for name, parts in columns.items()}}.items():
@@ -237,12 +249,12 @@ def _gaps(scored: Scored | None, views: Record, columns: Record, job: _Job) -> d
     return out
 
 
-def _details(scored: Scored, intervals: dict[str, Interval], job: _Job) -> dict[str, Any]:
+def _details(scored: Scored, intervals: dict[str, Interval], job: EvaluationJob) -> dict[str, Any]:
     """Per-class table, curves, reliability and confusion counts of one part."""
     table = figures.counts(scored.labels, figures.decisions(scored.probs, job.limits))
     cells = {name: getattr(table, name).tolist() for name in ("tp", "fp", "fn", "tn")}
     return {
-        "per_class": _per_class(scored, intervals, job),
+        "per_class": describe_classes(scored, intervals, job),
         "curves": _curves(scored, job.classes),
         "reliability": reliability(scored.labels, scored.probs),
         "recalibration": probabilities.recalibration(
@@ -255,7 +267,8 @@ def _details(scored: Scored, intervals: dict[str, Interval], job: _Job) -> dict[
     }
 
 
-def _per_class(scored: Scored, intervals: dict[str, Interval], job: _Job) -> list[dict[str, Any]]:
+def describe_classes(scored: Scored, intervals: dict[str, Interval], job: EvaluationJob) -> list[dict[str, Any]]:
+    """One row a class of one part: counts, threshold, tier, and every figure with its interval."""
     enough = enough_groups(scored.labels, scored.columns["group"])
     plain = ("class", "positives", "negatives", "unknown", "prevalence", "threshold", "tier")
     rows = []
@@ -288,7 +301,7 @@ def _figure(value: float, interval: Interval | None) -> dict[str, float | None]:
     return {"value": value, "low": low, "high": high}
 
 
-def _tell_withheld(job: _Job) -> None:
+def _tell_withheld(job: EvaluationJob) -> None:
     for name, titles in job.withheld.items():
         job.missing.append(f"interval of {name}, which resampling cannot give here: {name_some(titles)}")
 
@@ -313,18 +326,6 @@ def cooccurrence(labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """In how many images (N, C) two classes are positive together; on the diagonal, one class."""
     yes = (labels == 1).astype(np.int64)
     return {"classes": list(classes), "counts": (yes.T @ yes).tolist()}
-
-
-def prevalence_table(rows: Sequence[Record]) -> Table:
-    """PPV and NPV of every class at its stated prevalence; no row where none was stated."""
-    keys = ("stated_prevalence", "ppv_at_stated_prevalence", "npv_at_stated_prevalence")
-    return Table(
-        title="PPV and NPV at a stated prevalence",
-        columns=["class", "stated prevalence", "PPV at that prevalence", "NPV at that prevalence"],
-        rows=[[str(row["class"]), *(Figure(value=row[key]) for key in keys)] for row in rows if keys[0] in row],
-        notes=["By Bayes' theorem from sensitivity and specificity above; without an interval."],
-        sortable=True,
-    )
 
 
 def csv_tables(evaluation: Record) -> dict[str, Table]:

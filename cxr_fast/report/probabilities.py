@@ -12,7 +12,8 @@ from ..metrics.calibration import recalibrate
 from ..metrics.curves import STEPS, net_benefit
 from ..metrics.intervals import FEW, support
 from ..metrics.student import student_quantile
-from ..system.text import Label, Table
+from ..metrics.thresholds import predictive_values
+from ..system.text import Figure, Label, Table
 from .summary import Record, as_figure
 
 POOLED = "all labels pooled"
@@ -110,3 +111,22 @@ def benefit_table(decisions: Record) -> Table:
 
 def _pair(curve: Record, place: int) -> str:
     return f"{curve['model'][place]:.3f} ({curve['everyone'][place]:.3f})".replace("-", "−")
+
+
+def state_prevalence(rows: Sequence[dict[str, Any]], shares: np.ndarray) -> None:
+    """Add to each class's row its stated prevalence, and the PPV and NPV that its sensitivity and specificity give."""
+    for row, share in zip(rows, shares.tolist(), strict=True):
+        ppv, npv = predictive_values(row["sensitivity"]["value"], row["specificity"]["value"], share)
+        row |= {"stated_prevalence": share, "ppv_at_stated_prevalence": ppv, "npv_at_stated_prevalence": npv}
+
+
+def prevalence_table(rows: Sequence[Record]) -> Table:
+    """PPV and NPV of every class at its stated prevalence; no row where none was stated."""
+    keys = ("stated_prevalence", "ppv_at_stated_prevalence", "npv_at_stated_prevalence")
+    return Table(
+        title="PPV and NPV at a stated prevalence",
+        columns=["class", "stated prevalence", "PPV at that prevalence", "NPV at that prevalence"],
+        rows=[[str(row["class"]), *(Figure(value=row[key]) for key in keys)] for row in rows if keys[0] in row],
+        notes=["By Bayes' theorem from sensitivity and specificity above; without an interval."],
+        sortable=True,
+    )

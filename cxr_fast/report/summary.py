@@ -17,6 +17,7 @@ from ..training.operating_points import describe_two_means
 Record = Mapping[str, Any]
 
 PARTS = {"train": "Training", "out_of_fold": "Validation (out of fold)", "holdout": "Hold-out"}
+PARTS |= {"external": "These films"}  # those of `evaluate`, which no run has
 # The headline figures as rows of a table.
 FIGURES = {key: name if name == "mAP" else name[0].upper() + name[1:] for key, name in HEADLINE.items()}
 FIGURES |= {key: f"{FIGURES[key]}, lower is better" for key in ("brier", "ece")}
@@ -157,6 +158,7 @@ class ReportData:
         """What the rows of classes are figures of, as a word of a title."""
         of = None if self.evaluation is None else self.evaluation["per_class_of"]
         words = {"holdout": "the hold-out", "out_of_fold": "validation, out of fold", "train": "training images"}
+        words |= {"external": "these films"}
         return words.get(str(of), str(of))
 
     @property

@@ -156,7 +156,7 @@ def render_run(material: ReportData) -> bytes:
         confusions=_largest_confusions(material),
         shortcuts=shortcut_table.shortcut_table(material.run),
         unlikeness=describe_measure(material.run.get("unlikeness")),
-        stated=evaluation.prevalence_table(material.ranked()),
+        stated=probabilities.prevalence_table(material.ranked()),
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 # Which extra of pyproject.toml brings a library, by the name that is imported.
 EXTRA = {
     **dict.fromkeys(("torch", "timm", "open_clip", "h5py", "safetensors", "onnx"), "train"),
-    **dict.fromkeys(("scipy", "sklearn", "iterstrat"), "train"),
+    **dict.fromkeys(("scipy", "iterstrat"), "train"),
+    "sklearn": "recalibrate",
     "onnxruntime": "cpu",
     **dict.fromkeys(("pydicom", "pylibjpeg"), "dicom"),
     "pyarrow": "parquet",
