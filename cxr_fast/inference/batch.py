@@ -29,6 +29,7 @@ from ..system.tables import pyarrow
 from .checkpoint import WAL, Checkpoint, beside
 from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
 from .predictor import BATCH, Result, changed_ns
+from .shift.comparison import ShiftWatch
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 
@@ -38,6 +39,7 @@ class Answerer(Protocol):
 
     path: Path
     source: str
+    info: dict[str, Any]
     labels: tuple[str, ...]
     thresholds: np.ndarray
     threads: int
@@ -352,10 +354,12 @@ def _write_tables(
     """Write all rows in input order, after those of earlier films; return what answered them, how pooled."""
     of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": spec.decide}
     by: Counter[str] = Counter()
+    shift = ShiftWatch(predictor.info, predictor.path)
     found: dict[str, Any] = {"answered_by": by, "study_pool": None}
     with _replacing(out) as file:
-        images = map(_image_row, _answers(kept, [*earlier, *inputs.paths], by))
+        images = map(_image_row, shift.count(_answers(kept, [*earlier, *inputs.paths], by)))
         WRITERS[out.suffix](file, Columns(keys=KEYS, **of_model), images)
+    found["shift"] = shift.compare(inputs.studies)
     if spec.pool:
         with _replacing(studies_path(out)) as file:
             studies = pooled(_answers(kept, inputs.paths, Counter()), inputs.studies, spec.pool)
