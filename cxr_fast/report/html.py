@@ -82,6 +82,7 @@ def table_as_markdown(table: Table) -> Markup:
 def _pages() -> Environment:
     made = environment()
     made.globals |= {f"{kind}_text": Markup((ASSETS / f"report.{kind}").read_text("utf-8")) for kind in ("css", "js")}
+    made.globals["thresholds_js"] = Markup((ASSETS / "thresholds.js").read_text("utf-8"))
     return made
 
 

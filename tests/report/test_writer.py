@@ -33,7 +33,18 @@ from cxr_fast.training.run_folder import read_info
 from tests.helpers.model_edits import changed, put
 from tests.helpers.pages import Page, browse
 
-SECTIONS = ["figures", "classes", "curves", "calibration", "decisions", "cooccurrence", "views", "shortcuts", "search"]
+SECTIONS = [
+    "figures",
+    "classes",
+    "curves",
+    "glance",
+    "calibration",
+    "decisions",
+    "cooccurrence",
+    "views",
+    "shortcuts",
+    "search",
+]
 SECTIONS += ["data"]
 SECTIONS += ["recipe", "made"]
 FEW = {"resamples": 40}
