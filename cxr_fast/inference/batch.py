@@ -26,7 +26,7 @@ from ..system import hardware
 from ..system.files import atomic, tree_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
-from .checkpoint import WAL, Checkpoint, beside
+from .checkpoint import WAL, Asked, Checkpoint, beside
 from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
 from .predictor import BATCH, Result, changed_ns
 from .shift.comparison import ShiftWatch
@@ -45,6 +45,7 @@ class Answerer(Protocol):
     threads: int
     provider: str
     strict: bool
+    refuse_unlike: float | None
 
     @property
     def warning(self) -> str:
@@ -116,13 +117,11 @@ def write(
     """Predict `inputs` into `out` (.csv, .parquet or .jsonl, a row an image), and record how in NAME.run.json.
 
     What `out` holds of the same model and the same files is not predicted again, also where a file has moved; failed
-    files are tried again. Answers
-    are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. Returns what
-    NAME.run.json says.
+    files are tried again. Answers are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all
+    are there. Returns what NAME.run.json says.
 
-    Raises InputError for an `out` that cannot be written, holds something else, is an input, or has answered films that
-    are not among the inputs (unless `append` or `overwrite`); Interrupted after
-    SIGINT or SIGTERM, when the batch at hand is kept.
+    Raises InputError for an `out` that cannot be written, holds something else, is an input, or has answered films not
+    among the inputs (unless `append` or `overwrite`); Interrupted after SIGINT or SIGTERM, when a batch is kept.
     """
     began, clock, spec = datetime.datetime.now(datetime.UTC), time.perf_counter(), spec or BatchSpec()
     if spec.append and spec.pool:
@@ -211,7 +210,8 @@ def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) ->
 
 
 def _checkpoint(predictor: Answerer, out: Path, identity: dict[str, str], spec: BatchSpec) -> Checkpoint:
-    return Checkpoint(out, identity, overwrite=spec.overwrite, strict=predictor.strict, gone=spec.append)
+    asked = Asked(strict=predictor.strict, gone=spec.append, limit=predictor.refuse_unlike)
+    return Checkpoint(out, identity, asked, overwrite=spec.overwrite)
 
 
 def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
@@ -278,6 +278,7 @@ def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
         "thresholds": predictor.thresholds.tolist(),
         "decide": spec.decide,
         "strict": predictor.strict,
+        "refuse_unlike": predictor.refuse_unlike,
         "versions": own | {"numpy": np.__version__, "pillow": PIL.__version__},
     }
 
@@ -353,8 +354,7 @@ def _write_tables(
 ) -> dict[str, Any]:
     """Write all rows in input order, after those of earlier films; return what answered them, how pooled."""
     of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": spec.decide}
-    by: Counter[str] = Counter()
-    shift = ShiftWatch(predictor.info, predictor.path)
+    by, shift = Counter[str](), ShiftWatch(predictor.info, predictor.path)
     found: dict[str, Any] = {"answered_by": by, "study_pool": None}
     with _replacing(out) as file:
         images = map(_image_row, shift.count(_answers(kept, [*earlier, *inputs.paths], by)))
@@ -377,8 +377,9 @@ def _answers(kept: Checkpoint, paths: Iterable[str], by: Counter[str]) -> Iterat
 
 def _image_row(result: Result) -> Row:
     if result.probabilities is None:
-        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}"), ""], None
-    return [shown(result.path), "ok", "", shown(result.note)], result.probabilities
+        reason = shown(f"{result.reason}: {result.message}")
+        return [shown(result.path), "failed", reason, "", result.unlikeness], None
+    return [shown(result.path), "ok", "", shown(result.note), result.unlikeness], result.probabilities
 
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:

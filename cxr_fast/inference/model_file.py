@@ -20,7 +20,7 @@ from ..config import FILM_CHANGES, PreprocessSpec, from_dict
 from ..errors import CxrFastError, InputError, SchemaError
 from . import operations
 from .protobuf import BYTES, NotOnnx, Record, records
-from .shift.reference import read_holdout
+from .shift.reference import read_holdout, read_training_unlikeness
 
 SCHEMA = 2
 VARIANTS = ("fp32", "fp16", "int8")
@@ -137,6 +137,8 @@ def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
     size, count = info["preprocess"]["size"], len(info["labels"])
     wanted = [("input", session.get_inputs(), "pixels", "tensor(uint8)", [size, size])]
     wanted += [("output", session.get_outputs(), "probabilities", "tensor(float)", [count])]
+    if has_unlikeness(info):
+        wanted += [("output", session.get_outputs(), "unlikeness", "tensor(float)", [])]
     for kind, nodes, name, dtype, shape in wanted:
         try:
             found = {node.name: (node.type, list(node.shape or [])) for node in nodes}
@@ -178,6 +180,7 @@ def _info(entries: list[Entry], path: Path) -> dict[str, Any]:
     if wrong := _wrong(info):
         raise InputError(f"{path}: damaged metadata ({wrong}).")
     read_holdout(info, path)
+    read_training_unlikeness(info, path)
     return info
 
 
@@ -198,6 +201,20 @@ def _wrong(info: dict[str, Any]) -> str:
     if not _texts([info[SEAL], info["labels_sha256"]]):
         return f"{SEAL} or labels_sha256 is not text"
     return ""
+
+
+def has_unlikeness(info: dict[str, Any]) -> bool:
+    """Whether a model file puts out `unlikeness`."""
+    return isinstance(info.get("unlikeness"), dict)
+
+
+def require_unlikeness(info: dict[str, Any], path: Path) -> None:
+    """Raise InputError where a model file does not put out `unlikeness`."""
+    if not has_unlikeness(info):
+        raise InputError(
+            f"--refuse-unlike: {path} has no unlikeness (an earlier version trained it, or its films were too few); "
+            "train and export again, or leave the flag out."
+        )
 
 
 def describe_yardstick(parity: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.inference import model_file
 from cxr_fast.metrics import subgroups
 from cxr_fast.report import charts, comparison, evaluation, writer
+from cxr_fast.report.at_a_glance import pictures
 from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
 from cxr_fast.system.text import Figure, duration
 from cxr_fast.training.run_folder import read_info
@@ -60,6 +61,7 @@ def made(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subgroups, "GROUPS", 2)  # the toy's views are few images
+        patch.setattr(pictures, "FEW", 1)  # and so are its missed findings
         writer.write_report(folder, **FEW)
     return folder
 

@@ -1,28 +1,23 @@
-"""Count answers while they pass by: films called positive and films in each bin, of any number of rows."""
+"""Count values while they pass by: films at or over a threshold, and films in each bin, of any number of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from ..predictor import Result
 
 BLOCK = 256  # rows counted in one call of numpy
 
 
 class AnswerCounts:
-    """How many films were called positive, (C,), and how many lie in each bin of each class, a list of (b,).
+    """How many films reach each threshold, (C,), and how many lie in each bin of each column, a list of (b,).
 
-    `edges` are those of each class, rising, (b - 1,). `films` counts answered films alone: one that failed has no
-    probabilities. Memory does not grow with the rows.
+    `edges` are those of each column, rising, (b - 1,). Memory does not grow with the rows.
     """
 
     def __init__(self, thresholds: np.ndarray, edges: Sequence[np.ndarray]) -> None:
-        self.films = 0
-        self.positives = np.zeros(len(thresholds), np.int64)
+        self._films = 0
+        self._positives = np.zeros(len(thresholds), np.int64)
         self._thresholds = thresholds
         self._sizes = [len(each) + 1 for each in edges]
         self._edges = np.full((len(edges), max(self._sizes, default=1) - 1), np.inf)
@@ -31,29 +26,36 @@ class AnswerCounts:
         self._counts = np.zeros((len(edges), self._edges.shape[1] + 1), np.int64)
         self._block: list[np.ndarray] = []
 
+    def add(self, values: np.ndarray) -> None:
+        """Count the values (C,) of one film."""
+        self._block.append(values)
+        if len(self._block) == BLOCK:
+            self._add_block()
+
+    @property
+    def films(self) -> int:
+        """Films that were counted."""
+        return self._films + len(self._block)
+
+    @property
+    def positives(self) -> np.ndarray:
+        """Films at or over each threshold, (C,)."""
+        self._add_block()
+        return self._positives
+
     @property
     def bins(self) -> list[np.ndarray]:
-        """Films in each bin of each class."""
+        """Films in each bin of each column."""
         self._add_block()
         return [row[:size] for row, size in zip(self._counts, self._sizes, strict=True)]
-
-    def count(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Hand on each result, and count it."""
-        for result in results:
-            if result.probabilities is not None:
-                self._block.append(result.probabilities)
-                if len(self._block) == BLOCK:
-                    self._add_block()
-            yield result
-        self._add_block()
 
     def _add_block(self) -> None:
         if not self._block:
             return
         values = np.stack(self._block).astype(np.float64)
         self._block.clear()
-        self.films += len(values)
-        self.positives += (values >= self._thresholds).sum(axis=0)
+        self._films += len(values)
+        self._positives += (values >= self._thresholds).sum(axis=0)
         places = (values[:, :, None] >= self._edges).sum(axis=2)
-        classes = np.broadcast_to(np.arange(places.shape[1]), places.shape)
-        np.add.at(self._counts, (classes, places), 1)
+        columns = np.broadcast_to(np.arange(places.shape[1]), places.shape)
+        np.add.at(self._counts, (columns, places), 1)

@@ -17,6 +17,7 @@ from . import chance
 
 KEY = "holdout"  # the entry of a model file
 BINS = 20
+LEVELS = (*range(5, 100, 5), 99)  # percentiles of the training films' unlikeness that are edges of bins
 PLAIN = np.arange(1, BINS) / BINS  # edges where there is no hold-out to take quantiles of
 
 
@@ -100,6 +101,39 @@ def read_holdout(info: Mapping[str, Any], path: Path) -> HoldoutSummary | None:
     if not sound:
         raise InputError(f"{path}: damaged metadata ({KEY} is no summary of {len(info['labels'])} classes).")
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingUnlikeness:
+    """The unlikeness of the training films out of fold: how many films, of how many groups, edges (b - 1,) of bins, and
+    the share of the films in each bin, (b,)."""
+
+    films: int
+    groups: int
+    edges: np.ndarray
+    shares: np.ndarray
+
+
+def read_training_unlikeness(info: Mapping[str, Any], path: Path) -> TrainingUnlikeness | None:
+    """Read the unlikeness of the training films from the 101 quantiles in a model file's metadata; None where it has
+    none. InputError where they are damaged."""
+    entry = info.get("unlikeness")
+    if not isinstance(entry, dict):
+        return None
+    try:
+        films, groups = int(entry["films"]), int(entry["groups"])
+        values = np.array(entry["quantiles"], np.float64).reshape(-1)
+        sound = len(values) == 101 and bool(np.isfinite(values).all() and (np.diff(values) >= 0).all())
+        sound = sound and 0 <= groups <= films
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: damaged metadata (unlikeness has no 101 rising quantiles of its training films).")
+    levels = np.array(LEVELS)
+    edges, first = np.unique(values[levels], return_index=True)
+    return TrainingUnlikeness(
+        films=films, groups=groups, edges=edges, shares=np.diff(levels[first], prepend=0, append=100) / 100
+    )
 
 
 def _is_sound(row: HoldoutClass, films: int) -> bool:

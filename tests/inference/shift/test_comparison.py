@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cxr_fast.errors import InputError
 from cxr_fast.inference.predictor import Result
 from cxr_fast.inference.shift import comparison, reference
 from cxr_fast.inference.shift.comparison import FEW, ShiftWatch
@@ -60,10 +61,10 @@ def test_counts_are_those_of_a_plain_loop(seed: int, rows: int, bins: list[int])
     probs = np.round(draw.uniform(0, 1, (rows, len(bins))), 2).astype(np.float32)
     edges = [np.unique(np.round(draw.uniform(0, 1, b), 2)) for b in bins]
     limits = np.round(draw.uniform(0, 1, len(bins)), 2)
-    given_rows = results([None if i % 7 == 3 else row for i, row in enumerate(probs)])
     counts = AnswerCounts(limits, edges)
-    assert list(counts.count(given_rows)) == given_rows
-    answered = [row.astype(float) for i, row in enumerate(probs) if i % 7 != 3]
+    for row in probs:
+        counts.add(row)
+    answered = [row.astype(float) for row in probs]
     assert counts.films == len(answered)
     for c, each in enumerate(edges):
         found = [sum(float(row[c]) >= edge for edge in each) for row in answered]
@@ -166,3 +167,67 @@ def test_a_file_without_a_summary_of_a_hold_out_says_so() -> None:
         "counts": [1, *[0] * 9, 1, *[0] * 9],
     }
     assert comparison.TEST.count("0.01") == 1
+
+
+def with_unlikeness(info: dict[str, Any], films: int = 500, groups: int = 400) -> dict[str, Any]:
+    """The metadata with an unlikeness whose quantiles are those of the square of a uniform variable, of which 1 % is
+    over 1."""
+    values = np.linspace(0, 1, 101) ** 2 / 0.99**2
+    return info | {"unlikeness": {"films": films, "groups": groups, "quantiles": values.tolist()}}
+
+
+def unlike(values: Iterable[float], answered: bool = True) -> list[Result]:
+    """Films of these unlikenesses, refused where not answered."""
+    probs = np.float32([0.5, 0.5]) if answered else None
+    return [Result(path="a", probabilities=probs, reason="" if answered else "unlike", unlikeness=x) for x in values]
+
+
+def test_unlikeness_is_compared_with_the_training_films() -> None:
+    """Also where the file has no summary of a hold-out, and of films that were refused."""
+    info = with_unlikeness({"labels": ["a", "b"], "thresholds": [0.6, 0.6]})
+    draw = np.random.default_rng(0).random(300) ** 2 / 0.99**2
+    shift = ShiftWatch(info, HERE)
+    assert len(list(shift.count(unlike(draw)))) == 300
+    record = shift.compare([])
+    same = record["unlikeness"]
+    assert record["line"] == "not compared with the hold-out: the model file keeps no summary of one"
+    assert (same["films"], same["over_1"], same["differs"]) == (300, (draw > 1).sum(), False)
+    assert len(same["edges"]) == 20
+    assert sum(same["training_shares"]) == pytest.approx(1)
+    assert sum(same["counts"]) == 300
+    assert max(abs(a / 300 - b) for a, b in zip(same["counts"], same["training_shares"], strict=True)) < 0.05
+
+    shift = ShiftWatch(info, HERE)
+    assert len(list(shift.count([*unlike(draw[:250]), *unlike([1.7] * 50, answered=False)]))) == 300
+    record = shift.compare([])
+    assert record["films"] == 250
+    assert record["unlikeness"]["differs"]
+    over = (50 + (draw[:250] > 1).sum()) / 300
+    assert record["line"].endswith(f"; unlikeness over 1 in {over:.1%} (training films 1.0%)")
+
+
+def test_few_unlike_films_tell_nothing_and_all_tests_share_one_level() -> None:
+    probs, groups = films(1, 200, 1, 2)
+    info = with_unlikeness(info_of(probs, groups))
+    shift = ShiftWatch(info, HERE)
+    rows = [Result(path="a", probabilities=np.float32(p), unlikeness=1.2) for p in films(2, 100, 1, 2)[0]]
+    assert list(shift.count(rows[:20])) == rows[:20]
+    assert "differs" not in shift.compare([])["unlikeness"]
+    assert list(shift.count(rows[20:])) == rows[20:]
+    record = shift.compare([])
+    assert record["line"] == (
+        "no class differs from the hold-out by more than chance (100 films against 200); "
+        "unlikeness over 1 in 100.0% (training films 1.0%)"
+    )
+    few = ShiftWatch(with_unlikeness(info_of(probs, groups), films=500, groups=FEW - 1), HERE)
+    assert list(few.count(rows)) == rows
+    assert "differs" not in few.compare([])["unlikeness"]
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"films": 3}, {"films": 9, "groups": 3, "quantiles": [1] * 100}, {"films": 2, "groups": 3}]
+)
+def test_damaged_unlikeness_is_one_line(entry: dict[str, Any]) -> None:
+    info = {"labels": ["a"], "thresholds": [0.5], "unlikeness": {"quantiles": [1] * 101} | entry}
+    with pytest.raises(InputError, match="unlikeness has no 101 rising quantiles"):
+        ShiftWatch(info, HERE)

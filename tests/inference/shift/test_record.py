@@ -41,7 +41,7 @@ def model(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counts_of(out: Path, edges: list[float], c: int) -> list[int]:
     """The films in each bin, by a plain loop over the table."""
     with open(out, newline="", encoding="utf-8") as file:
-        values = [float(row[4 + c]) for row in list(csv.reader(file))[1:] if row[1] == "ok"]
+        values = [float(row[5 + c]) for row in list(csv.reader(file))[1:] if row[1] == "ok"]
     places = [sum(value >= edge for edge in edges) for value in values]
     return [places.count(b) for b in range(len(edges) + 1)]
 
