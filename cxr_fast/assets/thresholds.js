@@ -2,7 +2,7 @@
 (function () {
   var part = document.getElementById("thresholds");
   if (!part) return;
-  var classes = JSON.parse(part.querySelector("script").textContent);
+  var classes = JSON.parse(part.getAttribute("data-classes"));
   var select = part.querySelector("select"), range = part.querySelector("input"), back = part.querySelector("button");
   var cells = part.querySelector("tbody tr").cells;
 

@@ -22,7 +22,7 @@ from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalen
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
 from . import charts, class_means, comparison, evaluation, probabilities, settings, shortcut_table, tables
-from .at_a_glance import pictures
+from .at_a_glance import forest, pictures
 from .at_a_glance import tables as glance
 from .html import render_page
 from .model_card import render_card
@@ -187,6 +187,7 @@ def render_comparison(
         pairs=pairs,
         missing=missing,
         plots=plots,
+        all_runs=forest.draw_runs(pairs, evaluations, first),
         comparison=comparison,
         means=class_means,
         settings=settings,

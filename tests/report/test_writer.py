@@ -776,7 +776,7 @@ def test_two_runs_on_one_page(folder: Path, other: Path, tmp_path: Path) -> None
     assert result.stdout.split() == [str(folder / "report.html"), str(other / "report.html"), str(out)]
     parsed, found = Page(out.read_text(encoding="utf-8")), comparison.compare_runs(folder, other, resamples=40)
     assert parsed.requests() == []
-    assert parsed.sections == ["beside", "pair1", "settings"]
+    assert parsed.sections == ["beside", "glance", "pair1", "settings"]
     rows = {row[0]: row[1:] for row in parsed.tables["Differences in the figures, other minus run"]}
     for key, title in FIGURES.items():
         one = found["figures"][key]
@@ -799,7 +799,7 @@ def test_runs_that_cannot_be_compared_stand_beside_each_other(folder: Path, othe
     assert result.exit_code == 1
     assert "the comparison of other with run: " in result.stderr
     parsed = Page((folder / "comparison.html").read_text(encoding="utf-8"))
-    assert parsed.sections == ["beside", "settings"]
+    assert parsed.sections == ["beside", "glance", "settings"]
     assert "The comparison of other with run: " in parsed.text
     assert "paired comparison below" not in parsed.text
 
