@@ -236,6 +236,7 @@ def _echo_predicted(summary: dict[str, Any], where: str, out: Path) -> None:
     if len(summary["answered_by"]) > 1:
         each = "; ".join(f"{count:,} by {who}" for who, count in summary["answered_by"].items())
         click.echo(f"note: not all on one device or version: {each}", err=True)
+    click.echo(summary["shift"]["line"])
     if pooled := summary["study_pool"]:
         said = f"{pooled['studies']:,} studies by the column {pooled['column']}, {pooled['how']} of their images"
         click.echo(f"{said}: {studies_path(out)}")

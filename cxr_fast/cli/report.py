@@ -81,18 +81,25 @@ def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
 @click.option("--allow-trained", is_flag=True, help="Compare even where one run was trained on the other's hold-out.")
 @click.option("--json", "json_out", type=PATH, help="Write the result here.")
-def compare(run_a: Path, run_b: Path, json_out: Path | None, **flags: Any) -> None:
+@click.option("--plot", type=PATH, help="Write a forest plot of the differences here: .png, .svg or .pdf.")
+def compare(run_a: Path, run_b: Path, json_out: Path | None, plot: Path | None, **flags: Any) -> None:
     """Give the differences of two runs, with intervals.
 
     They are of the images both scored; the 95 % intervals are paired, over groups.
     """
     from ..report import comparison
+    from ..report.at_a_glance import forest
 
+    if plot is not None:
+        forest.check_path(plot)
     result = comparison.compare_runs(run_a, run_b, **flags)
     show(describe_comparison(result))
     if json_out is not None:
         write_json(json_out, result, "--json")
         click.echo(f"wrote {json_out}")
+    if plot is not None:
+        forest.write_forest(result, plot)
+        click.echo(f"wrote {plot}")
 
 
 def describe_comparison(result: dict[str, Any]) -> list[Part]:

@@ -54,10 +54,10 @@ class Parity:
 @dataclass(frozen=True, kw_only=True)
 class Checks:
     """The images a variant is checked on: pixels (n, S, S), the same by each of CHANGES, groups (n), labels (n, C),
-    torch's raw probabilities (n, C), those of the sweep where it kept them, the part of the run they are from, and
-    torch's for the golden image, (1, C); torch's `unlikeness` (n + 1,) of the images and the golden one, if the run has
-    it; `rounding` (m, S, S) are other images, of the training part, on which weights
-    are rounded."""
+    torch's raw probabilities (n, C), those of the sweep where it kept them, the part of the run they are from and which
+    are of the hold-out (n,), and torch's for the golden image, (1, C); torch's `unlikeness` (n + 1,) of the images and
+    the golden one, if the run has it; `rounding` (m, S, S) are other images, of the training part, on which weights are
+    rounded."""
 
     pixels: np.ndarray
     changed: dict[str, np.ndarray]
@@ -66,6 +66,7 @@ class Checks:
     raw: np.ndarray
     cached: np.ndarray | None
     part: str
+    held: np.ndarray
     golden: np.ndarray
     rounding: np.ndarray
     unlikeness: np.ndarray | None
@@ -96,6 +97,7 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
         raw=raw,
         cached=cached,
         part=part,
+        held=held,
         golden=golden,
         rounding=np.stack([film.pixels for film in other]) if other else pixels[:0],
         unlikeness=unlikeness,

@@ -1,16 +1,20 @@
-"""The `parity` entry of a model file: how far it is from torch, its limits, and the yardstick beside it."""
+"""The entries of a model file that come of real films: `parity`, how far from torch, and `holdout`, its answers."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ..config import JPEG_95
-from ..metrics import drift
+from ..inference.shift.reference import summarise_holdout
+from ..metrics import calibration, drift
 from ..metrics.drift import Drift, Yardstick
-from ..training.run_folder import clean
+from ..training import predictions
+from ..training.run_folder import Run, clean
 from ..unlikeness.reference import LIMITS
-from .parity import OpenFile, Parity
+from .parity import Checks, OpenFile, Parity
 
 LIMIT = 1e-5  # of a float32 file, in probability
 
@@ -65,3 +69,22 @@ def _change(change: Drift) -> dict[str, Any]:
         "macro_auc_drop": found["macro_drop"],
         "map_drop": found["map_drop"],
     }
+
+
+def holdout_record(run: Run, checks: Checks) -> dict[str, Any] | None:
+    """Return the `holdout` entry of the exported model, for comparisons in daily use; None where nothing was held out.
+
+    Of the final model and the views that the sweep scored the whole hold-out is known; of others the films of it that
+    the export is checked on, by torch.
+    """
+    if checks.cached is not None:
+        arrays = predictions.read(run.folder, run.info).arrays
+        held = arrays["fold"] < 0
+        raw, groups = arrays["final"][held], arrays["group"][held]
+    else:
+        raw, groups = checks.raw[checks.held], checks.groups[checks.held]
+    known = np.isfinite(raw).all(axis=1)
+    if not known.any():
+        return None
+    fitted = calibration.apply(run.info["calibration"], raw[known])
+    return summarise_holdout(fitted, run.info["thresholds"], groups[known].tolist())

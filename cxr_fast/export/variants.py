@@ -22,6 +22,7 @@ from ..data.images import self_check
 from ..errors import InputError, ParityError
 from ..inference.model_file import PREFIX, SCHEMA, labels_sha256, write
 from ..inference.predictor import golden_pixels
+from ..inference.shift.reference import KEY as HOLDOUT
 from ..inference.verify import LOOSEST
 from ..metrics import calibration, drift
 from ..metrics.drift import Drift, Yardstick
@@ -36,7 +37,7 @@ from .graph import VARIANTS, build
 from .int8 import Plan
 from .nodes import all_nodes
 from .parity import IMAGES, Checks, OnProgress, OpenFile, Parity, check, checks_of, raw_name
-from .parity_record import LIMIT, parity_record
+from .parity_record import LIMIT, holdout_record, parity_record
 from .rotate import rotated
 
 FEW = 16  # images on which the effect of each matrix in int8 is computed, and the yardstick's float32 graph compared
@@ -172,6 +173,7 @@ def _export_variant(
     built, plan = rounded or (run, None)
     model = build(built, variant, embedding=job.spec.embedding, exclude=exclude, plan=plan)
     info = metadata(run, model) | {"variant": variant, "float_matrices": sorted(exclude)}
+    info[HOLDOUT] = holdout_record(run, checks)
     with _scratch(path) as scratch:
         _save(model, info, scratch)
         file = OpenFile(scratch)

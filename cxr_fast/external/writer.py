@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..report import charts, class_means, evaluation, probabilities, tables
+from ..report.at_a_glance import tables as glance
+from ..report.at_a_glance.pictures import drawings
 from ..report.html import render_page
 from ..report.summary import Record, ReportData, as_figure, of_classes
 from ..report.writer import name_figures
@@ -22,6 +24,7 @@ PAGE, EVALUATION = "report.html", "evaluation.json"
 OWN = (
     *(PAGE, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
     *("recalibration.csv", "decision_curves.csv", "per_class.csv", "training.csv", "set_here.csv"),
+    *("operating_points.csv", "mistaken.csv"),
     *(f"{picture}.{kind}" for picture in charts.PICTURES for kind in charts.FORMATS),
 )
 
@@ -81,7 +84,7 @@ def write_page(found: Record, folder: Path, title: str) -> Path:
     Files of an earlier evaluation that this one does not make are removed. Raises InputError where the folder cannot be
     written.
     """
-    pictures = charts.draw(charts.evaluation_plots(dict(found)))
+    pictures = charts.draw({**charts.evaluation_plots(dict(found)), **drawings(dict(found))})
     csv = {name: to_csv(table, "\r\n").encode() for name, table in csv_tables(found).items()}
     text = (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode()
     files = {EVALUATION: text, **csv, **pictures, PAGE: render(found, title, pictures)}
@@ -164,6 +167,7 @@ def render(found: Record, title: str, pictures: Mapping[str, bytes]) -> bytes:
         confusions=tables.confusion_table(rows, named),
         stated=probabilities.prevalence_table(material.ranked()),
         facts=fact_table(found),
+        glance=glance,
     )
 
 
@@ -201,6 +205,7 @@ def render_pair(sides: Mapping[str, Record], pair: Record, missing: Sequence[str
     if any(row["auc"]["difference"] is not None for row in pair["per_class"]):
         plots[other] = charts.png(charts.differences(pair["per_class"], (first, other)))
     from ..report import comparison, settings
+    from ..report.at_a_glance.forest import draw_runs
 
     return render_page(
         "external_comparison.html.j2",
@@ -210,6 +215,7 @@ def render_pair(sides: Mapping[str, Record], pair: Record, missing: Sequence[str
         pairs={other: pair},
         missing=missing,
         plots=plots,
+        all_runs=draw_runs({other: pair}, dict(sides), first),
         comparison=comparison,
         means=class_means,
         settings=settings,

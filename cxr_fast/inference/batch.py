@@ -29,6 +29,7 @@ from ..system.tables import pyarrow
 from .checkpoint import WAL, Asked, Checkpoint, beside
 from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
 from .predictor import BATCH, Result, changed_ns
+from .shift.comparison import ShiftWatch
 
 KIND, SCHEMA = "cxr-fast predictions", 1
 
@@ -38,6 +39,7 @@ class Answerer(Protocol):
 
     path: Path
     source: str
+    info: dict[str, Any]
     labels: tuple[str, ...]
     thresholds: np.ndarray
     threads: int
@@ -115,13 +117,11 @@ def write(
     """Predict `inputs` into `out` (.csv, .parquet or .jsonl, a row an image), and record how in NAME.run.json.
 
     What `out` holds of the same model and the same files is not predicted again, also where a file has moved; failed
-    files are tried again. Answers
-    are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all are there. Returns what
-    NAME.run.json says.
+    files are tried again. Answers are kept batch by batch in NAME.resume, and `out` appears, or is replaced, when all
+    are there. Returns what NAME.run.json says.
 
-    Raises InputError for an `out` that cannot be written, holds something else, is an input, or has answered films that
-    are not among the inputs (unless `append` or `overwrite`); Interrupted after
-    SIGINT or SIGTERM, when the batch at hand is kept.
+    Raises InputError for an `out` that cannot be written, holds something else, is an input, or has answered films not
+    among the inputs (unless `append` or `overwrite`); Interrupted after SIGINT or SIGTERM, when a batch is kept.
     """
     began, clock, spec = datetime.datetime.now(datetime.UTC), time.perf_counter(), spec or BatchSpec()
     if spec.append and spec.pool:
@@ -354,11 +354,12 @@ def _write_tables(
 ) -> dict[str, Any]:
     """Write all rows in input order, after those of earlier films; return what answered them, how pooled."""
     of_model: dict[str, Any] = {"labels": predictor.labels, "thresholds": predictor.thresholds, "decide": spec.decide}
-    by: Counter[str] = Counter()
+    by, shift = Counter[str](), ShiftWatch(predictor.info, predictor.path)
     found: dict[str, Any] = {"answered_by": by, "study_pool": None}
     with _replacing(out) as file:
-        images = map(_image_row, _answers(kept, [*earlier, *inputs.paths], by))
+        images = map(_image_row, shift.count(_answers(kept, [*earlier, *inputs.paths], by)))
         WRITERS[out.suffix](file, Columns(keys=KEYS, **of_model), images)
+    found["shift"] = shift.compare(inputs.studies)
     if spec.pool:
         with _replacing(studies_path(out)) as file:
             studies = pooled(_answers(kept, inputs.paths, Counter()), inputs.studies, spec.pool)

@@ -20,6 +20,7 @@ from ..config import FILM_CHANGES, PreprocessSpec, from_dict
 from ..errors import CxrFastError, InputError, SchemaError
 from . import operations
 from .protobuf import BYTES, NotOnnx, Record, records
+from .shift.reference import read_holdout, read_training_unlikeness
 
 SCHEMA = 2
 VARIANTS = ("fp32", "fp16", "int8")
@@ -178,6 +179,8 @@ def _info(entries: list[Entry], path: Path) -> dict[str, Any]:
         raise type(error)(f"{path}: damaged metadata (preprocess: {_brief(error, 160)})") from error
     if wrong := _wrong(info):
         raise InputError(f"{path}: damaged metadata ({wrong}).")
+    read_holdout(info, path)
+    read_training_unlikeness(info, path)
     return info
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ LARGEST = 6
 PICTURES = (
     *("epoch_search_plot", "training_plot", "evaluation_plot", "precision_plot", "confusion_matrices"),
     *("roc_curves", "pr_curves", "reliability_diagram", "decision_curves", "cooccurrence_plot"),
+    *("strip_plot", "mistaken_plot"),
 )
 # A file each: the page and slides take PNG, papers SVG or PDF.
 FORMATS = ("png", "svg", "pdf")
@@ -38,9 +39,14 @@ Row = dict[str, Any]
 Draw = Callable[[], Any]
 
 
-def all_plots(run: Row, history: Sequence[Row], evaluation: Row | None) -> dict[str, bytes]:
-    """The pictures of a run by file name, each in every one of FORMATS; those whose data is missing are left out."""
-    plots: dict[str, Draw] = {"epoch_search_plot": lambda: epoch_search(run)}
+def all_plots(
+    run: Row, history: Sequence[Row], evaluation: Row | None, more: Mapping[str, Draw] | None = None
+) -> dict[str, bytes]:
+    """The pictures of a run by file name, each in every one of FORMATS; those whose data is missing are left out.
+
+    `more` are others by name, each a function that draws a figure.
+    """
+    plots: dict[str, Draw] = {"epoch_search_plot": lambda: epoch_search(run), **(more or {})}
     if history:
         plots["training_plot"] = lambda: training(history)
     return draw(plots | evaluation_plots(evaluation or {}))
@@ -330,17 +336,24 @@ def decision_plot(evaluation: Row) -> Any:
 def cooccurrence(table: Row) -> Any:
     """Share of the images with one finding (row) that have another (column) as well."""
     names, counts = table["classes"], np.array(table["counts"], float)
+    return finding_squares(
+        names, counts, np.diag(counts)[:, None], ("of the images with this finding …", "… also have this one")
+    )
+
+
+def finding_squares(names: Sequence[str], counts: np.ndarray, of: np.ndarray, titles: tuple[str, str]) -> Any:
+    """Draw counts (C, C) as shares `of` (C, C) or (C, 1), white where these are 0 and on the diagonal; `titles` of rows
+    and columns."""
     side = max(1.9 + 0.155 * len(names), 3.6)
     made, axes = figure(side, side)
-    own = np.diag(counts)[:, None]
-    share = np.divide(counts, own, out=np.full_like(counts, np.nan), where=own > 0)
+    share = np.divide(counts, of, out=np.full_like(counts, np.nan), where=of > 0)
     np.fill_diagonal(share, np.nan)
     image = _squares(axes, share)
     size = 7 if len(names) > 12 else 8
     axes.set_xticks(range(len(names)), [label(name, 22) for name in names], rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), [label(name, 22) for name in names], fontsize=size)
     axes.tick_params(length=0)
-    axes.set(xlabel="… also have this one", ylabel="of the images with this finding …")
+    axes.set(xlabel=titles[1], ylabel=titles[0])
     bar = made.colorbar(image, ax=axes, shrink=0.5, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     return made

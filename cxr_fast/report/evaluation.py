@@ -23,6 +23,7 @@ from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalen
 from ..training.predictions import META, PARTS, Pool, Saved, Scored, read
 from ..training.run_folder import clean, read_run_info
 from . import class_means, probabilities
+from .at_a_glance import records as glance
 from .class_means import name_some
 from .summary import Record, as_figure
 
@@ -261,6 +262,7 @@ def _details(scored: Scored, intervals: dict[str, Interval], job: EvaluationJob)
             scored.labels, scored.probs, scored.columns["group"].tolist(), job.classes, LEVEL
         ),
         "decisions": probabilities.decision_curves(scored.labels, scored.probs, job.classes),
+        **glance.glance_records(scored.labels, scored.probs, job.limits, job.classes),
         "confusion": [
             {"class": name} | {cell: values[c] for cell, values in cells.items()} for c, name in enumerate(job.classes)
         ],
@@ -339,6 +341,8 @@ def csv_tables(evaluation: Record) -> dict[str, Table]:
         "reliability.csv": _bin_records(evaluation["reliability"]),
         "recalibration.csv": evaluation.get("recalibration", []),
         "decision_curves.csv": probabilities.curve_records(evaluation.get("decisions")),
+        "operating_points.csv": glance.point_records(evaluation),
+        "mistaken.csv": glance.mistaken_records(evaluation),
         "cooccurrence.csv": (
             {"class": name, **dict(zip(co["classes"], counts, strict=True))}
             for name, counts in zip(co["classes"], co["counts"], strict=True)

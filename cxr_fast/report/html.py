@@ -81,7 +81,10 @@ def table_as_markdown(table: Table) -> Markup:
 @functools.cache
 def _pages() -> Environment:
     made = environment()
-    made.globals |= {f"{kind}_text": Markup((ASSETS / f"report.{kind}").read_text("utf-8")) for kind in ("css", "js")}
+    texts = {"css_text": ("report.css",), "js_text": ("report.js", "thresholds.js")}
+    made.globals |= {
+        key: Markup("".join((ASSETS / name).read_text("utf-8") for name in names)) for key, names in texts.items()
+    }
     return made
 
 

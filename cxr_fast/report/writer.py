@@ -23,6 +23,8 @@ from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
 from ..unlikeness.oddest import describe_measure
 from . import charts, class_means, comparison, evaluation, probabilities, settings, shortcut_table, tables
+from .at_a_glance import forest, pictures
+from .at_a_glance import tables as glance
 from .html import render_page
 from .model_card import render_card
 from .summary import FIGURES, Record, ReportData
@@ -41,7 +43,7 @@ FILMS = ("predictions.csv", "predictions.parquet")
 # Everything a report may write: what an earlier one left and this one cannot make must not stay beside it.
 OWN = (
     *(PAGE, CARD, EVALUATION, "figures.csv", "confusion.csv", "curves.csv", "reliability.csv", "cooccurrence.csv"),
-    *("recalibration.csv", "decision_curves.csv"),
+    *("recalibration.csv", "decision_curves.csv", "operating_points.csv", "mistaken.csv"),
     *(f"{picture}.{kind}" for picture in charts.PICTURES for kind in charts.FORMATS),
 )
 
@@ -157,6 +159,7 @@ def render_run(material: ReportData) -> bytes:
         shortcuts=shortcut_table.shortcut_table(material.run),
         unlikeness=describe_measure(material.run.get("unlikeness")),
         stated=probabilities.prevalence_table(material.ranked()),
+        glance=glance,
     )
 
 
@@ -186,6 +189,7 @@ def render_comparison(
         pairs=pairs,
         missing=missing,
         plots=plots,
+        all_runs=forest.draw_runs(pairs, evaluations, first),
         comparison=comparison,
         means=class_means,
         settings=settings,
@@ -241,14 +245,14 @@ def gather(
     files, unread = settings.model_files(folder)
     missing = (*map(paths.clean, [*broken, *unread]), *lacking)
     whole = not broken and not any(NAN in line for line in lacking)
-    pictures = charts.all_plots(run, history, found)
+    plots = charts.all_plots(run, history, found, pictures.drawings(found))
     material = ReportData(
         run=run,
         evaluation=found,
         history=history,
         missing=missing,
         unknown_labels=unknown,
-        plots=pictures,
+        plots=plots,
         title=folder.resolve().name,
         files=files,
     )

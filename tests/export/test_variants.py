@@ -40,7 +40,7 @@ from cxr_fast.metrics import calibration, drift
 from cxr_fast.metrics.drift import Drift
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import Head
-from cxr_fast.training.run_folder import Member, Run, read_run
+from cxr_fast.training.run_folder import Member, Run, read_info, read_run
 from cxr_fast.training.sweep import Sweep
 
 SIZE = 160
@@ -242,6 +242,30 @@ def test_the_parity_found_is_in_the_file(toy_run: Path, tmp_path: Path) -> None:
     # What the sweep said of these images, from activations rounded to float16.
     assert parity.cached is not None
     assert parity.largest < parity.cached < 1e-2
+
+
+def test_the_file_keeps_what_the_hold_out_was_answered(toy_run: Path, tmp_path: Path) -> None:
+    """Of the model the sweep scored, all of the hold-out; of other views, those of its films that are read again."""
+    info, saved = read_info(toy_run), dict(np.load(toy_run / "predictions.npz"))
+    held, limits = saved["fold"] < 0, np.array(info["thresholds"])
+    probs = calibration.apply(info["calibration"], saved["final"][held]).astype(float)
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", count=8))
+    entry = metadata(one.path)["holdout"]
+    assert (entry["films"], entry["groups"]) == (held.sum(), len(set(saved["group"][held])))
+    assert [row["positives"] for row in entry["classes"]] == (probs >= limits).sum(axis=0).tolist()
+    assert all(sum(row["counts"]) == held.sum() for row in entry["classes"])
+    few = min(8, int(held.sum()))
+    (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", count=8, tta="flip"))
+    assert metadata(one.path)["holdout"]["films"] == few
+
+
+def test_a_run_without_hold_out_keeps_no_summary_of_one(toy_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    saved = dict(np.load(run / "predictions.npz"))
+    saved["fold"] = np.maximum(saved["fold"], 0)
+    np.savez(run / "predictions.npz", **saved)
+    (one,) = variants.export_run(run, ExportSpec(count=8))
+    assert metadata(one.path)["holdout"] is None
 
 
 def test_it_is_written_beside_the_run_by_default(toy_run: Path, tmp_path: Path) -> None:

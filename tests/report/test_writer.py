@@ -27,13 +27,25 @@ from cxr_fast.errors import InputError, SchemaError
 from cxr_fast.inference import model_file
 from cxr_fast.metrics import subgroups
 from cxr_fast.report import charts, comparison, evaluation, writer
+from cxr_fast.report.at_a_glance import pictures
 from cxr_fast.report.summary import FIGURES, PARTS, ReportData, as_figure
 from cxr_fast.system.text import Figure, duration
 from cxr_fast.training.run_folder import read_info
 from tests.helpers.model_edits import changed, put
 from tests.helpers.pages import Page, browse
 
-SECTIONS = ["figures", "classes", "curves", "calibration", "decisions", "cooccurrence", "views", "shortcuts", "search"]
+SECTIONS = [
+    "figures",
+    "classes",
+    "curves",
+    "glance",
+    "calibration",
+    "decisions",
+    "cooccurrence",
+    "views",
+    "shortcuts",
+    "search",
+]
 SECTIONS += ["data"]
 SECTIONS += ["recipe", "made"]
 FEW = {"resamples": 40}
@@ -49,6 +61,7 @@ def made(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subgroups, "GROUPS", 2)  # the toy's views are few images
+        patch.setattr(pictures, "FEW", 1)  # and so are its missed findings
         writer.write_report(folder, **FEW)
     return folder
 
@@ -763,7 +776,7 @@ def test_two_runs_on_one_page(folder: Path, other: Path, tmp_path: Path) -> None
     assert result.stdout.split() == [str(folder / "report.html"), str(other / "report.html"), str(out)]
     parsed, found = Page(out.read_text(encoding="utf-8")), comparison.compare_runs(folder, other, resamples=40)
     assert parsed.requests() == []
-    assert parsed.sections == ["beside", "pair1", "settings"]
+    assert parsed.sections == ["beside", "glance", "pair1", "settings"]
     rows = {row[0]: row[1:] for row in parsed.tables["Differences in the figures, other minus run"]}
     for key, title in FIGURES.items():
         one = found["figures"][key]
@@ -786,7 +799,7 @@ def test_runs_that_cannot_be_compared_stand_beside_each_other(folder: Path, othe
     assert result.exit_code == 1
     assert "the comparison of other with run: " in result.stderr
     parsed = Page((folder / "comparison.html").read_text(encoding="utf-8"))
-    assert parsed.sections == ["beside", "settings"]
+    assert parsed.sections == ["beside", "glance", "settings"]
     assert "The comparison of other with run: " in parsed.text
     assert "paired comparison below" not in parsed.text
 

@@ -1,0 +1,1 @@
+"""Dataset shift: what a model answers in daily use, compared with what it answered for the hold-out."""
