@@ -136,7 +136,9 @@ def describe(each: Any, copy: Path | None) -> list[Part]:
     """The figures of one model, beside those of its training data, and what was set here."""
     from ..external.improvement import point_class_table, point_table
     from ..external.training_figures import training_table
+    from ..external.writer import describe_unlikeness
     from ..report.tables import figure_table
+    from ..unlikeness.oddest import describe_oddest, rank_oddest
 
     found = each.found
     model, data, part = found["model"], found["data"], found["parts"]["external"]
@@ -148,6 +150,11 @@ def describe(each: Any, copy: Path | None) -> list[Part]:
     ]
     beside = training_table(found["training"])
     parts += ["", beside] if beside.rows else []
+    if found["unlikeness"]:
+        oddest = rank_oddest(
+            each.source.manifest.images, [v if v == v else None for v in each.answers.unlikeness.tolist()]
+        )
+        parts += ["", f"{describe_unlikeness(found['unlikeness'])}. The oddest:", *describe_oddest(oddest)]
     if copy is not None:
         parts += ["", point_table(found["set_here"]), "", point_class_table(found["set_here"])]
         parts.append(

@@ -111,7 +111,17 @@ def judge(source: Source, answers: Answers, spec: FigureSpec) -> dict[str, Any]:
     found |= {"model": _model(source), "data": _data(source, scored, answers)}
     found["training"] = compare_with_training(source.predictor.info, found, source.matched.lacking)
     found["set_here"] = None
+    found["unlikeness"] = _unlikeness(answers)
     return dict(clean(found))
+
+
+def _unlikeness(answers: Answers) -> dict[str, Any] | None:
+    """How many films are over 1, and the median; None where the file has no unlikeness. No film is named: figures may
+    be shown to others."""
+    known = answers.unlikeness[np.isfinite(answers.unlikeness)]
+    if not len(known):
+        return None
+    return {"films": len(known), "over": int((known > 1).sum()), "median": float(np.median(known))}
 
 
 def _now() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,16 @@ RAW = "raw_probabilities"
 class RawPredictor(Predictor):
     """A predictor that answers with a calibrated file's probabilities before their calibration."""
 
-    def run(self, pixels: np.ndarray, *, output: str = RAW) -> np.ndarray:
-        """Run the model on uint8 (N, S, S); see `Predictor.run`."""
-        return super().run(pixels, output=output)
+    answers = RAW
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """A model's probabilities (N, C) of all its classes for every film, NaN where a film failed; and how they were
-    made, as `predictions.run.json` says it."""
+    """A model's probabilities (N, C) of all its classes for every film, NaN where a film failed, its unlikeness (N,),
+    NaN where the film or the file has none; and how they were made, as `predictions.run.json` says it."""
 
     probs: np.ndarray
+    unlikeness: np.ndarray
     summary: dict[str, Any]
 
     @property
@@ -61,17 +60,18 @@ def predict_films(
         mend = "--overwrite predicts all films of this table again"
         told = str(error).replace("--append keeps their rows, --overwrite drops them", mend)
         raise InputError(told) from error
-    return Answers(probs=_read(table, predictor.labels, len(paths)), summary=summary)
-
-
-def _read(table: Path, labels: Sequence[str], count: int) -> np.ndarray:
-    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows."""
     cells = read_csv(table)
+    unlikeness = np.array([float(text) if text else np.nan for text in cells.get("unlikeness", [""] * len(paths))])
+    return Answers(probs=_read(cells, predictor.labels, len(paths)), unlikeness=unlikeness, summary=summary)
+
+
+def _read(cells: Mapping[str, Sequence[str]], labels: Sequence[str], count: int) -> np.ndarray:
+    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows."""
     assert len(cells["status"]) == count, "a row for each film"
     out = np.full((count, len(labels)), np.nan, np.float32)
     rows = np.flatnonzero(np.array(cells["status"]) == "ok")
     for c, name in enumerate(labels):
-        out[rows, c] = [float(cells[name][row]) for row in rows]
+        out[rows, c] = [float(cells[name][row]) for row in rows.tolist()]
     return out
 
 

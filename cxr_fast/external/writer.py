@@ -191,10 +191,22 @@ def fact_table(found: Record) -> Table:
         "columns taken as classes": ", ".join(renamed),
         "classes without a column": ", ".join(data["lacking"]),
         "columns that are no class": ", ".join(data["unknown"]),
+        "unlikeness": describe_unlikeness(found["unlikeness"]),
         "unknown labels": f"{data['unknown_labels']:,}, left out of every figure",
         "written": f"{found['written_by']}, {found['created']}",
     }
     return Table(title="Facts", columns=["", ""], rows=[[name, value] for name, value in facts.items() if value])
+
+
+def describe_unlikeness(found: Record | None) -> str:
+    """Say how many films are unlike the training films; empty where the file does not say."""
+    if not found:
+        return ""
+    over, films = found["over"], found["films"]
+    return (
+        f"{over:,} of {films:,} films ({100 * over / films:.1f} %) are less like the training films than 99 % of those "
+        f"(unlikeness over 1); the median is {found['median']:.2f}"
+    )
 
 
 def render_pair(sides: Mapping[str, Record], pair: Record, missing: Sequence[str]) -> bytes:

@@ -88,6 +88,7 @@ class Predictor:
         True
     """
 
+    answers = "probabilities"  # the output that results hold
     gives_unlikeness = False  # whether results have it
     _refuse_unlike: float | None = None  # outlives the session that a fork opens again
 
@@ -181,8 +182,8 @@ class Predictor:
     def _rows(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return probabilities (N, C), and the unlikeness (N,) where the file has it."""
         count = len(pixels)
-        both = ["probabilities", UNLIKENESS]
-        out, *rest = self._run(pixels, both) if self.gives_unlikeness else [self.run(pixels)]
+        both = [self.answers, UNLIKENESS]
+        out, *rest = self._run(pixels, both) if self.gives_unlikeness else [self.run(pixels, output=self.answers)]
         if out.shape != (count, len(self.labels)):
             raise InputError(f"{self.path}: the model answers {out.shape} for {count} x {len(self.labels)} classes.")
         if rest and rest[0].shape != (count,):

@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 from sklearn import metrics
 
 from cxr_fast.cli.main import main
+from cxr_fast.data.manifest import read_dataset
+from cxr_fast.external.films import RawPredictor
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.inference.verify import verify
@@ -120,7 +122,7 @@ def test_training_figures_stand_beside_them(folder: Path, toy_model: Path) -> No
 def test_a_second_run_predicts_nothing(folder: Path, toy_model: Path, films: Path, renamed: str) -> None:
     before = (folder / "predictions.csv").read_bytes()
     pictures = sorted(path.name for path in folder.glob("*.svg"))
-    assert len(pictures) == 8
+    assert len(pictures) == 10
     again = run(toy_model, films, "--out", folder, "--map", renamed)
     assert again.exit_code == 1
     made = json.loads((folder / "predictions.run.json").read_text())
@@ -283,3 +285,24 @@ def test_thresholds_of_each_image() -> None:
         assert np.isnan(a.pop("threshold"))
         b.pop("threshold")
         assert a == b
+
+
+def test_unlikeness_is_that_of_the_file(folder: Path, toy_model: Path, films: Path) -> None:
+    predictor = Predictor(toy_model, device="cpu", threads=1)
+    assert predictor.gives_unlikeness
+    manifest = read_dataset(films)
+    paths = [str(manifest.path(row)) for row in range(len(manifest))]
+    wanted = [result.unlikeness for result in predictor.stream(paths) if result.ok]
+    found = json.loads((folder / "evaluation.json").read_text())["unlikeness"]
+    assert (found["films"], found["over"]) == (len(wanted), sum(value > 1 for value in wanted))
+    assert found["median"] == pytest.approx(float(np.median(wanted)), rel=1e-5)
+
+
+def test_raw_answers_stay_raw_in_a_file_that_gives_unlikeness(toy_model: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 160, 160), np.uint8)
+    own = RawPredictor(toy_model, device="cpu", threads=1)
+    own.answers = "logits"  # any output that is not `probabilities`
+    rows, unlikeness = own._rows(pixels)
+    np.testing.assert_array_equal(rows, own.run(pixels, output="logits"))
+    assert unlikeness is not None
+    assert RawPredictor.answers == "raw_probabilities"
