@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..data.near_names import nearest_name
 from ..errors import InputError
+from ..system.text import counted
 
 NAMED = 5
 
@@ -49,9 +50,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], renamed: Sequence[
         unknown=tuple(name for name in theirs if name not in used),
     )
     if not names:
-        raise InputError(
-            f"{table} has none of the {len(ours)} classes of the model ({_some(ours)}); {describe_unknown(found)}."
-        )
+        said = describe_unknown(found, table)
+        raise InputError(f"{table} has none of the {len(ours)} classes of the model ({_some(ours)}); {said}.")
     return found
 
 
@@ -74,14 +74,13 @@ def _read_renamed(text: str, theirs: Sequence[str], ours: Sequence[str], table: 
     raise InputError(f"--map {text}: {what} {wanted!r}; {said}.")
 
 
-def describe_unknown(found: MatchedClasses) -> str:
+def describe_unknown(found: MatchedClasses, table: str) -> str:
     """Name the columns that are no class of the model, and for those near one the flag that takes them as that."""
     free = found.lacking
     near = {name: nearest_name(name, free) for name in found.unknown}
     hints = [f'--map "{name}={other}"' for name, other in near.items() if other]
-    named = _some(found.unknown)
-    many = len(found.unknown) != 1
-    said = f"its column{'s' * many} {named} {'are' if many else 'is'} no class of the model"
+    are = "are" if len(found.unknown) != 1 else "is"
+    said = f"{counted(len(found.unknown), 'column')} of {table} {are} no class of the model: {_some(found.unknown)}"
     return said + (f"; nearest: {', '.join(hints[:NAMED])}" if hints else "")
 
 
@@ -96,7 +95,7 @@ def describe_classes(found: MatchedClasses, table: str) -> list[str]:
             f"{_some(found.lacking)}"
         )
     if found.unknown:
-        lines.append(f"{table}: {describe_unknown(found)}")
+        lines.append(describe_unknown(found, table))
     return lines
 
 

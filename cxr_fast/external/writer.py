@@ -54,8 +54,14 @@ class ExternalData(ReportData):
 
 
 def warn_same_data(found: Record) -> str:
-    """Say that films and training data have one name; empty where they have not."""
+    """Say that these films have the name of the training data, or of those on which the file's thresholds were set;
+    empty where they have neither."""
     name = found["data"]["name"]
+    if found["model"]["recalibrated"] == name:
+        return (
+            f"The thresholds of this file were set on films called {name}, as these are. If these are the same, the "
+            "figures at its thresholds and of its calibration are too good."
+        )
     if found["model"]["trained_on"] != name:
         return ""
     return (

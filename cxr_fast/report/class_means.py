@@ -158,16 +158,16 @@ def run_rarity_table(run: Record, digits: int = 3) -> Table:
     return rarity_table(parts, digits=digits)
 
 
-def rarity_notes(classes: Record | None) -> list[str]:
-    """Where the borders are, and where known which classes lie between them."""
+def rarity_notes(classes: Record | None, of: str = "the images of the folds") -> list[str]:
+    """Where the borders are, and where known which classes lie between them; `of` what images their shares are."""
     if not classes:
         borders = "; ".join(f"{name} classes: {border}" for name, border in BORDERS.items())
-        return [f"{borders}, of the known labels of the images of the folds."]
+        return [f"{borders}, of the known labels of {of}."]
     texts = [
         f"{name.capitalize()} ({found['border']}): {name_some(found['classes'])}, {_span(found['positives'])} positives"
         for name, found in classes.items()
     ]
-    return [f"By the share of positives among the known labels of the images of the folds. {'; '.join(texts)}."]
+    return [f"By the share of positives among the known labels of {of}. {'; '.join(texts)}."]
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -198,7 +198,7 @@ def rarity_comparison_table(pair: Record, names: Sequence[str], digits: int = 3)
         ],
         chosen=[place for place, (_, found) in enumerate(rows) if excludes_zero(found)],
         mark="differs",
-        notes=rarity_notes(pair.get("rarity_classes")) if rows else [],
+        notes=rarity_notes(pair.get("rarity_classes"), *["these films"] * (pair["part"] == "external")) if rows else [],
     )
 
 

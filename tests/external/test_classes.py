@@ -20,7 +20,7 @@ def test_classes_match_by_name_in_the_order_of_the_model() -> None:
     assert lines[0] == (
         "2 of 4 classes of the model have no column in site and no figures: 'Pleural_Thickening', 'A=B'"
     )
-    assert lines[1] == "site: its column 'Rib fracture' is no class of the model"
+    assert lines[1] == "1 column of site is no class of the model: 'Rib fracture'"
 
 
 def test_renamed_columns_and_equals_signs() -> None:
