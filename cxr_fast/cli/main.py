@@ -9,7 +9,7 @@ from .bench import bench
 from .data import cache, info, phantom, prepare, verify
 from .models import doctor, explain, export, predict, push
 from .options import Group
-from .report import compare, report
+from .report import compare, report, review
 from .training import sweep
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 for command in (
     *(prepare, cache, verify, sweep, export, predict, explain, bench),
-    *(report, info, compare, push, phantom, doctor),
+    *(report, review, info, compare, push, phantom, doctor),
 ):
     main.add_command(command)
 
