@@ -24,7 +24,7 @@ PACKAGE = Path(cxr_fast.__file__).parent
 # A package imports only packages before it; ORDER[:TORCH_FREE] never imports torch.
 ORDER = (
     *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
-    *("models", "activations", "training", "export", "report", "review", "cluster", "bench", "cli"),
+    *("models", "activations", "unlikeness", "training", "export", "report", "review", "cluster", "bench", "cli"),
 )
 TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference")
 NO_TORCH_AT_TOP = ("report", "cli")
@@ -432,8 +432,8 @@ def test_a_whole_prediction_runs_without_torch(model: Path, tmp_path: Path) -> N
     assert found.isdisjoint(HEAVY)
     assert "onnxruntime" in found
     head, row = out.read_text().splitlines()
-    assert head == "path,status,reason,note,bright,findings"
-    assert row == f"{tmp_path / 'a.png'},ok,,,0.8000001,bright"
+    assert head == "path,status,reason,note,unlikeness,bright,findings"
+    assert row == f"{tmp_path / 'a.png'},ok,,,,0.8000001,bright"
 
 
 COMMANDS = ["", *main.commands, *(f"bench {name}" for name in getattr(main.commands["bench"], "commands", ()))]

@@ -93,7 +93,7 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     "--out",
     type=PATH,
     required=True,
-    help="NAME.csv, .parquet or .jsonl: path, status, reason, note, a probability a class.",
+    help="NAME.csv, .parquet or .jsonl: path, status, reason, note, unlikeness, a probability a class.",
 )
 @click.option("--decide", is_flag=True, help="Add the findings over their thresholds.")
 @click.option(
@@ -111,6 +111,14 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     help="Look for new films so often until stopped; keeps rows as --append does.",
 )
 @strict_option
+@click.option(
+    "--refuse-unlike",
+    type=FiniteFloat(0),
+    is_flag=False,
+    flag_value=1.0,
+    metavar="[LIMIT]",
+    help="Fail films whose unlikeness to the training films is over LIMIT, 1 by default, and say what would mend them.",
+)
 @device_option
 @threads_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images a model call.")
@@ -130,19 +138,23 @@ def predict(
     from ..inference import batch
     from ..inference.predictor import Predictor
 
+    predictor: Predictor | ClusterPredictor
     here = {name: flags.pop(name) for name in ("device", "threads", "strict")}
+    limit = flags.pop("refuse_unlike")
     if watch is not None:
         if cluster is not None or "-" in inputs:
             raise click.UsageError("--watch reads its inputs again and again: leave out --cluster and -")
-        _watch(Predictor(model, **here, spin=False), inputs, out, batch.BatchSpec(**flags), watch)
+        predictor = Predictor(model, **here, spin=False)
+        predictor.refuse_unlike = limit
+        _watch(predictor, inputs, out, batch.BatchSpec(**flags), watch)
         return
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        predictor: Predictor | ClusterPredictor
         if joined is None:
-            predictor, wanted = Predictor(model, **here, spin=False), read(inputs)
+            predictor = Predictor(model, **here, spin=False)
+            predictor.refuse_unlike, wanted = limit, read(inputs)
         else:
-            wanted = read(inputs)
-            predictor = ClusterPredictor(joined, model, wanted.paths, NodeSpec(workers=flags["workers"], **here))
+            wanted, spec = read(inputs), NodeSpec(workers=flags["workers"], refuse_unlike=limit, **here)
+            predictor = ClusterPredictor(joined, model, wanted.paths, spec)
             click.echo(f"cluster: {joined}", err=True)
         if not wanted.paths:
             click.echo(f"nothing new: no image among the inputs{_passed_over(wanted)}; {out} is as it was")

@@ -47,6 +47,7 @@ class PredictSetup:
     folder: str
     pixels: str
     strict: bool
+    refuse_unlike: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,14 @@ class ChunkAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """How nodes run a model: the device, threads of the model, threads that decode, and whether films are refused that
-    their header calls no film of a chest."""
+    """How nodes run a model: the device, threads of the model, threads that decode, whether films are refused that
+    their header calls no film of a chest, and the unlikeness over which a film is refused."""
 
     device: str = "auto"
     threads: int | None = None
     workers: int | None = None
     strict: bool = False
+    refuse_unlike: float | None = None
 
 
 class ClusterPredictor:
@@ -85,13 +87,15 @@ class ClusterPredictor:
         spec: NodeSpec | None = None,
     ) -> None:
         spec = spec or NodeSpec()
-        self.strict = spec.strict
+        self.strict, self.refuse_unlike = spec.strict, spec.refuse_unlike
         self.cluster, self.nodes = cluster, connection.check_nodes(cluster, PACKAGES)
         self.target = cluster.target(spec.device)
         found = session.locate(model, self.target, explicit=True)
         self.path, self.source = found.path, found.source
         with hub.named_by_address(self.source, self.path):
             self.info = model_file.read(self.path)
+        if spec.refuse_unlike is not None:
+            model_file.require_unlikeness(self.info, self.path)
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
         self.threads = spec.threads or hardware.cpu_count()
@@ -120,6 +124,7 @@ class ClusterPredictor:
             folder=os.getcwd(),
             pixels=self_check(),
             strict=self.strict,
+            refuse_unlike=self.refuse_unlike,
         )
         return [tasks.share(setup)]
 
@@ -228,10 +233,16 @@ def _open(token: str, reference: Any) -> tuple[Predictor, PredictSetup]:
             f"--cluster: on node {os.uname().nodename} Pillow decodes or resizes a picture to other pixels than here."
         )
     if same_file(setup.path, setup.sha256):
-        return Predictor(setup.path, setup.device, setup.threads, strict=setup.strict, spin=False), setup
+        return _predictor(setup.path, setup), setup
     if not setup.content:
         raise InputError(f"{setup.path}: a node that joined after the command began does not see it; run it again.")
     with tempfile.TemporaryDirectory(prefix="cxr-fast-") as folder:
         path = Path(folder) / Path(setup.path).name
         tasks.fetch(setup.content[0]).tofile(path)
-        return Predictor(path, setup.device, setup.threads, strict=setup.strict, spin=False), setup
+        return _predictor(path, setup), setup
+
+
+def _predictor(path: str | Path, setup: PredictSetup) -> Predictor:
+    predictor = Predictor(path, setup.device, setup.threads, strict=setup.strict, spin=False)
+    predictor.refuse_unlike = setup.refuse_unlike
+    return predictor

@@ -7,6 +7,7 @@ block answers for the class token alone. Written and not traced, so that no vers
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from ..metrics.calibration import EDGE
 from ..models.heads import leaves
 from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
+from ..unlikeness.nodes import OUTPUT as UNLIKENESS
+from ..unlikeness.nodes import add_unlikeness
 from .attention import gelu, has_norms, normed_parts, normed_scores, one_value, pool
 from .int8 import KINDS, Matrix, Plan, answers_first_only, member_prefix, plain, round_plainly
 from .nodes import Graph, to_array, to_array_or_none
@@ -58,6 +61,7 @@ def build(
     outputs += [(RAW, classes)] if run.info["calibration"] is not None else []
     outputs += [("embedding", embedding_width(run.visual))] if embedding else []
     each = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n]) for name, n in outputs]
+    each += [helper.make_tensor_value_info(UNLIKENESS, TensorProto.FLOAT, ["N"])] if run.unlikeness else []
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", size, size])
     if variant == "int8":
         proto = _one_by_one(graph, pixels, each)
@@ -74,7 +78,7 @@ def _one_by_one(graph: Graph, pixels: Any, outputs: list[Any]) -> onnx.GraphProt
 
     A body may not make a name of the graph around it again, so inside those of inputs and outputs are lengthened.
     """
-    dims = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in outputs}
+    dims = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim[1:]] for value in outputs}
     for node in graph.nodes:
         for names in (node.input, node.output):
             names[:] = [f"batch.{name}" if name in dims or name == "pixels" else name for name in names]
@@ -86,7 +90,7 @@ def _one_by_one(graph: Graph, pixels: Any, outputs: list[Any]) -> onnx.GraphProt
         [first, *graph.nodes, *last],
         "image",
         [helper.make_tensor_value_info("image.pixels", TensorProto.UINT8, [size, size])],
-        [helper.make_tensor_value_info(f"image.{name}", TensorProto.FLOAT, [n]) for name, n in dims.items()],
+        [helper.make_tensor_value_info(f"image.{name}", TensorProto.FLOAT, n) for name, n in dims.items()],
         graph.weights,
     )
     scan = helper.make_node("Scan", ["pixels"], list(dims), name="images", body=body, num_scan_inputs=1)
@@ -105,12 +109,16 @@ def _image(graph: Graph, run: Run) -> None:
     x = _patches(graph, run, _with_mirrored(graph) if both_views else "pixels")
     x = graph.layer_norm(x, trunk.norm_pre, "norm_pre")
     cut = len(trunk.blocks) - run.info["unfreeze_blocks"]
+    unlike = partial(add_unlikeness, graph, kept=run.unlikeness, visual=run.visual, both_views=both_views)
     x = graph.cast(x, TensorProto.FLOAT16, "tokens.half")
     with graph.blocks():
         for i, block in enumerate(trunk.blocks[:cut]):
+            unlike(x, i)
             x = _block(graph, x, block, i, "", first_only=answers_first_only(trunk, i))
+    unlike(x, cut)
     several = len(run.members) > 1 or both_views
     each = [_tail(graph, x, member, cut, member_prefix(run, k)) for k, member in enumerate(run.members)]
+    unlike(f"{member_prefix(run, 0)}embedding", None)
     if both_views:
         each = [half for logits in each for half in _halves(graph, logits)]
     raw = "probabilities" if run.info["calibration"] is None else RAW

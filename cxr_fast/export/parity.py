@@ -23,6 +23,8 @@ from ..inference.session import open_model
 from ..metrics import calibration as calibrate
 from ..system.hardware import cpu_count
 from ..training.run_folder import Run
+from ..unlikeness.nodes import OUTPUT as UNLIKENESS
+from ..unlikeness.reference import furthest, measure_seen, watch_features
 from .film_changes import CHANGES, ChangedFilm, load_changed
 from .graph import RAW
 
@@ -39,19 +41,22 @@ class Parity:
     on all of them, and by batch size on the first 64.
 
     `cached` is the largest difference to what the sweep computed from stored activations (their rounding).
+    `unlikeness` is the largest difference in unlikeness as a share of torch's, None where the run has none.
     """
 
     images: int
     largest: float
     by_batch: dict[int, float]
     cached: float | None
+    unlikeness: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
     """The images a variant is checked on: pixels (n, S, S), the same by each of CHANGES, groups (n), labels (n, C),
     torch's raw probabilities (n, C), those of the sweep where it kept them, the part of the run they are from, and
-    torch's for the golden image, (1, C); `rounding` (m, S, S) are other images, of the training part, on which weights
+    torch's for the golden image, (1, C); torch's `unlikeness` (n + 1,) of the images and the golden one, if the run has
+    it; `rounding` (m, S, S) are other images, of the training part, on which weights
     are rounded."""
 
     pixels: np.ndarray
@@ -63,6 +68,7 @@ class Checks:
     part: str
     golden: np.ndarray
     rounding: np.ndarray
+    unlikeness: np.ndarray | None
 
 
 def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress, *, rounding: int = 0) -> Checks:
@@ -73,13 +79,15 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
     pixels = np.stack([film.pixels for film in films])
     changed = {name: np.stack([film.changed[name] for film in films]) for name in CHANGES}
     stage = "torch float32 on the check images"
-    raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress(stage, done, len(pixels)))
+    with watch_features(run.unlikeness, run.visual) as seen:
+        raw = torch_probabilities(run, pixels, on_done=lambda done: on_progress(stage, done, len(pixels)))
+        golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
+    unlikeness = measure_seen(run.unlikeness, seen, both_views=run.info["train"].get("tta") == "flip")
     held = saved["fold"][rows] < 0
     part = "hold-out" if held.all() else "cached" if not held.any() else f"{held.sum()} hold-out and other cached"
     # The sweep kept the answers to all images of the final model and the views it chose, of no other.
     own = run.info["final"]["kind"] == run.chosen and run.info["train"].get("tta") == run.tta
     cached = saved["final"][rows] if own else None
-    golden = torch_probabilities(run, golden_pixels(run.info["preprocess"]["size"]))
     return Checks(
         pixels=pixels,
         changed=changed,
@@ -90,6 +98,7 @@ def checks_of(run: Run, images: Path | None, count: int, on_progress: OnProgress
         part=part,
         golden=golden,
         rounding=np.stack([film.pixels for film in other]) if other else pixels[:0],
+        unlikeness=unlikeness,
     )
 
 
@@ -105,13 +114,15 @@ class OpenFile:
         out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
         return out
 
-    def many(self, pixels: np.ndarray, output: str, on_done: Callable[[int], None], batch: int = 8) -> np.ndarray:
-        """`run` on many images, `batch` at a time; `on_done` is given how many more are done."""
+    def many(
+        self, pixels: np.ndarray, outputs: Sequence[str], on_done: Callable[[int], None], batch: int = 8
+    ) -> list[np.ndarray]:
+        """Compute several outputs of many images, `batch` at a time; `on_done` is given how many more are done."""
         out = []
         for start in range(0, len(pixels), batch):
-            out.append(self.run(pixels[start : start + batch], output))
-            on_done(len(out[-1]))
-        return np.concatenate(out)
+            out.append(self.session.run(list(outputs), {"pixels": pixels[start : start + batch]}))
+            on_done(len(out[-1][0]))
+        return [np.concatenate(each) for each in zip(*out, strict=True)]
 
     def seconds(self, pixels: np.ndarray) -> float:
         """Measure the median seconds of one image, of `RUNS`."""
@@ -236,7 +247,7 @@ def check(run: Run, file: OpenFile, checks: Checks, on_progress: OnProgress) -> 
     """
     calibration, name = run.info["calibration"], raw_name(run)
     names = dict.fromkeys((name, "probabilities"))
-    done, total = 0, len(names) * (sum(BATCHES) + len(checks.pixels))
+    done, total = 0, len(names) * sum(BATCHES) + len(checks.pixels)
 
     def count(images: int) -> None:
         nonlocal done
@@ -250,12 +261,15 @@ def check(run: Run, file: OpenFile, checks: Checks, on_progress: OnProgress) -> 
         calibrated = found if calibration is None else file.run(checks.pixels[take])
         by_batch[batch] = _apart(calibration, checks.raw[take], found, calibrated)
         count(batch * len(names))
-    each = [file.many(checks.pixels, out, count) for out in names]
-    found, calibrated = each[0], each[-1]
+    further = [] if checks.unlikeness is None else [UNLIKENESS]
+    each = file.many(checks.pixels, [*names, *further], count)
+    found, calibrated = each[0], each[len(names) - 1]
+    unlike = None if checks.unlikeness is None else furthest(each[-1], checks.unlikeness[:-1])
     cached = None if checks.cached is None else float(np.abs(checks.raw - checks.cached).max())
     # numpy's largest, which does not lose a NaN
     largest = float(np.max([_apart(calibration, checks.raw, found, calibrated), *by_batch.values()]))
-    return Parity(images=len(checks.pixels), largest=largest, by_batch=by_batch, cached=cached), calibrated
+    parity = Parity(images=len(checks.pixels), largest=largest, by_batch=by_batch, cached=cached, unlikeness=unlike)
+    return parity, calibrated
 
 
 def _apart(calibration: Any, want: np.ndarray, found: np.ndarray, calibrated: np.ndarray) -> float:

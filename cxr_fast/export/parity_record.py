@@ -9,6 +9,7 @@ from ..config import JPEG_95
 from ..metrics import drift
 from ..metrics.drift import Drift, Yardstick
 from ..training.run_folder import clean
+from ..unlikeness.reference import LIMITS
 from .parity import OpenFile, Parity
 
 LIMIT = 1e-5  # of a float32 file, in probability
@@ -45,7 +46,15 @@ def parity_record(yardstick: Yardstick, part: str, parity: Parity, far: Drift, f
         "to_cached_activations": parity.cached,
         "yardstick": {name: _change(change) for name, change in yardstick.changes.items()},
         **({"limit": LIMIT} if exact else drifting),
+        **_unlikeness(parity, file.variant),
     }
+
+
+def _unlikeness(parity: Parity, variant: str) -> dict[str, Any]:
+    if parity.unlikeness is None:
+        return {}
+    limit = LIMITS[variant]
+    return {"max_unlikeness_difference": parity.unlikeness, "limit_unlikeness_difference": limit}
 
 
 def _change(change: Drift) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from ..system.files import AnyPath, disk_reason, folders_above
 from ..system.hardware import machine
 from ..training.operating_points import OperatingPoint
 from ..training.run_folder import Run, read_run
+from ..unlikeness.nodes import OUTPUT as UNLIKENESS
+from ..unlikeness.reference import LIMITS, describe_output
 from . import int8
 from .graph import VARIANTS, build
 from .int8 import Plan
@@ -215,10 +217,16 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 def _refused(path: Path, variant: str, parity: Parity, far: Drift, allow_drift: bool) -> str:
     """Say why a variant is not kept; empty where it is. fp32 over its limit is a fault of this program, and raised."""
+    unlike = parity.unlikeness is None or parity.unlikeness <= LIMITS[variant]
     if variant == "fp32":
         _require_agreement(path, parity.largest, parity.images)
+        if not unlike:
+            raise ParityError(
+                f"{path.name} was not kept: its unlikeness differs from torch's by {parity.unlikeness:.2%} (limit "
+                f"{LIMITS[variant]:.1%}); please report this with the run folder."
+            )
         return ""
-    over = far.over()
+    over = [*far.over(), *([] if unlike else [f"unlikeness {parity.unlikeness:.1%} off (limit {LIMITS[variant]:.0%})"])]
     return "" if not over or (allow_drift and np.isfinite(far.largest)) else "; ".join(over)
 
 
@@ -251,7 +259,7 @@ def measure_yardstick(run: Run, checks: Checks, path: Path, on_progress: OnProgr
         opened = OpenFile(file)
         plain = opened.run(checks.pixels[:FEW], name)
         _require_agreement(path, float(np.abs(plain - checks.raw[:FEW]).max()), len(plain))
-        raw = {change: opened.many(pixels, name, count) for change, pixels in checks.changed.items()}
+        raw = {change: opened.many(pixels, [name], count)[0] for change, pixels in checks.changed.items()}
     fitted = run.info["calibration"]
     return drift.measure_changes(
         calibration.apply(fitted, checks.raw),
@@ -294,9 +302,18 @@ def _golden(run: Run, file: OpenFile, checks: Checks, tolerance: float) -> dict[
         "probabilities": [float(p) for p in calibration.apply(run.info["calibration"], checks.golden)[0]],
         "expected": [float(p) for p in file.run(golden_pixels(run.info["preprocess"]["size"]))[0]],
         "tolerance": tolerance,
+        **_golden_unlikeness(file, checks),
         "provider": file.provider,
         "cpu": machine()["cpu"],
     }
+
+
+def _golden_unlikeness(file: OpenFile, checks: Checks) -> dict[str, float]:
+    """Return torch's unlikeness of the golden input and this file's own, where the run has one."""
+    if checks.unlikeness is None:
+        return {}
+    found = file.run(golden_pixels(checks.pixels.shape[-1]), UNLIKENESS)
+    return {"unlikeness": float(checks.unlikeness[-1]), "expected_unlikeness": float(found[0])}
 
 
 def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
@@ -332,6 +349,7 @@ def metadata(run: Run, model: onnx.ModelProto) -> dict[str, Any]:
         "toolchain": info["toolchain"]
         | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "pillow": PIL.__version__},
         "intended_use": NOTICE,
+        **({} if run.unlikeness is None else {"unlikeness": describe_output(run.unlikeness)}),
     }
 
 

@@ -26,7 +26,7 @@ from ..system import hardware
 from ..system.files import atomic, tree_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
-from .checkpoint import WAL, Checkpoint, beside
+from .checkpoint import WAL, Asked, Checkpoint, beside
 from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
 from .predictor import BATCH, Result, changed_ns
 
@@ -43,6 +43,7 @@ class Answerer(Protocol):
     threads: int
     provider: str
     strict: bool
+    refuse_unlike: float | None
 
     @property
     def warning(self) -> str:
@@ -209,7 +210,8 @@ def _check(predictor: Answerer, inputs: Inputs, out: Path, pool: Pool | None) ->
 
 
 def _checkpoint(predictor: Answerer, out: Path, identity: dict[str, str], spec: BatchSpec) -> Checkpoint:
-    return Checkpoint(out, identity, overwrite=spec.overwrite, strict=predictor.strict, gone=spec.append)
+    asked = Asked(strict=predictor.strict, gone=spec.append, limit=predictor.refuse_unlike)
+    return Checkpoint(out, identity, asked, overwrite=spec.overwrite)
 
 
 def _protect(predictor: Answerer, inputs: Inputs, out: Path) -> None:
@@ -276,6 +278,7 @@ def _request(predictor: Answerer, out: Path, spec: BatchSpec) -> dict[str, Any]:
         "thresholds": predictor.thresholds.tolist(),
         "decide": spec.decide,
         "strict": predictor.strict,
+        "refuse_unlike": predictor.refuse_unlike,
         "versions": own | {"numpy": np.__version__, "pillow": PIL.__version__},
     }
 
@@ -373,8 +376,9 @@ def _answers(kept: Checkpoint, paths: Iterable[str], by: Counter[str]) -> Iterat
 
 def _image_row(result: Result) -> Row:
     if result.probabilities is None:
-        return [shown(result.path), "failed", shown(f"{result.reason}: {result.message}"), ""], None
-    return [shown(result.path), "ok", "", shown(result.note)], result.probabilities
+        reason = shown(f"{result.reason}: {result.message}")
+        return [shown(result.path), "failed", reason, "", result.unlikeness], None
+    return [shown(result.path), "ok", "", shown(result.note), result.unlikeness], result.probabilities
 
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:

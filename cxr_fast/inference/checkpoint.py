@@ -10,7 +10,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,11 @@ SUFFIX, WAL = ".resume", ".resume-wal"
 TABLES = (
     "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     "CREATE TABLE answers (path BLOB PRIMARY KEY, size INT, mtime_ns INT, sha256 TEXT, reason TEXT, message BLOB,"
-    " probabilities BLOB, provider TEXT, crc INT) WITHOUT ROWID",
+    " probabilities BLOB, unlikeness REAL, provider TEXT, crc INT) WITHOUT ROWID",
 )
+# Those of versions before unlikeness, which are made into the ones above.
+EARLIER_TABLES = (TABLES[0], TABLES[1].replace(" unlikeness REAL,", ""))
+INSERT = "REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?,?)"
 # No other process has the file open (the table's lock is held), so SQLite needs neither locks, which some network
 # file systems lack, nor shared memory. WAL: a batch is one write without a wait for the disk. cell_size_check and
 # trusted_schema are SQLite's own advice for files that may be damaged.
@@ -34,7 +37,17 @@ SETTINGS = ("locking_mode=EXCLUSIVE", "synchronous=NORMAL", "cell_size_check=ON"
 SYNC_SECONDS = 1.0  # a killed process loses no batch that it kept; a power cut may lose those of this time
 MEND = "give another --out, or pass --overwrite"
 
-Row = tuple[bytes, int, int, str, str, bytes, bytes | None, str]
+Row = tuple[bytes, int, int, str, str, bytes, bytes | None, float | None, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which kept answers a run takes: with `strict` none whose note says that the film is none of a chest; with `gone`
+    also those of films that are gone; with `limit` none of a film whose unlikeness is unknown or over it."""
+
+    strict: bool = False
+    gone: bool = False
+    limit: float | None = None
 
 
 class Checkpoint:
@@ -45,10 +58,8 @@ class Checkpoint:
     where the disk is full or cannot be written. Use as a context manager, under the lock of `out`.
     """
 
-    def __init__(
-        self, out: Path, model: Mapping[str, str], *, overwrite: bool = False, strict: bool = False, gone: bool = False
-    ) -> None:
-        self.strict, self.keeps_gone = strict, gone
+    def __init__(self, out: Path, model: Mapping[str, str], asked: Asked = Asked(), *, overwrite: bool = False) -> None:
+        self.asked = asked
         self.out, self.path = out, beside(out)
         if overwrite:
             self.path.unlink(missing_ok=True)  # SQLite removes a WAL without its file
@@ -80,14 +91,16 @@ class Checkpoint:
     def holds(self, path: str) -> bool:
         """Whether there are probabilities of this very file: of its size and time, else of its content.
 
-        With `strict` those whose note says that it is no film of a chest do not count. With `gone` the answer to a
-        file that is gone counts: it may be fetched by somebody between the look at a folder and the answers.
+        `asked` says which do not count. With its `gone` the answer to a file that is gone counts: it may be fetched by
+        somebody between the look at a folder and the answers.
         """
         try:
             known = self.row(path)[0]
-            if self.strict and other_subject(known.note):
+            if self.asked.strict and other_subject(known.note):
                 return False
-            if self.keeps_gone and known.ok and not os.path.lexists(path):
+            if self.asked.limit is not None and not _likely(known.unlikeness, self.asked.limit):
+                return False
+            if self.asked.gone and known.ok and not os.path.lexists(path):
                 return True
             status = os.stat(path)
             if not known.ok or not stat.S_ISREG(status.st_mode) or status.st_size != known.size:
@@ -102,7 +115,7 @@ class Checkpoint:
             found = self.db.execute("SELECT * FROM answers WHERE path = ?", (_bytes(path),)).fetchone()
         if found is None or found[-1] != _crc(found[:-1]):
             raise KeyError(path)
-        _, size, mtime_ns, sha256, reason, message, values, provider, _ = found
+        _, size, mtime_ns, sha256, reason, message, values, unlikeness, provider, _ = found
         result = Result(
             path=path,
             size=size,
@@ -111,6 +124,7 @@ class Checkpoint:
             reason=reason,
             message=message.decode("utf-8", "surrogatepass"),
             probabilities=None if values is None else np.frombuffer(values, "<f4"),
+            unlikeness=unlikeness,
         )
         return result, provider
 
@@ -157,14 +171,14 @@ class Checkpoint:
     def _move(self, old: Result, path: str) -> None:
         row = _row(replace(old, path=path, mtime_ns=0), self.row(old.path)[1])
         with self._errors(), self.db:
-            self.db.execute("REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", (*row, _crc(row)))
+            self.db.execute(INSERT, (*row, _crc(row)))
             self.db.execute("DELETE FROM answers WHERE path = ?", (_bytes(old.path),))
 
     def append(self, results: Sequence[Result], provider: str) -> None:
         """Keep a batch, all of it or nothing."""
         rows = [_row(result, provider) for result in results]
         with self._errors(), self.db:
-            self.db.executemany("REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", [(*row, _crc(row)) for row in rows])
+            self.db.executemany(INSERT, [(*row, _crc(row)) for row in rows])
         if time.monotonic() - self._synced > SYNC_SECONDS:
             with self._errors():
                 self.db.execute("PRAGMA wal_checkpoint")
@@ -175,7 +189,7 @@ class Checkpoint:
         for setting in SETTINGS:
             self.db.execute(f"PRAGMA {setting}")
         found = tuple(sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master ORDER BY name"))
-        if found and found != TABLES:
+        if found and found not in (TABLES, EARLIER_TABLES):
             raise self._unreadable()
         self.db.execute("PRAGMA journal_mode=WAL")
         if not found:  # new, or killed before it was made
@@ -195,6 +209,18 @@ class Checkpoint:
             raise InputError(
                 f"--out: {self.out} was made where Pillow decodes or resizes a picture to other pixels; {MEND}."
             )
+        if found == EARLIER_TABLES:
+            self._add_unlikeness()
+
+    def _add_unlikeness(self) -> None:
+        """Give the answers of an earlier version an unknown unlikeness; leave unsound ones out."""
+        with self.db:
+            self.db.execute("BEGIN")
+            rows = self.db.execute("SELECT * FROM answers").fetchall()
+            self.db.execute("DROP TABLE answers")
+            self.db.execute(TABLES[1])
+            new = [(*row[:-2], None, row[-2]) for row in rows if row[-1] == _crc(row[:-1])]
+            self.db.executemany(INSERT, [(*row, _crc(row)) for row in new])
 
     def _unreadable(self) -> InputError:
         with open(self.path, "rb") as file:
@@ -238,9 +264,13 @@ def _bytes(text: str) -> bytes:
 def _row(result: Result, provider: str) -> Row:
     values = None if result.probabilities is None else result.probabilities.astype("<f4").tobytes()
     head = (_bytes(result.path), result.size, result.mtime_ns, result.sha256, result.reason)
-    return (*head, _bytes(result.message), values, provider)
+    return (*head, _bytes(result.message), values, result.unlikeness, provider)
 
 
-def _crc(row: Row) -> int:
+def _likely(unlikeness: float | None, limit: float) -> bool:
+    return unlikeness is not None and unlikeness <= limit
+
+
+def _crc(row: tuple[object, ...]) -> int:
     """SQLite does not see a flipped bit in a value: a row that has one is predicted again."""
     return zlib.crc32(repr(row).encode("utf-8", "surrogatepass"))

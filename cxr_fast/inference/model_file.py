@@ -136,6 +136,8 @@ def check_graph(session: Any, info: dict[str, Any], path: Path) -> None:
     size, count = info["preprocess"]["size"], len(info["labels"])
     wanted = [("input", session.get_inputs(), "pixels", "tensor(uint8)", [size, size])]
     wanted += [("output", session.get_outputs(), "probabilities", "tensor(float)", [count])]
+    if has_unlikeness(info):
+        wanted += [("output", session.get_outputs(), "unlikeness", "tensor(float)", [])]
     for kind, nodes, name, dtype, shape in wanted:
         try:
             found = {node.name: (node.type, list(node.shape or [])) for node in nodes}
@@ -196,6 +198,20 @@ def _wrong(info: dict[str, Any]) -> str:
     if not _texts([info[SEAL], info["labels_sha256"]]):
         return f"{SEAL} or labels_sha256 is not text"
     return ""
+
+
+def has_unlikeness(info: dict[str, Any]) -> bool:
+    """Whether a model file puts out `unlikeness`."""
+    return isinstance(info.get("unlikeness"), dict)
+
+
+def require_unlikeness(info: dict[str, Any], path: Path) -> None:
+    """Raise InputError where a model file does not put out `unlikeness`."""
+    if not has_unlikeness(info):
+        raise InputError(
+            f"--refuse-unlike: {path} has no unlikeness (an earlier version trained it, or its films were too few); "
+            "train and export again, or leave the flag out."
+        )
 
 
 def describe_yardstick(parity: dict[str, Any]) -> str:

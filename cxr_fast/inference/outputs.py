@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Row = tuple[list[Any], np.ndarray | None]  # the values of `Columns.keys`, and (C,) float32 where there are any
 ROW_GROUP = 4096
 Pool = Literal["mean", "max"]
-KEYS = ("path", "status", "reason", "note")
+KEYS = ("path", "status", "reason", "note", "unlikeness")
 STUDY_KEYS = ("study", "images", "status", "reason")
 
 
@@ -67,6 +67,10 @@ def _csv_cell(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
+def _key_cell(key: Any) -> str:
+    return "" if key is None else str(np.float32(key)) if isinstance(key, float) else str(key)
+
+
 def _csv(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
     file.write((",".join(map(_csv_cell, columns.head)) + "\n").encode())
     for keys, probabilities in rows:
@@ -75,12 +79,13 @@ def _csv(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
         else:
             cells = texts(probabilities, columns.thresholds)
             cells += [";".join(columns.findings(probabilities))] if columns.decide else []
-        file.write((",".join(map(_csv_cell, [*map(str, keys), *cells])) + "\n").encode())
+        file.write((",".join(map(_csv_cell, [*map(_key_cell, keys), *cells])) + "\n").encode())
 
 
 def _jsonl(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
     for keys, probabilities in rows:
-        line: dict[str, Any] = dict(zip(columns.keys, keys, strict=True)) | {"probabilities": None}
+        plain = (float(str(np.float32(key))) if isinstance(key, float) else key for key in keys)
+        line: dict[str, Any] = dict(zip(columns.keys, plain, strict=True)) | {"probabilities": None}
         if columns.decide:
             line["findings"] = None
         if probabilities is not None:
@@ -94,7 +99,8 @@ def _jsonl(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
 def _parquet(file: IO[bytes], columns: Columns, rows: Iterable[Row]) -> None:
     """Write text, whole numbers, float32 and null, 4,096 rows per group, so that memory stays flat."""
     arrow, parquet = pyarrow("pyarrow", Path("--out")), pyarrow("pyarrow.parquet", Path("--out"))
-    kinds = {key: arrow.int64() if key == "images" else arrow.string() for key in columns.keys}
+    of_key = {"images": arrow.int64(), "unlikeness": arrow.float32()}
+    kinds = {key: of_key.get(key, arrow.string()) for key in columns.keys}
     kinds |= dict.fromkeys(columns.labels, arrow.float32()) | ({"findings": arrow.string()} if columns.decide else {})
     schema = arrow.schema(list(kinds.items()))
     iterator = iter(rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, overload
@@ -19,6 +20,7 @@ from ..config import PreprocessSpec, from_dict
 from ..data.images import is_one_image, load, pixels_of
 from ..errors import ImageError, InputError, Interrupted
 from ..system import hardware
+from . import model_file
 from .session import open_model
 
 BATCH = 8
@@ -26,7 +28,7 @@ ROUNDING = 1e-6  # of float32 sums in a calibration
 # A file changed within one tick of its clock keeps its time: 10 ms on ext4, 1 s on NFS servers, 2 s on FAT.
 TICK_NS = 2 * 10**9
 
-EMBEDDING = "embedding"
+EMBEDDING, UNLIKENESS = "embedding", "unlikeness"
 # What `data.images.pixels_of` takes, torch's tensors and pydicom's data sets aside: neither is imported here.
 OneImage = str | os.PathLike[str] | bytes | bytearray | np.ndarray | Image.Image | IO[bytes]
 
@@ -39,7 +41,8 @@ class Result:
 
     `sha256` (hex) and `size` are of the bytes that were decoded, `mtime_ns` was `changed_ns` before they were read: 0
     where it was too young to show a change that came next. The message of an answered image is a note, empty for most:
-    where a DICOM header was not followed, or what says that the film is none of a chest.
+    where a DICOM header was not followed, or what says that the film is none of a chest. `unlikeness` says how far the
+    film is from the training films: 1 is the 99th percentile of these; None where the model file has no such output.
 
         >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
         >>> [(result.ok, result.reason) for result in predictor.stream(["film.png", "absent.png"])]
@@ -53,6 +56,7 @@ class Result:
     sha256: str = ""
     size: int = 0
     mtime_ns: int = 0
+    unlikeness: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -84,6 +88,9 @@ class Predictor:
         True
     """
 
+    gives_unlikeness = False  # whether results have it
+    _refuse_unlike: float | None = None  # outlives the session that a fork opens again
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -95,7 +102,7 @@ class Predictor:
         spin: bool = True,
     ) -> None:
         opened = open_model(path, device, threads, check=check, spin=spin)
-        self._opened_with = {"path": path, "device": device, "threads": threads, "check": check}
+        self._opened_with: dict[str, Any] = {"path": path, "device": device, "threads": threads, "check": check}
         self._opened_with |= {"strict": strict, "spin": spin}
         self.strict = strict
         self._process = os.getpid()
@@ -106,6 +113,28 @@ class Predictor:
         self.labels: tuple[str, ...] = tuple(self.info["labels"])
         self.thresholds = np.array(self.info["thresholds"], np.float64)
         self.spec = from_dict(PreprocessSpec, self.info["preprocess"])
+        self.gives_unlikeness = model_file.has_unlikeness(self.info)
+
+    @property
+    def refuse_unlike(self) -> float | None:
+        """The unlikeness over which an image fails with the reason `unlike`; None, the default, for no such limit.
+
+        The message of such an image names what would make it likely: inverted, or turned. Setting it raises InputError
+        where the file has no unlikeness.
+
+            >>> predictor = Predictor("exports/indiana/model.fp32.onnx", device="cpu")
+            >>> predictor.refuse_unlike = 1.0
+            >>> next(predictor.stream(["film.png"])).reason
+            ''
+        """
+        return self._refuse_unlike
+
+    @refuse_unlike.setter
+    def refuse_unlike(self, limit: float | None) -> None:
+        """Set the limit. Raises InputError where the file has no unlikeness."""
+        if limit is not None:
+            model_file.require_unlikeness(self.info, self.path)
+        self._refuse_unlike = limit
 
     @property
     def warning(self) -> str:
@@ -117,9 +146,10 @@ class Predictor:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a process needs to open the same file again: a running session cannot travel."""
-        return self._opened_with
+        return {**self._opened_with, "refuse_unlike": self._refuse_unlike}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._refuse_unlike = state.pop("refuse_unlike")
         self.__init__(**state)  # type: ignore[misc]
 
     def pixels(self, image: object) -> np.ndarray:
@@ -129,10 +159,13 @@ class Predictor:
 
     def run(self, pixels: np.ndarray, *, output: str = "probabilities") -> np.ndarray:
         """Run the model on uint8 (N, S, S): probabilities, or another of the graph's outputs, (N, C) float32."""
+        return self._run(pixels, [output])[0]
+
+    def _run(self, pixels: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         if self._process != os.getpid():  # a fork has the session without its threads, and would wait for them
             self.__init__(**self._opened_with)  # type: ignore[misc]
         try:
-            out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
+            out: list[np.ndarray] = self.session.run(list(outputs), {"pixels": pixels})
         except Exception as error:  # onnxruntime raises its own classes, all straight from Exception
             text = " ".join(str(error).split())[:160]
             raise InputError(f"{self.path}: the model does not run on {len(pixels)} image(s) ({text}).") from error
@@ -140,16 +173,21 @@ class Predictor:
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Call `run`; raise InputError where the answer is not one row of probabilities per image."""
-        out = self._rows(pixels)
+        out, _ = self._rows(pixels)
         if not all(map(_probable, out)):
             raise InputError(f"{self.path}: the model answers what is no probability (NaN, or outside 0..1).")
         return out
 
-    def _rows(self, pixels: np.ndarray) -> np.ndarray:
-        out, count = self.run(pixels), len(pixels)
+    def _rows(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return probabilities (N, C), and the unlikeness (N,) where the file has it."""
+        count = len(pixels)
+        both = ["probabilities", UNLIKENESS]
+        out, *rest = self._run(pixels, both) if self.gives_unlikeness else [self.run(pixels)]
         if out.shape != (count, len(self.labels)):
             raise InputError(f"{self.path}: the model answers {out.shape} for {count} x {len(self.labels)} classes.")
-        return out
+        if rest and rest[0].shape != (count,):
+            raise InputError(f"{self.path}: the model answers an unlikeness of {rest[0].shape} for {count} images.")
+        return out, rest[0] if rest else None
 
     @overload
     def __call__(self, images: OneImage) -> dict[str, float]: ...  # type: ignore[overload-overlap]
@@ -266,8 +304,18 @@ class Predictor:
 
     def _answer(self, decoded: list[Decoded]) -> list[Result]:
         good = [pixels for pixels, _ in decoded if pixels is not None]
-        rows = iter(self._rows(np.stack(good)) if good else ())
-        return [result if pixels is None else _checked(result, next(rows)) for pixels, result in decoded]
+        probabilities, unlike = self._rows(np.stack(good)) if good else (np.empty((0, 0)), None)
+        rows = iter(zip(probabilities, [None] * len(good) if unlike is None else unlike.tolist(), strict=True))
+        return [result if pixels is None else self._judge(pixels, result, *next(rows)) for pixels, result in decoded]
+
+    def _judge(self, pixels: np.ndarray, result: Result, row: np.ndarray, unlikeness: float | None) -> Result:
+        """Add a film's answer, or fail it: where it is none, and where the film is more unlike than is asked for."""
+        found = _checked(result, row, unlikeness)
+        if self.refuse_unlike is None or not found.ok or unlikeness is None or unlikeness <= self.refuse_unlike:
+            return found
+        changed = self.run(np.stack([make(pixels) for make in CAUSES.values()]), output=UNLIKENESS).tolist()
+        text = describe_unlike(unlikeness, self.refuse_unlike, dict(zip(CAUSES, changed, strict=True)))
+        return replace(found, probabilities=None, reason="unlike", message=f"{result.path}: {text}")
 
 
 def _short(pending: Sequence[Sequence[Any]], workers: int) -> bool:
@@ -275,16 +323,34 @@ def _short(pending: Sequence[Sequence[Any]], workers: int) -> bool:
     return len(pending) < 3 or sum(map(len, pending)) < len(pending[0]) + 2 * workers
 
 
-def _checked(result: Result, row: np.ndarray) -> Result:
+def _checked(result: Result, row: np.ndarray, unlikeness: float | None) -> Result:
     """Add probabilities (C,) to a result, or fail it where they are none; the other rows of the batch stand."""
-    if _probable(row):
-        return replace(result, probabilities=row)
+    if _probable(row) and (unlikeness is None or math.isfinite(unlikeness)):
+        return replace(result, probabilities=row, unlikeness=unlikeness)
     text = f"{result.path}: the model's answer is no probability"
     return Result(path=result.path, reason="not_finite", message=text)
 
 
 def _probable(row: np.ndarray) -> bool:
     return bool(np.isfinite(row).all() and row.min(initial=0) >= -ROUNDING and row.max(initial=0) <= 1 + ROUNDING)
+
+
+# What may be wrong with a film that is unlike the training films, and how to undo it on its pixels (S, S).
+CAUSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "inverted": lambda pixels: 255 - pixels,
+    "turned left by 90 degrees": lambda pixels: np.rot90(pixels),
+    "turned by 180 degrees": lambda pixels: np.rot90(pixels, 2),
+    "turned right by 90 degrees": lambda pixels: np.rot90(pixels, 3),
+}
+
+
+def describe_unlike(unlikeness: float, limit: float, changed: Mapping[str, float]) -> str:
+    """Say how unlike a film is, and which of the CAUSES, whose unlikeness `changed` has, would make it likely."""
+    text = f"unlike the training films: unlikeness {unlikeness:.2f}, over {limit:g}"
+    cause = min(changed, key=lambda name: changed[name])
+    if changed[cause] <= limit:
+        return f"{text}; {cause} it has {changed[cause]:.2f}"
+    return f"{text}; neither inverted nor turned is it likely"
 
 
 def golden_pixels(size: int) -> np.ndarray:

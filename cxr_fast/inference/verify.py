@@ -16,7 +16,7 @@ from ..system import hardware
 from ..system.files import file_sha256
 from . import hub, model_file
 from .model_file import VARIANTS, is_number
-from .predictor import Predictor, golden_pixels
+from .predictor import UNLIKENESS, Predictor, golden_pixels
 from .session import locate_for
 
 KEYS = (
@@ -34,7 +34,10 @@ LIMITS = (
     ("flips_per_10000", "limit_flips_per_10000", "decisions in 10,000 that change sides"),
     ("macro_auc_drop", "limit_macro_auc_drop", AUC_TEXT),
     ("map_drop", "limit_map_drop", MAP_TEXT),
+    ("max_unlikeness_difference", "limit_unlikeness_difference", "largest difference in unlikeness"),
 )
+# Of the golden input's unlikeness on another machine, as a share of it or of 1.
+UNLIKE_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,10 @@ def _graph(predictor: Predictor) -> Check:
     if predictor.info.get("calibration") is not None:
         wanted["raw_probabilities"] = count
     wrong = [f"no {name} float (N, {n})" for name, n in wanted.items() if found.get(name) != ("tensor(float)", [n])]
-    wrong += [f"unknown output {name}" for name in found if name not in (*wanted, "embedding")]
+    if predictor.info.get(UNLIKENESS) is not None and found.get(UNLIKENESS) != ("tensor(float)", []):
+        wrong.append(f"no {UNLIKENESS} float (N)")
+    known = (*wanted, "embedding", *([UNLIKENESS] if predictor.info.get(UNLIKENESS) is not None else []))
+    wrong += [f"unknown output {name}" for name in found if name not in known]
     size = predictor.spec.size
     text = f"pixels uint8 (N, {size}, {size}) to {', '.join(found)}, {count} classes"
     return Check("graph", not wrong, ", ".join(wrong) or text)
@@ -230,7 +236,8 @@ def _answers(predictor: Predictor) -> list[Check]:
         beside = predictor.probabilities(np.concatenate([pixels, flip(pixels)]))[0]
     except InputError as error:
         return [Check("golden answer", False, str(error).removeprefix(f"{predictor.path}: "))]
-    return [_golden(predictor, pair, alone), _batch(pair["tolerance"], alone, beside)]
+    found = [_golden(predictor, pair, alone), _batch(pair["tolerance"], alone, beside)]
+    return found + ([_unlikeness(predictor, pair, pixels)] if predictor.gives_unlikeness else [])
 
 
 def _pair_wrong(pair: Any, count: int) -> str:
@@ -282,6 +289,16 @@ def _golden(predictor: Predictor, pair: dict[str, Any], found: np.ndarray) -> Ch
         f"{flips} of {len(found)} decisions flip; {torch:.1e} to torch float32"
     )
     return Check("golden answer", ok, detail + _machines(predictor, pair, ok))
+
+
+def _unlikeness(predictor: Predictor, pair: dict[str, Any], pixels: np.ndarray) -> Check:
+    expected, torch = pair.get("expected_unlikeness"), pair.get("unlikeness")
+    if not is_number(expected) or not is_number(torch) or expected is None:
+        return Check(UNLIKENESS, False, "the golden pair has no unlikeness")
+    found = float(predictor.run(pixels, output=UNLIKENESS)[0])
+    apart = abs(found - expected) / max(expected, 1)
+    detail = f"{found:.4g} for the golden input, {expected:.4g} where it was exported ({torch:.4g} in torch float32)"
+    return Check(UNLIKENESS, apart <= UNLIKE_TOLERANCE, f"{detail}; tolerance {UNLIKE_TOLERANCE:.0%}")
 
 
 def _machines(predictor: Predictor, pair: dict[str, Any], ok: bool) -> str:

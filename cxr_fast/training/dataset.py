@@ -26,6 +26,7 @@ from ..data.splits.assign import SplitSpec, one_sided, split
 from ..data.splits.published import published_words
 from ..errors import InputError
 from ..system import hardware
+from ..unlikeness.distance import why_not
 from . import earlier_runs
 
 NAMED = 5
@@ -92,6 +93,7 @@ def read(
             *data.notes,
             *note_groups(groups),
             *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
+            *_no_unlikeness(data, groups),
         ),
     )
 
@@ -194,6 +196,11 @@ def _one_sided(
     for side, text in ((0, "none of them is held out"), (given.HOLDOUT, "all of them are held out")):
         if names := [classes[c] for c, where in found.items() if where == side]:
             yield f"split: {len(names):,} class(es) have positives in two or more groups, and {text}: {_named(names)}"
+
+
+def _no_unlikeness(data: Data, groups: Sequence[str]) -> Iterator[str]:
+    if reason := why_not([group for group, fold in zip(groups, data.assignment, strict=True) if fold >= 0]):
+        yield reason
 
 
 # ------------------------------------------------------------------ rows

@@ -15,6 +15,7 @@ from ..metrics import calibration, figures, shortcuts, subgroups
 from ..metrics.intervals import Resampling
 from ..metrics.rarity import group_maps
 from ..models import heads, probe
+from ..unlikeness.record import write_unlikeness
 from . import operating_points, run_record
 from .dataset import Data
 from .final_models import RETRAINED, FinalModels
@@ -93,6 +94,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         probe=describe_probe(search, probed),
         shortcuts=find_shortcuts(data, read_embeddings(search), spec.seed),
         out_of_fold_auc=decisions[own].two_means(),
+        unlikeness=_fit_unlikeness(folder, search),
         validated_in="float32",
         **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
         final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
@@ -102,6 +104,14 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         weights_sha256=weights,
         model_sha256=model_sha256(weights, members),
     )
+
+
+def _fit_unlikeness(folder: Path, search: Search) -> dict[str, Any]:
+    """Fit the distance to the training films; return `unlikeness` of run.json."""
+    data = search.data
+    rows = data.rows[data.assignment >= 0]
+    groups = [data.header.groups[row] for row in rows]
+    return write_unlikeness(folder, data.file, search.backbone.visual, rows, groups)
 
 
 def _score(raw: dict[str, np.ndarray], data: Data, decisions: dict[str, Decisions]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..config import digest
 from ..errors import InputError, SchemaError
 from ..metrics import calibration
 from ..system.files import AnyPath
+from ..unlikeness.record import RunUnlikeness, read_unlikeness
 from . import operating_points, predictions
 from .operating_points import AS_CHOSEN, OperatingPoint
 
@@ -58,6 +59,7 @@ class Run:
     members: tuple[Member, ...]
     chosen: str  # the kind of final model the sweep chose, by flag
     tta: str | None  # the views it was scored on there
+    unlikeness: RunUnlikeness | None = None  # none in a run of an earlier version, or where the films were too few
 
     @property
     def visual(self) -> Any:
@@ -137,8 +139,14 @@ def read_run(
             )
     tower = parts.pop("tower")
     members = tuple(_member(info, tower, tail) for tail in parts.values())
-    chosen, views = own["final"]["kind"], own["train"].get("tta")
-    return Run(folder=folder, info=info, members=members, chosen=chosen, tta=views)
+    return Run(
+        folder=folder,
+        info=info,
+        members=members,
+        chosen=own["final"]["kind"],
+        tta=own["train"].get("tta"),
+        unlikeness=read_unlikeness(folder, info, members[0].visual),
+    )
 
 
 def read_run_info(

@@ -69,7 +69,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model,
     `out_of_fold_auc` the macro AUC pooled and as the mean of folds, `validated_in` the arithmetic of history.csv,
     `shortcuts` the rows of `metrics.shortcuts.describe`, the strongest first; `split` says by which method groups were
-    drawn, and how many images were given their part by what. Runs of earlier versions have none of these. `custom`
+    drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes. Runs of
+    earlier versions have none of these. `custom`
     names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
@@ -123,6 +124,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     split: Values | msgspec.UnsetType = msgspec.UNSET
     shortcuts: list[Values] | msgspec.UnsetType = msgspec.UNSET
     out_of_fold_auc: Values | msgspec.UnsetType = msgspec.UNSET
+    unlikeness: Values | msgspec.UnsetType = msgspec.UNSET
     validated_in: str | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 

@@ -127,12 +127,12 @@ def test_the_table_has_a_row_for_every_image(predictor: Predictor, files: list[s
 
     summary = write(predictor, named(files[:6]), out, batch_size=3, workers=2, on_batch=tell)
     head, *body = rows(out)
-    assert head == ["path", "status", "reason", "note", *predictor.labels]
+    assert head == ["path", "status", "reason", "note", "unlikeness", *predictor.labels]
     assert [row[0] for row in body] == files[:6]
     assert [row[1] for row in body] == ["ok", "ok", "ok", "failed", "ok", "ok"]
     assert body[3][2].startswith("truncated: ")
-    assert body[3][4:] == [""] * 35
-    found = np.array([[float(cell) for cell in row[4:]] for row in body if row[1] == "ok"])
+    assert body[3][4:] == [""] * 36
+    found = np.array([[float(cell) for cell in row[5:]] for row in body if row[1] == "ok"])
     np.testing.assert_allclose(found, flat(predictor(files[:3] + files[4:6])), atol=1e-6)
     assert seen == [(3, 0), (6, 1)]
     assert b"\r" not in out.read_bytes()
@@ -240,7 +240,7 @@ def test_dicom_is_read(predictor: Predictor, tmp_path: Path) -> None:
     found = rows(tmp_path / "p.csv")[1:]
     assert [row[1] for row in found] == ["ok", "ok"]
     direct = flat(predictor([row[0] for row in found]))
-    np.testing.assert_allclose([[float(c) for c in row[4:]] for row in found], direct, atol=1e-6)
+    np.testing.assert_allclose([[float(c) for c in row[5:]] for row in found], direct, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -468,7 +468,7 @@ def test_only_what_is_new_changed_or_failed_is_done(
     found = found[1:]
     fresh = tmp_path / "fresh.csv"
     write(predictor, read([str(folder)]), fresh, batch_size=4)
-    a, b = ([[float(c) for c in row[4:]] for row in rows(path)[1:]] for path in (out, fresh))
+    a, b = ([[float(c) for c in row[5:]] for row in rows(path)[1:]] for path in (out, fresh))
     np.testing.assert_allclose(a[1:], b, atol=1e-6)
 
 

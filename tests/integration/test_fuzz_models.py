@@ -74,8 +74,8 @@ def probabilities(name: str, line: dict[str, Any], films: list[str]) -> np.ndarr
     assert told["code"] == int(any(failed)), name
     for row, lost in zip(rows, failed, strict=True):
         assert row[2].startswith("not_finite: ") if lost else row[1:3] == ["ok", ""], (name, row)
-        assert not any(row[3:]) if lost else all(0 <= float(cell) <= 1 + 1e-6 for cell in row[4:]), (name, row)
-    return np.array([[float(cell or "nan") for cell in row[4:]] for row in rows])
+        assert not any(row[3:]) if lost else all(0 <= float(cell) <= 1 + 1e-6 for cell in row[5:]), (name, row)
+    return np.array([[float(cell or "nan") for cell in row[5:]] for row in rows])
 
 
 def judged(model: Path, films: list[str], folder: Path, made: dict[str, Path], how: str = "apart") -> Found:

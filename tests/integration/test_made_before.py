@@ -246,12 +246,12 @@ def test_predictions_are_completed(both: Both, table: str) -> None:
 
 
 def without_notes(table: Path) -> list[list[str]]:
-    """The rows of a prediction table but for the column `note`, which came later."""
+    """The rows of a prediction table but for the columns `note` and `unlikeness`, which came later."""
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    place = rows[0].index("note") if "note" in rows[0] else len(rows[0])
-    assert not any("".join(row[place : place + 1]) for row in rows[1:])
-    return [row[:place] + row[place + 1 :] for row in rows]
+    places = [i for i, name in enumerate(rows[0]) if name in ("note", "unlikeness")]
+    assert not any("".join(row[place] for place in places) for row in rows[1:])
+    return [[cell for i, cell in enumerate(row) if i not in places] for row in rows]
 
 
 def without_new_columns(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
