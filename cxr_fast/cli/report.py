@@ -160,13 +160,20 @@ def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> lis
     show_default=True,
     help="Films of each class, part and kind of error at most.",
 )
+@click.option(
+    "--twins/--no-twins",
+    default=True,
+    show_default=True,
+    help="Look for films that are one picture; this reads nearly all films.",
+)
 @click.option("--link", is_flag=True, help="Put a link to the page into RUN/report.html, until that is written again.")
 def review(run: Path, **flags: Any) -> None:
     """Show the films behind a run's errors on one page.
 
     RUN/review.html: the worst false negatives and false positives of each class with heat maps and the nearest training
-    films; RUN/review.csv says which film each card is. These are pictures of patients: `push` never uploads them.
-    Stopped, the same command goes on. Exit 1 where a film is missing or has changed: the page then says so.
+    films, label suspects, near twins and odd films; RUN/review.csv says which film each card is. These are pictures of
+    patients: `push` never uploads them. Stopped, the same command goes on.
+    Exit 1 where a film is missing or has changed: the page then says so.
     """
     from ..review.writer import ReviewSpec, write_review
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..system.text import counted, number
 from .films import FALSE_NEGATIVE, KINDS, PARTS, ErrorList, RunFilms
+from .near_twins import Twins
 from .nearest import Neighbours
+from .suspects import Suspect
 
 NO_CLASS = -1
-ODD = "odd film"
+ODD, SUSPECT, TWIN = "odd film", "label suspect", "near twin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,43 @@ def odd_section(maker: CardMaker, odd: Sequence[tuple[int, float]]) -> Section:
     return Section(
         id="odd", title="Odd films", notes=(), lists=(CardList(title="Oddest first", note=note, cards=cards),)
     )
+
+
+def suspect_section(maker: CardMaker, suspects: Sequence[Suspect]) -> Section:
+    """Labels that probability and nearest films speak against, those of a class in a list, by rank."""
+    by_class: dict[str, list[Card]] = {}
+    for each in sorted(suspects, key=lambda each: (maker.films.classes.index(each.name), each.rank)):
+        c = maker.films.classes.index(each.name)
+        lines = [
+            f"labelled {'positive' if each.label else 'negative'}, rank {each.rank}, score {each.score:.2f}",
+            probability_line(maker.films, each.place, c),
+            f"{each.neighbours:.0%} of its nearest films of other groups are positive",
+        ]
+        by_class.setdefault(each.name, []).append(maker.card(each.place, c, SUSPECT, lines))
+    lists = tuple(CardList(title=name, note="", cards=tuple(cards)) for name, cards in by_class.items())
+    notes = (
+        "Labels that the probability and the nearest films speak against, a few positive and a few negative ones of "
+        "each class. The score orders the labels of a class; it is not the chance that a label is wrong. "
+        "More: suspects.csv.",
+    )
+    return Section(id="suspects", title="Label suspects", notes=notes, lists=lists)
+
+
+def twin_section(maker: CardMaker, twins: Twins, most: int) -> Section:
+    """Pairs of films that are one picture, the surest first."""
+    films, cards = maker.films, []
+    for twin in twins.pairs[:most]:
+        seen = "pixels not compared" if twin.correlation is None else f"pixels correlate to {twin.correlation:.3f}"
+        other = twin.b.place
+        said = f"{PARTS[films.part(other)]}; group {films.groups[other]}"
+        lines = [
+            f"{twin.kind}: {seen}",
+            *([f"labels contradict: {', '.join(twin.classes)}"] if twin.classes else []),
+            f"second film: {', '.join(films.positives(other)) or 'no label'}; {said}",
+        ]
+        cards.append(replace(maker.card(twin.a.place, NO_CLASS, TWIN, lines), second=other, near=()))
+    lists = (CardList(title="Pairs", note="", cards=tuple(cards)),) if cards else ()
+    return Section(id="twins", title="Near twins", notes=tuple(twins.notes()), lists=lists)
 
 
 def all_cards(sections: Sequence[Section]) -> list[Card]:

@@ -28,7 +28,7 @@ class Collector:
     """
 
     films: RunFilms
-    state: KeptFiles
+    kept: KeptFiles
     reader: Reader
     models: HeatMaps | None
     thumbnails: dict[int, bytes] = field(default_factory=dict)
@@ -65,13 +65,13 @@ class Collector:
 
     def _take_kept(self, row: int, classes: set[int]) -> list[int]:
         """Take what an earlier review kept of a film; returns the classes that have no heat map yet."""
-        webp = self.state.thumbnail(self._sha256(row))
+        webp = self.kept.thumbnail(self._sha256(row))
         if webp is None or (size := _size(webp)) is None:
             return sorted(classes)
         self.thumbnails[row] = webp
         if self.models is None or not classes:
             return []
-        kept = self.state.maps(self._sha256(row), self.models.model(row))
+        kept = self.kept.maps(self._sha256(row), self.models.model(row))
         for c in classes & set(kept):
             self._add_heat(row, c, kept[c], size)
         return sorted(classes - set(kept))
@@ -85,7 +85,7 @@ class Collector:
                     self.lost[row] = picture.lost
                 continue
             self.thumbnails[row] = picture.webp
-            self.state.keep_thumbnail(self._sha256(row), picture.webp)
+            self.kept.keep_thumbnail(self._sha256(row), picture.webp)
             if classes:
                 found.append((row, classes, picture.pixels))
         if self.models is None or not found:
@@ -94,7 +94,7 @@ class Collector:
         drawn = self.models.draw(rows, np.stack(pixels), classes_of)
         for row, classes, maps in zip(rows, classes_of, drawn, strict=True):
             named = dict(zip(classes, maps, strict=True))
-            self.state.keep_maps(self._sha256(row), self.models.model(row), named)
+            self.kept.keep_maps(self._sha256(row), self.models.model(row), named)
             for c, shares in named.items():
                 self._add_heat(row, c, shares, _size(self.thumbnails[row]) or (1, 1))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..metrics.figures import decisions
 from ..metrics.subgroups import OTHER, choose, split
-from ..training import predictions
+from ..training.predictions import Saved
 
 PARTS = {"out_of_fold": "out of fold", "holdout": "hold-out"}
 FALSE_NEGATIVE, FALSE_POSITIVE = "false negative", "false positive"
@@ -67,10 +65,9 @@ class ErrorList:
     most: int
 
 
-def read_films(folder: Path, run: Mapping[str, Any]) -> RunFilms:
-    """The films of a run, given its `run.json`. InputError where its predictions cannot be read."""
-    saved = predictions.read(folder, run)
-    arrays, notes = saved.arrays, []
+def describe_films(saved: Saved) -> RunFilms:
+    """The films of a run from its predictions."""
+    run, arrays, notes = saved.run, saved.arrays, []
     fold, labels = arrays["fold"], arrays["labels"]
     probs = np.full(labels.shape, np.nan, np.float32)
     for part, rows in (("out_of_fold", fold >= 0), ("holdout", fold == -1)):

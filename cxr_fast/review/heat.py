@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..errors import InputError
 from ..export.heatmaps import relevance_behind, shares
 from ..export.overlay import COLOURS, FAINTEST, OPACITY
 from ..models.backbone import embed
-from ..training.run_folder import Member, read_run
+from ..training.run_folder import Member, Run, read_run
 from .films import RunFilms
 
 LEVELS = 16  # colours of a map on the page: 4 bits a patch; a browser smooths between the patches
@@ -28,12 +27,11 @@ LEVELS = 16  # colours of a map on the page: 4 bits a patch; a browser smooths b
 class HeatMaps:
     """Draws heat maps by the models of one run.
 
-    `notes` say where another model than the one that scored a film draws its map. InputError where the run's models
-    cannot be read, or its backbone averages its patches.
+    `notes` say where another model than the one that scored a film draws its map. InputError where its
+    backbone averages its patches.
     """
 
-    def __init__(self, folder: Path, films: RunFilms) -> None:
-        final = read_run(folder)
+    def __init__(self, final: Run, films: RunFilms) -> None:
         info = final.info
         trunk = final.visual.trunk
         if trunk.global_pool not in ("token", "map"):
@@ -49,7 +47,7 @@ class HeatMaps:
         self._models: dict[int, tuple[list[str], Sequence[Member]]] = {-1: (info["final"]["members"], final.members)}
         kind = "retrained" if films.decided_by == "retrained" else "ensemble"
         try:
-            folds = final if info["final"]["kind"] == kind else read_run(folder, kind)
+            folds = final if info["final"]["kind"] == kind else read_run(final.folder, kind)
         except InputError as error:
             self.notes = (f"the models that scored films out of fold: {error} The final model draws their maps.",)
             return

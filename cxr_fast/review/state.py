@@ -1,4 +1,4 @@
-"""What a review keeps while it works, so that an interrupted one goes on: thumbnails, heat maps, embeddings."""
+"""What a review keeps while it works, so that an interrupted one goes on: thumbnails and heat maps."""
 
 from __future__ import annotations
 
@@ -47,14 +47,6 @@ class KeptFiles:
         """Keep the heat maps of a film by one model beside those that are kept already."""
         whole = self.maps(sha256, model) | dict(maps)
         self._write(self._maps(sha256, model), {str(c): shares.astype(np.float16) for c, shares in whole.items()})
-
-    def embeddings(self, key: str) -> np.ndarray | None:
-        """The first embeddings (n, E) float16 of a cache that are kept."""
-        return self._arrays(self.folder / f"embeddings.{key[:SHORT]}.npz").get("embeddings")
-
-    def keep_embeddings(self, key: str, embeddings: np.ndarray) -> None:
-        """Keep the first n embeddings (n, E) of a cache."""
-        self._write(self.folder / f"embeddings.{key[:SHORT]}.npz", {"embeddings": embeddings.astype(np.float16)})
 
     def _thumbnail(self, sha256: str) -> Path:
         return self.folder / f"{sha256[:SHORT]}.webp"

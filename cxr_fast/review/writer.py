@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..activations.cache import Cache
 from ..config import PreprocessSpec, from_dict
 from ..data.disclosure import Secrets, list_paths
 from ..errors import InputError
 from ..system.files import AnyPath, atomic, write_bytes
-from ..training.run_folder import read_info
-from . import nearest
-from .cards import NO_CLASS, Card, CardMaker, all_cards, error_sections
+from ..training import predictions
+from ..training.predictions import Saved
+from ..training.run_folder import Run, read_info, read_run
+from ..unlikeness.features import read_features
+from . import cards, near_twins, nearest, neighbours, suspects
 from .collect import Collector
-from .films import RunFilms, choose_classes, find_errors, largest_top, read_films
+from .films import ErrorList, RunFilms, choose_classes, describe_films, find_errors, largest_top
 from .heat import HeatMaps
 from .page import ReviewPage, render_review
 from .pictures import Reader
 from .state import FOLDER, KeptFiles
 
 PAGE, TABLE, REPORT = "review.html", "review.csv", "report.html"
-TOP, MOST = 24, 1500  # films a list by default, and cards a page: a browser is slow with more
+SUSPECTS, TWINS = "suspects.csv", "near_twins.csv"
+TOP, MOST = 24, 1500  # films a list by default, and errors a page: a browser is slow with more
+FEW = 6  # suspects of a class and label that the page shows
+ODD = 24  # odd films, and pairs of twins
 COLUMNS = (
     *("card", "film", "image", "image_sha256", "group", "group_number", "part", "fold", "kind", "class", "label"),
     *("probability", "threshold"),
 )
 LINK = '<p id="films"><a href="review.html">Films behind these figures</a> (pictures of patients)</p>\n'
-READING = "reading films and drawing heat maps"
+READING, COMPARING = "reading films and drawing heat maps", "comparing films with their nearest"
 OnProgress = Callable[[str, int, int], None]
 HOW_NEAR = (
-    "Nearest: the three films with the highest cosine of embeddings among those that the model which scored the film "
-    "was trained on, none of its own group. The embeddings are of the backbone before training, from the cache."
+    "Nearest: the three films with the highest cosine among those that the model which scored the film was trained on, "
+    "none of its own group. Compared is the mean of the tokens that the frozen part of the backbone makes of a film, "
+    "as they lie in the cache."
 )
 HOW_HEAT = (
     "Heat maps show on hover or tap, and all with the key h: as the command explain draws them, of the plain view, by "
@@ -46,14 +53,15 @@ HOW_HEAT = (
 )
 HOW_MARKED = (
     "Marks say what you think of a label: keep, flip, unknown. They stay in this browser; “Save marks” writes them as "
-    "a CSV file."
+    "a CSV file, which a sweep takes with --corrections."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewSpec:
     """What a review shows: `images` where the films are now, `cache` where the cache is now, names of `classes` (all
-    where none is named), and at most `top` films a class, part and kind. `link` puts a link into the run's report.
+    where none is named), and at most `top` films a class, part and kind. `twins` also compares films with their nearest
+    by pixels, which reads nearly all of them. `link` puts a link into the run's report.
 
         >>> ReviewSpec(top=10).classes
         ()
@@ -63,6 +71,7 @@ class ReviewSpec:
     cache: Path | None = None
     classes: Sequence[str] = ()
     top: int = TOP
+    twins: bool = True
     link: bool = False
 
 
@@ -82,92 +91,152 @@ class Reviewed:
 
 
 def write_review(folder: AnyPath, spec: ReviewSpec, on_progress: OnProgress = lambda *_: None) -> Reviewed:
-    """Write RUN/review.html and RUN/review.csv; what is made on the way is kept in RUN/review, so that a second call
-    goes on from there.
+    """Write RUN/review.html and RUN/review.csv, and where the cache is here RUN/suspects.csv and RUN/near_twins.csv.
 
-    InputError or SchemaError where the folder is no run of this version, its predictions cannot be read, or a class is
-    unknown; whatever else is missing only makes the page partial.
+    What is made on the way is kept in RUN/review, so that a second call goes on from there. InputError or SchemaError
+    where the folder is no run of this version, its predictions cannot be read, or a class is unknown; whatever else is
+    missing only makes the page partial.
     """
     folder = Path(folder)
-    run = read_info(folder)
-    films = read_films(folder, run)
-    numbers = choose_classes(spec.classes, films.classes)
+    saved = predictions.read(folder, read_info(folder))
+    work = _Work(folder=folder, spec=spec, saved=saved, films=describe_films(saved), on_progress=on_progress)
+    numbers = choose_classes(spec.classes, work.films.classes)
     if spec.link and not (folder / REPORT).is_file():
         raise InputError(f"--link: {folder / REPORT} is missing; `cxrfast report {folder}` writes it.")
-    missing = list(films.notes)
-    top = largest_top(films, numbers, spec.top, MOST)
-    errors = find_errors(films, numbers, top)
-    found = Collector(
-        films=films,
-        state=KeptFiles(folder=folder / FOLDER),
-        reader=_reader(run, spec.images),
-        models=_models(folder, films, missing),
-    )
-    maker = CardMaker(films)
-    maker.nearest = _nearest(folder, run, found, [row for each in errors for row in each.rows], (spec, missing))
-    sections = error_sections(maker, errors)
-    cards = all_cards(sections)
-    found.collect(_wanted(cards), partial(on_progress, READING))
-    clean = Secrets(paths=tuple(list_paths(folder, run))).clean
-    page = ReviewPage(
-        name=folder.resolve().name,
-        films=films,
-        sections=tuple(sections),
-        notes=tuple(_notes(found, maker, top, spec)),
-        missing=tuple(map(clean, [*missing, *found.describe_lost()])),
-        warning=f"{run['provenance']}: these films say nothing about a patient".upper() if run["provenance"] else "",
-        heat=found.heat,
-        lost=found.lost,
-    )
-    data = render_review(page, found.thumbnails)
+    top = largest_top(work.films, numbers, spec.top, MOST)
+    found = work.collector()
+    sections = work.sections(find_errors(work.films, numbers, top), numbers, found)
+    made = cards.all_cards(sections)
+    found.collect(_wanted(made), partial(on_progress, READING))
+    data = render_review(work.page(sections, found, top), found.thumbnails)
     with atomic(folder / PAGE) as file:  # both files or none
         file.write(data)
-        write_bytes(folder / TABLE, write_table(folder, films, cards))
+        write_bytes(folder / TABLE, write_table(saved, work.films, made))
     if spec.link:
         link_report(folder)
     return Reviewed(
         page=folder / PAGE,
         size=len(data),
-        cards=len(cards),
-        films=len({card.row for card in cards}),
-        missing=page.missing,
+        cards=len(made),
+        films=len({row for card in made for row in card.rows}),
+        missing=work.said(found),
         whole=not found.lost,
     )
 
 
-def _nearest(
-    folder: Path,
-    run: Mapping[str, Any],
-    found: Collector,
-    rows: Sequence[int],
-    said: tuple[ReviewSpec, list[str]],
-) -> nearest.Neighbours:
-    """The nearest training films of each row; none, and a line among what is missing, where the cache is not here."""
-    spec, missing = said
-    try:
-        cache = nearest.open_run_cache(run, spec.cache)
-        places = nearest.match_rows(found.films, cache)
-        embeddings = nearest.embed_films(folder, run, cache, places, found.state, lambda *_: None)
-    except InputError as error:
-        if spec.cache is not None:
-            raise
-        missing.append(f"nearest training films: {error}")
-        return {}
-    if found.models:
-        found.models.start_from(cache, places)
-    return nearest.find_nearest(found.films, run, embeddings, rows)
+@dataclass(kw_only=True)
+class _Work:
+    """One review in the making; `missing` are lines of what the page lacks, and `notes` of how it was made."""
+
+    folder: Path
+    spec: ReviewSpec
+    saved: Saved
+    films: RunFilms
+    on_progress: OnProgress
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    final: Run | None = None
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The run's `run.json`."""
+        return self.saved.run
+
+    def collector(self) -> Collector:
+        """What reads the films and draws their heat maps, as far as the run's models can."""
+        models = None
+        try:
+            self.final = read_run(self.folder)
+            models = HeatMaps(self.final, self.films)
+            self.notes += [HOW_HEAT, *models.notes]
+        except InputError as error:
+            self.missing.append(f"heat maps: {error}")
+        root, spec = Path(self.run["cache"]["dataset"]["root"]), from_dict(PreprocessSpec, self.run["preprocess"])
+        reader = Reader(root=root, images=self.spec.images, spec=spec)
+        return Collector(films=self.films, kept=KeptFiles(folder=self.folder / FOLDER), reader=reader, models=models)
+
+    def sections(self, errors: Sequence[ErrorList], numbers: Sequence[int], found: Collector) -> list[cards.Section]:
+        """The sections of the page: errors by class, and where the cache is here label suspects, twins, odd films."""
+        maker = cards.CardMaker(self.films)
+        try:
+            cache, places = nearest.open_run_cache(self.saved, self.spec.cache)
+        except InputError as error:
+            if self.spec.cache is not None:
+                raise
+            self.missing.append(f"nearest training films, label suspects, near twins and odd films: {error}")
+            return cards.error_sections(maker, errors)
+        if found.models:
+            found.models.start_from(cache, places)
+        doubtful = suspects.rank_labels(self.saved, cache)
+        self._write_suspects(doubtful)
+        doubtful = [each for c in numbers for each in _first(doubtful, self.films.classes[c])]
+        twins = None
+        if self.spec.twins:
+            twins = near_twins.find_twins(self.saved, cache, self.spec.images, partial(self.on_progress, COMPARING))
+            near_twins.write_near_twins(self.folder / TWINS, twins)
+        odd = self._odd(cache, places)
+        rows = [*(row for each in errors for row in each.rows), *(s.place for s in doubtful), *(row for row, _ in odd)]
+        vectors = neighbours.describe_films(cache, places)
+        maker.nearest = nearest.find_nearest(self.films, self.run, vectors, list(dict.fromkeys(rows)))
+        self.notes.insert(0, HOW_NEAR)
+        sections = cards.error_sections(maker, errors)
+        sections.append(cards.suspect_section(maker, doubtful))
+        if twins is not None:
+            sections.append(cards.twin_section(maker, twins, ODD))
+        return [*sections, *([cards.odd_section(maker, odd)] if odd else [])]
+
+    def page(self, sections: Sequence[cards.Section], found: Collector, top: int) -> ReviewPage:
+        """The page without its films."""
+        if top < self.spec.top:
+            self.notes.append(
+                f"A page holds {MOST:,} errors at most: the worst {top} of each class, part and kind are shown."
+            )
+        warning = self.run["provenance"]
+        return ReviewPage(
+            name=self.folder.resolve().name,
+            films=self.films,
+            sections=tuple(sections),
+            notes=(*self.notes, HOW_MARKED),
+            missing=self.said(found),
+            warning=f"{warning}: these films say nothing about a patient".upper() if warning else "",
+            heat=found.heat,
+            lost=found.lost,
+        )
+
+    def said(self, found: Collector) -> tuple[str, ...]:
+        """What the page lacks, without paths."""
+        clean = Secrets(paths=tuple(list_paths(self.folder, self.run))).clean
+        return tuple(map(clean, [*self.films.notes, *self.missing, *found.describe_lost()]))
+
+    def _write_suspects(self, found: Sequence[suspects.Suspect]) -> None:
+        """Write the table of suspects, unless somebody has filled in marks there."""
+        path = self.folder / SUSPECTS
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                marked = any(row.get("mark") for row in csv.DictReader(file))
+        except (OSError, ValueError, csv.Error):
+            marked = False
+        if marked:
+            self.notes.append(f"{SUSPECTS} holds marks and was left as it was.")
+        else:
+            suspects.write_suspects(path, found)
+
+    def _odd(self, cache: Cache, places: np.ndarray) -> list[tuple[int, float]]:
+        """The films of the largest unlikeness, with it; none, and a line, where the run has no measure of it."""
+        measure = self.final.unlikeness if self.final else None
+        if measure is None:
+            why = "this run has no measure of unlikeness" if self.final else "the run's model cannot be read"
+            why = (self.run.get("unlikeness") or {}).get("skipped", why)
+            self.missing.append(f"odd films: {why}")
+            return []
+        values = measure.distance.measure(read_features(cache, places, measure.source))
+        return [(int(row), float(values[row])) for row in np.argsort(-values, kind="stable")[:ODD]]
 
 
-def _notes(found: Collector, maker: CardMaker, top: int, spec: ReviewSpec) -> Iterator[str]:
-    """What the page says of itself."""
-    if maker.nearest:
-        yield HOW_NEAR
-    if found.models:
-        yield HOW_HEAT
-        yield from found.models.notes
-    if top < spec.top:
-        yield f"A page holds {MOST:,} cards at most: the worst {top} of each class, part and kind are shown."
-    yield HOW_MARKED
+def _first(found: Sequence[suspects.Suspect], name: str) -> list[suspects.Suspect]:
+    """The first FEW positives and FEW negatives of a class."""
+    sides = [[each for each in found if each.name == name and each.label == label][:FEW] for label in (1, 0)]
+    return [each for side in sides for each in side]
 
 
 def link_report(folder: Path) -> None:
@@ -178,46 +247,34 @@ def link_report(folder: Path) -> None:
         write_bytes(path, text.replace("<nav ", f"{LINK}<nav ", 1).encode())
 
 
-def write_table(folder: Path, films: RunFilms, cards: Sequence[Card]) -> bytes:
+def write_table(saved: Saved, films: RunFilms, made: Iterable[cards.Card]) -> bytes:
     """The table of the cards as CSV, with the names of images and groups: for whoever has the films."""
-    with np.load(folder / "predictions.npz") as file:
-        groups = file["group"]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    for card in cards:
-        row, c = card.row, card.c
-        who = [films.images[row], films.sha256[row], groups[row], films.groups[row]]
-        place = [card.part, films.fold[row] if films.fold[row] >= 0 else "", card.kind]
-        of_class: list[Any] = ["", "", "", ""]
-        if c != NO_CLASS:
-            label = films.labels[row, c] if films.labels[row, c] >= 0 else ""
-            of_class = [films.classes[c], label, films.probs[row, c], films.limits[c]]
-        writer.writerow([card.number, row, *who, *place, *of_class])
+    for card in made:
+        writer.writerows(_table_rows(saved, films, card))
     return text.getvalue().encode()
 
 
-def _reader(run: Mapping[str, Any], images: Path | None) -> Reader:
-    root = Path(run["cache"]["dataset"]["root"])
-    return Reader(root=root, images=images, spec=from_dict(PreprocessSpec, run["preprocess"]))
+def _table_rows(saved: Saved, films: RunFilms, card: cards.Card) -> Iterator[list[Any]]:
+    """A row for each film of a card."""
+    of_class: list[Any] = ["", "", "", ""]
+    if (c := card.c) != cards.NO_CLASS:
+        of_class = [films.classes[c], card.label if card.label != -1 else "", films.probs[card.row, c], films.limits[c]]
+    for row in card.rows:
+        who = [films.images[row], films.sha256[row], saved.arrays["group"][row], films.groups[row]]
+        place = [films.part(row), films.fold[row] if films.fold[row] >= 0 else "", card.kind]
+        yield [card.number, row, *who, *place, *of_class]
 
 
-def _models(folder: Path, films: RunFilms, missing: list[str]) -> HeatMaps | None:
-    try:
-        return HeatMaps(folder, films)
-    except InputError as error:
-        missing.append(f"heat maps: {error}")
-        return None
-
-
-def _wanted(cards: Sequence[Card]) -> dict[int, set[int]]:
+def _wanted(made: Sequence[cards.Card]) -> dict[int, set[int]]:
     """The films that the page shows, the cards' own first, and the classes of their heat maps."""
     wanted: dict[int, set[int]] = {}
-    for card in cards:
-        wanted.setdefault(card.row, set()).update({card.c} - {NO_CLASS})
-        if card.second is not None:
-            wanted.setdefault(card.second, set())
-    for card in cards:
+    for card in made:
+        for row in card.rows:
+            wanted.setdefault(row, set()).update({card.c} - {cards.NO_CLASS})
+    for card in made:
         for each in card.near:
             wanted.setdefault(each.row, set())
     return wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ from PIL import Image
 
 from cxr_fast.config import PreprocessSpec
 from cxr_fast.export import overlay
-from cxr_fast.review.cards import CardMaker, all_cards, error_sections, probability_line
+from cxr_fast.review.cards import (
+    CardMaker,
+    all_cards,
+    error_sections,
+    odd_section,
+    probability_line,
+    twin_section,
+)
 from cxr_fast.review.films import RunFilms, find_errors, largest_top
 from cxr_fast.review.heat import LEVELS, as_png, place_style
+from cxr_fast.review.near_twins import Film, Twin, Twins
 from cxr_fast.review.page import Heat, ReviewPage, render_review
 from cxr_fast.review.pictures import shrink
 
@@ -44,6 +53,33 @@ def some_page(films: RunFilms, top: int = 1000) -> ReviewPage:
         for card in all_cards(sections)
     }
     return ReviewPage(name="run", films=films, sections=sections, notes=(), missing=(), warning="", heat=heat, lost={})
+
+
+def test_pairs_and_odd_films_have_cards_of_their_own() -> None:
+    films = some_films(30, 2)
+    films.labels[3], films.labels[4] = [1, 0], [0, 0]
+    sides = [Film(place=r, row=r, image="x", sha256=str(r), group=str(r), fold=int(films.fold[r])) for r in (3, 4)]
+    twin = Twin(a=sides[0], b=sides[1], cosine=0.9, correlation=0.912, classes=(films.classes[0],))
+    pairs = (twin, replace(twin, correlation=None))
+    twins = Twins(pairs=pairs, films=30, compared=9, missing=1, between_folds=1, held_out=0)
+    maker = CardMaker(films)
+    sections = (twin_section(maker, twins, 5), twin_section(maker, replace(twins, pairs=()), 5))
+    sections += (odd_section(maker, [(7, 1.234), (3, 0.5)]),)
+    page = replace(some_page(films, 0), sections=sections)
+    first, _, odd, _ = page.cards
+    assert (first.row, first.second, first.rows, first.label) == (3, 4, (3, 4), None)
+    assert "other group, other labels: pixels correlate to 0.912" in first.lines
+    assert f"labels contradict: {films.classes[0]}" in first.lines
+    assert (odd.row, odd.kind, odd.lines[0]) == (7, "odd film", "unlikeness 1.23")
+    text = render_review(page, {row: noise(row) for row in (3, 4, 7)}).decode()
+    assert text.count('<div class="film f3"') == 3
+    assert text.count('<div class="film f4"') == 2
+    assert text.count(".f3{") == text.count(".f4{") == 1, "a film is in the page once"
+    assert "data-sha" not in text, "no mark without a class"
+    assert "1 pairs are in two folds" in text
+    assert "1 film" in text
+    assert "were not found" in text
+    assert len(page.classes) == 0
 
 
 def noise(row: int) -> bytes:
