@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cxr_fast.cli.main import main
+from cxr_fast.data.tables.corrections import read_corrections
 from cxr_fast.errors import InputError
 from cxr_fast.export import heatmaps
 from cxr_fast.report.writer import write_films, write_report
@@ -298,6 +299,26 @@ def test_films_that_are_missing_changed_or_elsewhere(toy_run: Path, reviewed: Pa
     assert page_of(folder).text.count("no picture: not found") == len(whole_table(folder)) > 10
 
 
+def test_marks_in_the_list_of_suspects_are_not_written_over(toy_run: Path, reviewed: Path, tmp_path: Path) -> None:
+    folder = copy_run(toy_run, tmp_path)
+    shutil.copytree(reviewed / "review", folder / "review")
+    path, few = folder / "suspects.csv", ReviewSpec(top=1, twins=False)
+    write_review(folder, few)
+    first = path.read_bytes()
+    assert len(first.splitlines()) > 50
+    assert not (folder / "near_twins.csv").exists()
+    assert "twins" not in page_of(folder).sections
+    path.write_bytes(b"")
+    write_review(folder, few)
+    assert path.read_bytes() == first, "an empty or unmarked list is made again"
+    marked = first.replace(b",\r\n", b",flip\r\n", 2).replace(b",flip", b",", 1)
+    assert marked != first
+    path.write_bytes(marked)
+    write_review(folder, few)
+    assert path.read_bytes() == marked
+    assert "suspects.csv holds marks and was left as it was" in page_of(folder).text
+
+
 def test_mistakes_are_one_line(toy_run: Path, tmp_path: Path) -> None:
     assert not (toy_run / "report.html").exists()
     for words, said in [
@@ -403,6 +424,9 @@ def test_a_browser_filters_steps_marks_and_saves(reviewed: Path, tmp_path: Path)
         "card,image_sha256,class,label,mark\r\n"
         f"{second['card']},{second['image_sha256']},{quoted(second['class'])},1,flip\r\n"
     )
+    (tmp_path / "marks.csv").write_text(did["csv"], newline="")
+    (mark,) = read_corrections(tmp_path / "marks.csv").marks
+    assert (mark.sha256, mark.name, mark.label, mark.mark) == (second["image_sha256"], second["class"], 1, "flip")
     assert did["pressed"] == 1
     assert did["marked"] in (1, 2), "the same film and class may be a suspect too"
     assert (did["maps"], did["tapped"]) == ("1", "1")
