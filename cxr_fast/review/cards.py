@@ -156,7 +156,7 @@ def _error_list(maker: CardMaker, errors: ErrorList) -> CardList:
     what = "positives" if errors.kind == FALSE_NEGATIVE else "negatives"
     did = "are below the threshold" if errors.kind == FALSE_NEGATIVE else "reach the threshold"
     note = f"{errors.total:,} of {errors.of:,} {what} {did}. They are of {counted(errors.groups, 'group')}"
-    note += f"; {errors.most:,} are of one." if errors.most > 1 else "."
+    note += f", at most {errors.most:,} of one." if errors.groups > 1 and errors.most > 1 else "."
     shown = len(errors.rows)
     note += f" The worst {shown:,} are shown." if shown < errors.total else ""
     return CardList(title=f"{errors.kind.capitalize()}s, {PARTS[errors.part]}", note=note, cards=cards)
