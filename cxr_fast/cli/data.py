@@ -136,7 +136,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         else:
             outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
         line.bar.done()
-    echo_outcome(outcome, job.out)
+    echo_outcome(outcome, job.out, tower.visual)
 
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
@@ -210,14 +210,15 @@ def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) ->
         click.echo(said)
 
 
-def echo_outcome(outcome: Any, path: Path) -> None:
-    """What a cache run did; exit 1 where images failed."""
+def echo_outcome(outcome: Any, path: Path, visual: Any) -> None:
+    """What a cache run did, and the images least like the others; exit 1 where images failed."""
     from ..activations import build
 
     rate = f" ({outcome.encoded / max(outcome.seconds, 1e-9):.1f} images/s)" if outcome.encoded else ""
     encoded = f"encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}"
     click.echo(f"reused {outcome.reused:,}, {encoded}, {took()}: {path}")
     echo_notes(outcome.notes)
+    _echo_oddest(path, visual)
     noted = build.write_notes(path, outcome.noted)
     if outcome.noted:
         image, note = outcome.noted[0]
@@ -232,6 +233,19 @@ def echo_outcome(outcome: Any, path: Path) -> None:
         for image, error in outcome.failed[:5]:
             click.echo(f"  {image}: {error}", err=True)
         sys.exit(1)
+
+
+def _echo_oddest(path: Path, visual: Any) -> None:
+    from ..activations.cache import open_cache
+    from ..unlikeness.oddest import describe_oddest
+    from ..unlikeness.record import find_oddest
+
+    try:
+        found = find_oddest(open_cache(path), visual)
+    except InputError:  # too few films, or the shards are on other machines
+        return
+    click.echo("least like the others, by unlikeness (one film in a hundred is over 1):")
+    click.echo("\n".join(f"  {line}" for line in describe_oddest(found)))
 
 
 @click.command()

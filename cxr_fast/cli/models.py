@@ -86,6 +86,18 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     sys.exit(0 if variants is None or all(one.kept for one in found) else 1)
 
 
+class UnlikenessLimit(FiniteFloat):
+    """A limit; without one the flag must not stand before MODEL or INPUTS, which would be read as the limit."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the float. Fails with what to do where the value is a name."""
+        try:
+            float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number; put the flag last, or give it a limit: --refuse-unlike 1.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("inputs", nargs=-1, required=True)
@@ -113,7 +125,7 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
 @strict_option
 @click.option(
     "--refuse-unlike",
-    type=FiniteFloat(0),
+    type=UnlikenessLimit(0),
     is_flag=False,
     flag_value=1.0,
     metavar="[LIMIT]",

@@ -10,6 +10,7 @@ from ..config import FILM_CHANGES
 from ..metrics import calibration
 from ..system.text import Table, gigabytes, number
 from ..training.operating_points import AFTER
+from ..unlikeness.reference import LIMITS
 from .variants import Exported
 
 
@@ -32,6 +33,9 @@ def describe_export(found: Sequence[Exported]) -> list[str | Table]:
                 f"{one.variant}: {one.drift.flips:.1f} of 10,000 decisions change sides, {one.yardstick.describe()}; "
                 f"{one.drift.margin.describe()}"
             )
+    if first.unlikeness is not None:
+        apart = ", ".join(f"{one.variant} {one.parity.unlikeness:.1e} (limit {LIMITS[one.variant]:g})" for one in found)
+        parts.append(f"unlikeness: largest difference to torch, as a share of it or of 1: {apart}")
     parts += [_worst_classes(one, info["labels"]) for one in found if one.variant != "fp32" and one.drift.classes]
     for one in found:
         left = one.info["float_matrices"]

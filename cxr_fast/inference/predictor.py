@@ -346,11 +346,11 @@ CAUSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def describe_unlike(unlikeness: float, limit: float, changed: Mapping[str, float]) -> str:
     """Say how unlike a film is, and which of the CAUSES, whose unlikeness `changed` has, would make it likely."""
-    text = f"unlike the training films: unlikeness {unlikeness:.2f}, over {limit:g}"
+    text = f"unlikeness {unlikeness:.2f} is over {limit:g}"
     cause = min(changed, key=lambda name: changed[name])
     if changed[cause] <= limit:
-        return f"{text}; {cause} it has {changed[cause]:.2f}"
-    return f"{text}; neither inverted nor turned is it likely"
+        return f"{text}; {cause} it would have {changed[cause]:.2f}"
+    return f"{text}; inverted or turned it would be over it too"
 
 
 def golden_pixels(size: int) -> np.ndarray:

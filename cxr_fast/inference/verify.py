@@ -213,9 +213,9 @@ def _graph(predictor: Predictor) -> Check:
     if predictor.info.get("calibration") is not None:
         wanted["raw_probabilities"] = count
     wrong = [f"no {name} float (N, {n})" for name, n in wanted.items() if found.get(name) != ("tensor(float)", [n])]
-    if predictor.info.get(UNLIKENESS) is not None and found.get(UNLIKENESS) != ("tensor(float)", []):
+    if predictor.gives_unlikeness and found.get(UNLIKENESS) != ("tensor(float)", []):
         wrong.append(f"no {UNLIKENESS} float (N)")
-    known = (*wanted, "embedding", *([UNLIKENESS] if predictor.info.get(UNLIKENESS) is not None else []))
+    known = (*wanted, "embedding", *([UNLIKENESS] if predictor.gives_unlikeness else []))
     wrong += [f"unknown output {name}" for name in found if name not in known]
     size = predictor.spec.size
     text = f"pixels uint8 (N, {size}, {size}) to {', '.join(found)}, {count} classes"

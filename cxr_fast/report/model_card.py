@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import BIOMEDCLIP
 from ..data.labels import TRAPS
+from ..unlikeness.oddest import describe_measure
 from . import class_means, settings, tables
 from .html import render_markdown
 from .shortcut_table import shortcut_lines
@@ -47,6 +48,7 @@ def render_card(material: ReportData) -> bytes:
         split=split,
         results=results,
         shortcuts=shortcut_lines(run),
+        unlikeness=describe_measure(run.get("unlikeness")),
         files=settings.file_table(material.files, run),
         slug="-".join("".join(c if c.isalnum() else " " for c in material.name.casefold()).split()) or "dataset",
         synthetic=synthetic,

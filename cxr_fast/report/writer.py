@@ -21,6 +21,7 @@ from ..training import predictions
 from ..training.operating_points import AS_CHOSEN, OperatingPoint, read_prevalence
 from ..training.predictions import Pool
 from ..training.run_folder import read_info, read_run_info
+from ..unlikeness.oddest import describe_measure
 from . import charts, class_means, comparison, evaluation, probabilities, settings, shortcut_table, tables
 from .html import render_page
 from .model_card import render_card
@@ -154,6 +155,7 @@ def render_run(material: ReportData) -> bytes:
         settings=settings,
         confusions=_largest_confusions(material),
         shortcuts=shortcut_table.shortcut_table(material.run),
+        unlikeness=describe_measure(material.run.get("unlikeness")),
         stated=evaluation.prevalence_table(material.ranked()),
     )
 

@@ -16,8 +16,8 @@ from .features import norm_features
 FILE = "unlikeness.safetensors"
 LEAST_FILMS, LEAST_GROUPS, FOLDS = 100, 5, 5
 MOST = 20_000  # films that it is fitted to, drawn at random; more change little
-# Of the identity mixed into Ledoit and Wolf's covariance. Without it int8's rounding moves a film by up to 0.025, with
-# it by 0.013, and more of the films that are turned or inverted are over 1 (benchmarks/LOG.md).
+# Share of the identity in the covariance, beside Ledoit and Wolf's. Without it int8's rounding moved one of 135 films
+# by 0.023, with it by 0.014 at most, and more of the turned and inverted films were over 1 (benchmarks/LOG.md).
 IDENTITY = 0.5
 LIMIT_QUANTILE = 0.99  # of the training films out of fold; its distance becomes 1
 QUANTILES = 101
@@ -43,12 +43,11 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedDistance:
-    """A distance, the unlikeness (n,) of the films it was fitted to, each by a fit without its group, their places
-    (n,) among the films given, and how far Ledoit and Wolf's rule shrank the covariance (0 to 1)."""
+    """A distance, the unlikeness (N,) of the films it was fitted to, each by a fit without its group, and how far the
+    covariance was shrunk by the rule of Ledoit and Wolf (0 to 1)."""
 
     distance: Distance
     out_of_fold: np.ndarray
-    places: np.ndarray
     shrinkage: float
 
 
@@ -69,11 +68,10 @@ def fit_distance(features: np.ndarray, groups: Sequence[str], seed: int = 0) -> 
     """
     if reason := why_not(groups):
         raise InputError(f"{reason}.")
-    places = _draw(len(features), seed)
-    x = norm_features(features[places])
+    x = norm_features(features)
     if not x.std(axis=0).max() > FLAT:
         raise InputError("no unlikeness: the training films all have the same features.")
-    folds = _deal_folds([groups[i] for i in places], seed)
+    folds = _deal_folds(groups, seed)
     out_of_fold = np.empty(len(x))
     for fold in range(FOLDS):
         mean, whitening, _ = _fit(x[folds != fold])
@@ -81,10 +79,10 @@ def fit_distance(features: np.ndarray, groups: Sequence[str], seed: int = 0) -> 
     mean, whitening, shrinkage = _fit(x)
     scale = float(np.quantile(out_of_fold, LIMIT_QUANTILE))
     distance = Distance(mean=mean.astype(np.float32), whitening=(whitening / scale).astype(np.float32))
-    return FittedDistance(distance=distance, out_of_fold=out_of_fold / scale, places=places, shrinkage=shrinkage)
+    return FittedDistance(distance=distance, out_of_fold=out_of_fold / scale, shrinkage=shrinkage)
 
 
-def _draw(count: int, seed: int) -> np.ndarray:
+def draw_places(count: int, seed: int = 0) -> np.ndarray:
     """Draw at most MOST of `count` places, in order."""
     if count <= MOST:
         return np.arange(count)

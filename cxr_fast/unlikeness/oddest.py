@@ -1,8 +1,9 @@
-"""List the films that are least like the training films."""
+"""Describe unlikeness: the films that are least like the training films, and what a run measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,3 +27,16 @@ def share_over(unlikeness: Sequence[float | None], limit: float = 1.0) -> float 
 def describe_oddest(found: Sequence[tuple[str, float]]) -> list[str]:
     """Return a line per image: its unlikeness and its name."""
     return [f"{value:6.2f}  {name}" for name, value in found]
+
+
+def describe_measure(record: Mapping[str, Any] | None) -> str:
+    """Say in a sentence what `unlikeness` of a run's `run.json` can see; empty for a run of an earlier version."""
+    if not record:
+        return ""
+    if "sha256" not in record:
+        return f"The model does not say how unlike a film is to its training films ({record['skipped'].rstrip('.')})."
+    return (
+        "The model file says of each film how unlike it is to the training films (output unlikeness): 1 is the 99th "
+        f"percentile of {record['films']:,} training films of {record['groups']:,} groups. It sees pictures that are "
+        "no films, inverted and turned films, and cannot see mirrored ones."
+    )

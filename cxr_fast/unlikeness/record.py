@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .distance import Distance, FittedDistance, fit_distance, load_distance, quantiles, save_distance, why_not
+from .distance import (
+    Distance,
+    FittedDistance,
+    draw_places,
+    fit_distance,
+    load_distance,
+    quantiles,
+    save_distance,
+    why_not,
+)
 from .features import FeatureSource, find_source, read_features
 from .oddest import COUNT, rank_oddest
 
@@ -28,16 +37,19 @@ class RunUnlikeness:
 
 
 def fit_rows(
-    cache: Cache, visual: Any, rows: np.ndarray, groups: Sequence[str], seed: int = 0
-) -> tuple[FittedDistance, FeatureSource]:
-    """Fit to the plain view of rows (n,) of `groups` (n,) of a cache made from the tower `visual`.
+    cache: Cache, visual: Any, rows: np.ndarray, groups: Sequence[str]
+) -> tuple[FittedDistance, FeatureSource, np.ndarray]:
+    """Fit to the plain view of rows (n,) of `groups` (n,) of a cache made from the tower `visual`, or of MOST of them.
 
+    Returns the fit, where its features are from, and the places (m,) in `rows` of the films it was fitted to.
     InputError as `fit_distance`.
     """
     if reason := why_not(groups):
         raise InputError(f"{reason}.")
     source = find_source(visual, int(cache.meta["spec"]["unfreeze_blocks"]))
-    return fit_distance(read_features(cache, rows, source), groups, seed), source
+    places = draw_places(len(rows))
+    features = read_features(cache, rows[places], source)
+    return fit_distance(features, [groups[place] for place in places]), source, places
 
 
 def write_unlikeness(
@@ -49,13 +61,13 @@ def write_unlikeness(
     be had, the record has `skipped` alone, a line that says why.
     """
     try:
-        fitted, source = fit_rows(cache, visual, rows, groups)
+        fitted, source, places = fit_rows(cache, visual, rows, groups)
     except InputError as error:
         return {"skipped": str(error)}
     return {
         "features": source.text,
-        "films": len(fitted.places),
-        "groups": len({groups[place] for place in fitted.places}),
+        "films": len(places),
+        "groups": len({groups[place] for place in places}),
         "shrinkage": fitted.shrinkage,
         "quantiles": quantiles(fitted.out_of_fold),
         "sha256": save_distance(folder, fitted.distance),
@@ -78,6 +90,6 @@ def find_oddest(cache: Cache, visual: Any, count: int = COUNT) -> list[tuple[str
     """Return the encoded images of a cache that are furthest from the others, and their unlikeness, by a distance
     fitted to the cache itself. InputError where they are too few."""
     rows = np.flatnonzero(cache.ok)
-    fitted, _ = fit_rows(cache, visual, rows, [cache.header.groups[row] for row in rows])
-    images = [cache.header.images[row] for row in rows[fitted.places]]
+    fitted, _, places = fit_rows(cache, visual, rows, [cache.header.groups[row] for row in rows])
+    images = [cache.header.images[row] for row in rows[places]]
     return rank_oddest(images, fitted.out_of_fold.tolist(), count)

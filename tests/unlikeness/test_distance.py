@@ -113,9 +113,10 @@ def test_a_feature_that_never_varies_is_no_division_by_zero() -> None:
 
 def test_many_films_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "MOST", 120)
-    fitted = fit_distance(films(), groups())
-    assert len(fitted.places) == len(fitted.out_of_fold) == 120
-    assert (np.diff(fitted.places) > 0).all()
+    assert distance.draw_places(120).tolist() == list(range(120))
+    places = distance.draw_places(FILMS)
+    assert len(places) == 120
+    assert (np.diff(places) > 0).all()
 
 
 def test_the_file_is_the_distance(tmp_path: Path) -> None:
