@@ -383,9 +383,8 @@ FORMER = {"split_method": "iterative"}
 class SweepOptions:
     """How one sweep is asked for, beside the recipe: on what it computes, from which weights, over what grid.
 
-    `residency` is where activations are kept (`auto`, `device`, `host` or `stream`); `weights` None takes those the
-    cache names; `grid` holds `NAME=A,B` over training fields; `overwrite` replaces an existing run folder.
-    `holdout_list` is a file of images or groups to hold out, a line each; `split_from` a run whose parts are kept.
+    `residency` is `auto`, `device`, `host` or `stream`; `weights` None are the cache's; `grid` holds `NAME=A,B`. Files
+    are `holdout_list` (an image or group a line) and `corrections` (marked labels); `split_from` is an earlier run.
 
         >>> SweepOptions(device="cpu", grid=("lr=1e-5,2e-5",)).overwrite
         False
@@ -398,3 +397,4 @@ class SweepOptions:
     overwrite: bool = False
     holdout_list: str | None = None
     split_from: str | None = None
+    corrections: str | None = None

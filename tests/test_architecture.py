@@ -24,7 +24,8 @@ PACKAGE = Path(cxr_fast.__file__).parent
 # A package imports only packages before it; ORDER[:TORCH_FREE] never imports torch.
 ORDER = (
     *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
-    *("models", "activations", "unlikeness", "training", "export", "report", "external", "cluster", "bench", "cli"),
+    *("models", "activations", "unlikeness", "training", "export", "report", "external", "review"),
+    *("cluster", "bench", "cli"),
 )
 TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference", "external")
 NO_TORCH_AT_TOP = ("report", "cli")

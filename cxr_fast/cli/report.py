@@ -11,7 +11,8 @@ import click
 from ..config import NOTICE
 from ..errors import InputError
 from ..system.files import write_json
-from .console import Part, show
+from ..system.text import counted, gigabytes
+from .console import Part, ProgressBar, StageProgress, show, took
 from .options import PATH, adjustment_option, point_options
 
 
@@ -152,3 +153,43 @@ def comparison_notes(result: dict[str, Any], shown: list[dict[str, Any]]) -> lis
     chance = f"about {sure * (1 - result['level']):.1f} of {sure} AUC intervals are marked by chance."
     notes.append(f"{mark} Where nothing differs, {chance}" if sure else mark)
     return notes
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--images", type=PATH, help="Folder of the films, where they are no longer where they were cached from.")
+@click.option("--cache", type=PATH, help="The cache of the run, where it is no longer where the run names it.")
+@click.option("--class", "classes", multiple=True, help="A class to show; may be given again.  [default: all]")
+@click.option(
+    "--top",
+    type=click.IntRange(1, 1000),
+    default=24,
+    show_default=True,
+    help="Films of each class, part and kind of error at most.",
+)
+@click.option(
+    "--twins/--no-twins",
+    default=True,
+    show_default=True,
+    help="Look for films that are one picture; this reads nearly all films.",
+)
+@click.option("--link", is_flag=True, help="Put a link to the page into RUN/report.html, until that is written again.")
+def review(run: Path, **flags: Any) -> None:
+    """Show the films behind a run's errors on one page.
+
+    RUN/review.html: the worst false negatives and false positives of each class with heat maps and the nearest training
+    films, label suspects, near twins and odd films; RUN/review.csv says which film each card is. These are pictures of
+    patients: `push` never uploads them. Stopped, the same command goes on.
+    Exit 1 where a film is missing or has changed: the page then says so.
+    """
+    from ..review.writer import ReviewSpec, write_review
+
+    found = write_review(run, ReviewSpec(**flags), StageProgress().show)
+    ProgressBar.close()
+    click.echo(found.page)
+    cards, films = counted(found.cards, "card"), counted(found.films, "film")
+    click.echo(f"{cards} of {films}, {gigabytes(found.size)}, {took()}")
+    for line in found.missing:
+        click.echo(f"  missing: {line}", err=True)
+    click.echo("note: these are pictures of patients; keep the page where the films may be kept", err=True)
+    sys.exit(0 if found.whole else 1)

@@ -70,6 +70,11 @@ HOUR = 3600  # seconds
 )
 @spec_options(TrainSpec, "shuffle", "shuffle_block", "shuffle_window")
 @click.option("--manifest", type=PATH, help="Other labels and groups for the same images (dataset folder or manifest).")
+@click.option(
+    "--corrections",
+    metavar="FILE",
+    help="Labels to flip or to make unknown: a list saved from a review, or suspects.csv with its marks filled in.",
+)
 @click.option("--weights", help="Where the backbone is now, if not where the cache found it.")
 @device_option
 @click.option(
@@ -133,7 +138,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 
-_OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from")
+_OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from", "corrections")
 
 
 def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> SweepSpec:
@@ -164,9 +169,12 @@ def _as_in_run(ctx: click.Context, run: Path) -> dict[str, Any]:
 def _other_labels(manifest: Path | None) -> Any:
     """The labels of --manifest; images that are not found keep their names, so that a cache's can be matched."""
     from ..data.manifest import read_dataset
+    from ..data.tables.corrections import is_corrections
 
     if manifest is None:
         return None
+    if is_corrections(manifest):
+        raise InputError(f"--manifest: {manifest} is a list of marked labels; give it with --corrections {manifest}")
     read = read_dataset(manifest, missing="keep")
     echo_notes(read.notes)
     return read

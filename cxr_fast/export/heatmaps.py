@@ -103,11 +103,20 @@ def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.nda
     product over blocks is left out: it supposes how blocks compose, and a map must not change its meaning with the
     number of blocks trained.
     """
+    with torch.no_grad():
+        tokens = embed(member.visual, x)
+    return relevance_behind(member, tokens, classes, 0)
+
+
+def relevance_behind(member: Member, tokens: torch.Tensor, classes: Sequence[int], start: int) -> np.ndarray:
+    """Return what `relevance` does, from one image's tokens (1, T, D) behind the first `start` blocks.
+
+    Models that share their first blocks then run them once.
+    """
     visual, trunk = member.visual, member.visual.trunk
     pooled = trunk.global_pool == "map"
     with torch.no_grad():
-        tokens = embed(visual, x)
-        for block in trunk.blocks if pooled else trunk.blocks[:-1]:
+        for block in trunk.blocks[start : None if pooled else -1]:
             tokens = block(tokens)
         if pooled:
             tokens = trunk.norm(tokens)[:, not_pooled(trunk) :]

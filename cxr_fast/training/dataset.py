@@ -24,6 +24,7 @@ from ..data.manifest import Manifest
 from ..data.splits import given
 from ..data.splits.assign import SplitSpec, one_sided, split
 from ..data.splits.published import published_words
+from ..data.tables import corrections
 from ..errors import InputError
 from ..system import hardware
 from ..unlikeness.distance import why_not
@@ -39,7 +40,8 @@ class Data:
     `labels` are those of the rows for every figure, where uncertain ones are unknown; in `header` they are as cached.
 
     `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see; `split`
-    is what `run.json` says of the split: the method, and how many images of the parts were given by what.
+    is what `run.json` says of the split: the method, and how many images of the parts were given by what; `corrections`
+    what it says of labels that a person corrected, None where there are none.
     """
 
     file: Cache
@@ -50,6 +52,7 @@ class Data:
     by_name: int = 0
     notes: tuple[str, ...] = ()
     split: dict[str, Any] = field(default_factory=dict)
+    corrections: dict[str, Any] | None = None
 
     def train(self, fold: int) -> np.ndarray:
         """Row numbers (in the file) that fold `fold` trains on."""
@@ -72,7 +75,7 @@ def read(
     """Open a cache, leave out the images that failed, split by group; labels from `manifest` where one is given.
 
     Parts come from the column `split` of the manifest or the cache, and from the list or the run that `options` names;
-    what they leave open is drawn.
+    what they leave open is drawn. Corrections are made after that, so that they move no film to another part.
 
     The checksum of every used row is checked, which reads all of them once; `checksums=False` is for files too large
     to read twice. Raises InputError for damaged rows and for a manifest of other images.
@@ -84,6 +87,8 @@ def read(
     groups = [header.groups[i] for i in rows]
     data = Data(file=file, header=header, rows=rows, labels=labels, assignment=np.empty(0), by_name=by_name)
     data = _divide(data, manifest, spec, options)
+    if options.corrections is not None:
+        data = _correct(data, corrections.read_corrections(Path(options.corrections)))
     if checksums:
         _refuse_damaged(file, rows, threads)
     return replace(
@@ -92,7 +97,7 @@ def read(
             *_by_name(by_name, len(rows), file),
             *data.notes,
             *note_groups(groups),
-            *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, labels),
+            *duplicates.notes([header.images[i] for i in rows], [file.sha256[i] for i in rows], groups, data.labels),
             *_no_unlikeness(data, groups),
         ),
     )
@@ -201,6 +206,38 @@ def _one_sided(
 def _no_unlikeness(data: Data, groups: Sequence[str]) -> Iterator[str]:
     if reason := why_not([group for group, fold in zip(groups, data.assignment, strict=True) if fold >= 0]):
         yield reason
+
+
+def _correct(data: Data, marked: corrections.Corrections) -> Data:
+    """Make the corrections of a table, with the line and the record that say how many."""
+    rows, hashes = data.rows, [data.file.sha256[row] for row in data.rows]
+    found = corrections.apply(marked, data.header.labels[rows], hashes, data.header.classes)
+    labels = data.header.labels.copy()
+    labels[rows] = found.labels
+    used = np.maximum(found.labels, UNKNOWN)
+    _refuse_empty_holdout(used, data.assignment)
+    touched = found.changed.any(axis=1)
+    films, held = int(touched.sum()), int((touched & (data.assignment == given.HOLDOUT)).sum())
+    record = {
+        "file": marked.file.name,
+        "sha256": marked.sha256,
+        "marks": len(marked.marks),
+        "flipped": found.flipped,
+        "unknown": found.unknown,
+        "kept": found.kept,
+        "skipped": found.skipped,
+        "films": films,
+        "films_held_out": held,
+    }
+    note = (
+        f"--corrections: {found.flipped:,} labels flipped and {found.unknown:,} made unknown, of {films:,} images "
+        f"({held:,} of them held out); {found.kept:,} kept"
+    )
+    skipped = [f"{count:,} marks skipped: {reason}" for reason, count in found.skipped.items()]
+    header = replace(data.header, labels=labels)
+    return replace(
+        data, header=header, labels=used, corrections=record, notes=("; ".join([note, *skipped]), *data.notes)
+    )
 
 
 # ------------------------------------------------------------------ rows

@@ -69,9 +69,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     trained on one. `probe` are the figures of a linear probe, `decisions` the thresholds of each kind of final model,
     `out_of_fold_auc` the macro AUC pooled and as the mean of folds, `validated_in` the arithmetic of history.csv,
     `shortcuts` the rows of `metrics.shortcuts.describe`, the strongest first; `split` says by which method groups were
-    drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes. Runs of
-    earlier versions have none of these. `custom`
-    names a head or loss that was given in Python.
+    drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes,
+    `corrections` how many labels a list of marks changed, with the hash of the list. Runs of earlier versions have none
+    of these. `custom` names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -122,6 +122,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     probe: Values | msgspec.UnsetType = msgspec.UNSET
     custom: Values | msgspec.UnsetType = msgspec.UNSET
     split: Values | msgspec.UnsetType = msgspec.UNSET
+    corrections: Values | msgspec.UnsetType = msgspec.UNSET
     shortcuts: list[Values] | msgspec.UnsetType = msgspec.UNSET
     out_of_fold_auc: Values | msgspec.UnsetType = msgspec.UNSET
     unlikeness: Values | msgspec.UnsetType = msgspec.UNSET
@@ -189,6 +190,7 @@ def describe_origin(data: Data, spec: SweepSpec, labels_from: str) -> Values:
             groups=len(set(groups)),
         ),
         "split": data.split,
+        "corrections": msgspec.UNSET if data.corrections is None else data.corrections,
         "split_table": fold_table(data.labels, data.assignment, header.classes, groups),
         "machine": hardware.machine(),
         "toolchain": {"cxr-fast": __version__, "torch": str(torch.__version__), "numpy": np.__version__},

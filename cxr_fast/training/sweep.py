@@ -118,6 +118,8 @@ class Sweep:
         for _, train in self.points:
             require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
         self.labels_from = "the cache" if manifest is None else manifest.name
+        if made := self.data.corrections:
+            self.labels_from += f", {made['flipped'] + made['unknown']:,} of them corrected by {made['file']}"
         self._choose_device(trainers)
         dev = self.data.assignment >= 0
         operating_points.require_reachable(self.data.labels[dev], spec.threshold_target, self.data.header.classes)

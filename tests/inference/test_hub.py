@@ -506,6 +506,18 @@ def test_nothing_of_a_patient_or_of_this_machine_reaches_the_hub(hub: HubServer,
     assert "predictions.npz" in said.partition("stays here: ")[2]
 
 
+def test_films_of_a_review_stay_here(hub: HubServer, copied: Path) -> None:
+    (copied / "review").mkdir()
+    names = ("review.html", "review.csv", "review/0a.webp", "suspects.csv", "near_twins.csv")
+    for name in names:
+        (copied / name).write_bytes(b"a film of somebody")
+    said = push(copied, "--public").stdout
+    assert b"a film of somebody" not in bytes(hub.received)
+    assert not [name for name in hub.files(REPO) if "review" in name or "suspects" in name or "twins" in name]
+    kept = said.partition("stays here: ")[2].splitlines()[0].split(", ")
+    assert {name.partition("/")[0] for name in names} <= set(kept)
+
+
 def test_the_card_keeps_its_notice_and_says_how_the_model_is_taken(pushed: HubServer) -> None:
     card = pushed.files(REPO)["README.md"].decode()
     assert NOTICE in card

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cxr_fast.activations import file as store
+from cxr_fast.activations.reuse import hash_image
 from cxr_fast.config import SweepOptions, SweepSpec
 from cxr_fast.data.manifest import Manifest, read_dataset
 from cxr_fast.errors import InputError
@@ -200,3 +201,34 @@ def test_a_hold_out_without_a_positive_is_one_line(own: Path, toy_data: Path) ->
     with pytest.raises(InputError, match="has no positive of any class") as caught:
         dataset.read(own, SPEC, marked)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ corrections
+
+
+def test_corrections_change_labels_and_move_no_film(own: Path, tmp_path: Path) -> None:
+    plain = dataset.read(own, SPEC)
+    row, held = int(plain.train(0)[0]), int(plain.valid(-1)[0])
+    c = next(c for c in range(plain.labels.shape[1]) if (plain.header.labels[[row, held], c] >= 0).all())
+    name, marks = plain.header.classes[c], tmp_path / "marks.csv"
+    lines = [["card", "image_sha256", "class", "label", "mark"]]
+    lines += [[str(i), plain.file.sha256[i], name, str(plain.header.labels[i, c]), mark]
+              for i, mark in ((row, "flip"), (held, "unknown"))]  # fmt: skip
+    lines += [["9", "f" * 64, name, "1", "flip"]]
+    with open(marks, "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    found = dataset.read(own, SPEC, options=SweepOptions(corrections=str(marks)))
+    expected = plain.header.labels.copy()
+    expected[row, c], expected[held, c] = 1 - expected[row, c], -1
+    assert (found.header.labels == expected).all()
+    assert (found.labels == np.maximum(expected, -1)[found.rows]).all()
+    assert (found.assignment == plain.assignment).all()
+    assert found.corrections is not None
+    assert plain.corrections is None
+    counts = {key: found.corrections[key] for key in ("flipped", "unknown", "kept", "films", "films_held_out", "marks")}
+    assert counts == {"flipped": 1, "unknown": 1, "kept": 0, "films": 2, "films_held_out": 1, "marks": 3}
+    assert found.corrections["sha256"] == hash_image(marks)
+    assert found.notes[0] == (
+        "--corrections: 1 labels flipped and 1 made unknown, of 2 images (1 of them held out); 0 kept; "
+        "1 marks skipped: their film is not among those of the sweep"
+    )
