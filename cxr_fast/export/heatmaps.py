@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,87 @@ from ..activations.encoder import normalise
 from ..config import PreprocessSpec, from_dict
 from ..data.images import decode_grey, read_bytes, resize
 from ..data.paths import describe_places, recorded_places
-from ..errors import InputError
+from ..errors import ImageError, InputError
 from ..metrics import calibration
 from ..models.backbone import embed
 from ..models.tail import not_pooled
 from ..system.files import atomic, write_bytes
 from ..training.run_folder import Member, Run, read_info, read_run
-from .overlay import Explained, Map, picture
+from .overlay import Explained, Map, Style, picture
 
 TOP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What is drawn: the named `classes`, else the `top` highest above their thresholds, and in which style."""
+
+    classes: Sequence[str] = ()
+    top: int = TOP
+    style: Style = field(default_factory=Style)
 
 
 def write(
     folder: Path, image: Path, out: Path, *, npy: Path | None = None, classes: Sequence[str] = (), top: int = TOP
 ) -> Explained:
-    """Explain one image by a run's final model into a PNG, and the maps into an array (C, rows, columns) float32.
+    """Explain one image by a run's final model into a PNG or SVG, and its maps into a float32 array (C, rows, columns).
 
     Raises InputError or ImageError before anything is written.
     """
+    return write_one(folder, image, out, npy, Drawing(classes=classes, top=top))
+
+
+def write_one(folder: Path, image: Path, out: Path, npy: Path | None, drawing: Drawing) -> Explained:
+    """As `write`, in any style."""
     _check_outputs(image, out, npy)
-    found = explain(read_run(folder), image, classes=classes, top=top)
+    found = explain(read_run(folder), image, classes=drawing.classes, top=drawing.top)
     with atomic(out, "--out", folders=True) as file:  # both files or none
-        file.write(picture(found))
+        file.write(picture(found, drawing.style, out.suffix.lower()[1:]))
         file.flush()
         if npy is not None:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([each.shares for each in found.maps]))
             write_bytes(npy, buffer.getvalue(), "--npy", folders=True)
     return found
+
+
+def write_many(
+    folder: Path,
+    images: Sequence[Path],
+    out: Path,
+    drawing: Drawing,
+    tell: Callable[[Path, Explained | ImageError], None],
+) -> int:
+    """Explain images by a run's final model into `out`/NAME.png, one a film; how many could not be read.
+
+    Films of equal names get a number. `tell` gets each picture's path with what is on it, or the film's with the error.
+    Raises InputError before anything is written.
+    """
+    if out.suffix or out.is_file():
+        raise InputError(f"--out: {out} is one file; of {len(images):,} films give a folder.")
+    run, failed = read_run(folder), 0
+    for image, path in zip(images, _free_names(images, out), strict=True):
+        try:
+            found = explain(run, image, classes=drawing.classes, top=drawing.top)
+        except ImageError as error:
+            failed += 1
+            tell(image, error)
+            continue
+        write_bytes(path, picture(found, drawing.style), "--out", folders=True)
+        tell(path, found)
+    return failed
+
+
+def _free_names(images: Sequence[Path], out: Path) -> Iterator[Path]:
+    """A path `out`/NAME.png for each image, no two the same."""
+    taken: set[str] = set()
+    for image in images:
+        name, number = image.stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{image.stem}-{number}"
+        taken.add(name.casefold())
+        yield out / f"{name}.png"
 
 
 def find_film(run_folder: Path, image: Path, images: Path | None) -> Path:
@@ -91,8 +144,30 @@ def explain(run: Run, image: Path, *, classes: Sequence[str] = (), top: int = TO
         for c, one in zip(chosen, each, strict=True)
     )
     members, warning = len(run.members), str(info["provenance"])
-    found = Explained(name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning)
+    found = Explained(
+        name=image.name, grey=grey, spec=spec, maps=maps, members=members, warning=warning, source=describe_source(run)
+    )
     return replace(found, query="attention pooling looked") if run.visual.trunk.global_pool == "map" else found
+
+
+def describe_source(run: Run) -> str:
+    """Say whose probabilities stand beside a map: those of the run's final model, in float32, by torch.
+
+    A model file of the run is another arithmetic (int8: other by up to some hundredths), and may have another final
+    model, calibration or thresholds, where its export was asked for them.
+    """
+    kinds = {
+        "best-fold": "the best fold's model",
+        "refit": "the model trained on all folds",
+        "ensemble": f"the mean of {len(run.members)} folds' models",
+        "retrained": f"the mean of {len(run.members)} folds' models with retrained heads",
+    }
+    kind = kinds.get(run.info["final"]["kind"], "the final model")
+    fitted = "calibrated" if run.info["calibration"] else "not calibrated"
+    return (
+        f"of the run's own model, {kind}, in float32 by torch, {fitted}; a model file of another arithmetic, such as "
+        "int8, gives slightly others"
+    )
 
 
 def relevance(member: Member, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
@@ -188,8 +263,8 @@ def _index(name: str, classes: Sequence[str]) -> int:
 
 
 def _check_outputs(image: Path, out: Path, npy: Path | None) -> None:
-    for flag, path, suffix in (("--out", out, ".png"), ("--npy", npy, ".npy")):
-        if path is not None and (path.suffix.lower() != suffix or path.is_dir()):
-            raise InputError(f"{flag}: {path} must be the name of a {suffix} file.")
+    for flag, path, suffixes in (("--out", out, (".png", ".svg")), ("--npy", npy, (".npy",))):
+        if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
+            raise InputError(f"{flag}: {path} must be the name of a {' or '.join(suffixes)} file.")
         if path is not None and path.exists() and image.exists() and path.samefile(image):
             raise InputError(f"{flag}: {path} is the image itself; give another name.")

@@ -345,3 +345,40 @@ def test_a_real_radiograph_is_explained(run: Run, real_data: Path, tmp_path: Pat
         assert result.exit_code == 0, result.output
         with Image.open(tmp_path / "o.png") as image:
             assert max(image.size) <= 4 * 1024 + 200
+
+
+def test_several_films_become_a_folder_and_a_broken_one_is_said(run: Run, toy_data: Path, tmp_path: Path) -> None:
+    films = sorted((toy_data / "images").iterdir())
+    again = tmp_path / films[0].name
+    again.write_bytes(films[0].read_bytes())
+    result = cxr(run.folder, films[0], films[3], again, "--out", tmp_path / "maps", "--style", "contour", "--top", 1)
+    assert result.exit_code == 1, result.output
+    stem = films[0].stem
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [f"{stem}-2.png", f"{stem}.png"]
+    assert (tmp_path / "maps" / f"{stem}.png").read_bytes() == (tmp_path / "maps" / f"{stem}-2.png").read_bytes()
+    assert "truncated" in result.stderr
+    assert "1 of 3 films could not be read" in result.stderr
+    found = explain(run, films[0], top=1)
+    assert f"{stem}.png: {found.maps[0].name} {found.maps[0].probability:.4f}" in result.stdout
+
+
+def test_it_says_whose_probabilities_these_are(run: Run, film: Path, tmp_path: Path) -> None:
+    result = cxr(run.folder, film, "--out", tmp_path / "o.svg", "--top", 1)
+    assert result.exit_code == 0, result.output
+    assert "the best fold's model, in float32 by torch, not calibrated" in " ".join(result.stdout.split())
+    assert "<text" in (tmp_path / "o.svg").read_text()
+    ensemble = dataclasses.replace(run, members=run.members * 3, info={**run.info, "final": {"kind": "ensemble"}})
+    assert "the mean of 3 folds' models" in explain(ensemble, film, top=1).source
+
+
+def test_flags_that_do_not_go_together_are_refused(run: Run, film: Path, tmp_path: Path) -> None:
+    for arguments, said in [
+        ((film, "--out", tmp_path / "o.png", "--share", 0.4), "--share is of --style contour"),
+        ((film, "--out", tmp_path / "o.png", "--style", "side", "--opacity", 0.4), "--opacity is of --style overlay"),
+        ((film, film, "--out", tmp_path / "o", "--npy", tmp_path / "m.npy"), "--npy takes one film"),
+        ((film, film, "--out", tmp_path / "o.png"), "of 2 films give a folder"),
+    ]:
+        result = cxr(run.folder, *arguments)
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []

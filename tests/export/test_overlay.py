@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from cxr_fast.config import PreprocessSpec
 from cxr_fast.data.images import resize
 from cxr_fast.export import overlay
-from cxr_fast.export.overlay import RED, Explained, Map, on_film, painted, picture, shown_size
+from cxr_fast.export.overlay import RED, Explained, Map, Style, on_film, painted, picture, shown_size, strongest
 
 GRID, SIZE = 14, 224
 MODES = ["squash", "crop", "pad"]
@@ -237,3 +238,65 @@ def test_any_film_and_any_number_of_classes_fit(film: tuple[int, int], count: in
 
 def test_a_file_name_that_is_not_utf_8_is_drawn_with_a_mark_in_its_place() -> None:
     assert overlay._shortened("a\udcff.png", 20, 500) == "a?.png"
+
+
+# ------------------------------------------------------------------------------------------------ styles
+
+
+@given(seed=st.integers(0, 999), share=st.floats(0.01, 0.99))
+def test_the_outlined_part_is_the_smallest_that_holds_the_share(seed: int, share: float) -> None:
+    level = np.random.default_rng(seed).random((6, 7)) ** 3
+    inside = strongest(level, share)
+    assert level[inside].sum() >= share * level.sum() - 1e-9
+    assert level[inside].sum() - level[inside].min() < share * level.sum() + 1e-9
+    assert level[inside].min() > level[~inside].max(initial=0)
+
+
+def test_an_outline_leaves_the_film_as_it_is_inside_and_outside() -> None:
+    film, level = np.full((60, 80), 100, np.uint8), np.zeros((60, 80))
+    level[20:40, 30:60] = 1
+    seen = np.ones(film.shape, bool)
+    found = painted(film, level, level, seen, Style(kind="contour", share=0.9))
+    line = (found == overlay.LINE).all(axis=2)
+    assert line.sum() == 2 * (20 + 30)
+    assert (found[22:38, 32:58] == 100).all()
+    assert (found[:15] == 100).all()
+    rows, columns = np.nonzero(line)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (19, 40, 29, 60)
+    nothing = painted(film, np.zeros_like(level), np.zeros_like(level), seen, Style(kind="contour"))
+    assert (nothing == 100).all()
+
+
+def test_opacity_and_the_map_alone() -> None:
+    film, seen = np.array([[10, 200, 90, 90]], np.uint8), np.array([[True, True, True, False]])
+    shares = np.array([[1.0, 1.0, 0.0, 1.0]])
+    clear = painted(film, shares, shares, seen, Style(opacity=0.0))
+    assert clear[0, :3, 0].tolist() == [10, 200, 90]
+    alone = painted(film, shares, shares, seen, Style(kind="side"))
+    assert (alone[0, 0] == alone[0, 1]).all()
+    assert alone[0, 2].max() == 0
+    assert alone[0, 3].tolist() == [89, 89, 89]
+    full = painted(film, shares, shares, seen, Style(opacity=1.0))
+    assert (full[0, 0] == alone[0, 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["overlay", "contour", "side"])
+def test_an_svg_has_its_text_as_text_and_is_the_same_twice(kind: Any) -> None:
+    found, style = explained(source="of the run's own model"), Style(kind=kind)
+    drawn = picture(found, style, "svg").decode()
+    texts = re.findall(r"<text[^>]*>([^<]*)", drawn)
+    assert {"Cardiomegaly", "probability 0.700, over its threshold 0.400", "a.png"} <= {*texts}
+    assert any(text.startswith("Probabilities: of the run") for text in texts)
+    assert drawn.count("<image") == (2 if kind == "contour" else 3)
+    assert picture(found, style, "svg").decode() == drawn
+    assert picture(found, style)[:4] == b"\x89PNG"
+
+
+def test_each_style_says_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Figure, "text", lambda self, **named: said.append(named["s"]))
+    picture(explained(), Style(kind="contour", share=0.4))
+    text = " ".join(said)
+    assert "outline: 40% of the map" in text
+    assert "smallest area that holds 40% of the map" in text
+    assert "from nothing to" not in text
