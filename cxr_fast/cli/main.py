@@ -10,6 +10,7 @@ from .data import cache, info, phantom, prepare, verify
 from .models import doctor, explain, export, predict, push
 from .options import Group
 from .report import compare, report
+from .runs import runs
 from .training import sweep
 
 
@@ -31,7 +32,7 @@ def main() -> None:
 
 for command in (
     *(prepare, cache, verify, sweep, export, predict, explain, bench),
-    *(report, info, compare, push, phantom, doctor),
+    *(report, runs, info, compare, push, phantom, doctor),
 ):
     main.add_command(command)
 

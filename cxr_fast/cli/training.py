@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ HOUR = 3600  # seconds
 @click.command()
 @click.argument("cache", type=PATH, required=False)
 @click.option("--out", type=PATH, help="The run folder.  [default: exports/NAME]")
+@click.option("--name", help="Name of the run: short for --out exports/NAME.")
+@click.option("--note", metavar="TEXT", help="A line that `cxrfast runs` shows beside the run.")
+@click.option(
+    "--from",
+    "earlier",
+    type=PATH,
+    metavar="RUN",
+    help="All settings, and the cache, of a run folder, its run.json, or an unfinished run; flags go before them.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, and what differs from --from, and stop.")
 @recipe_option
 @spec_options(SweepSpec, "epochs", "folds", "holdout", "seed", "split_by", "split", "split_method")
 @click.option(
@@ -89,10 +100,15 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
+    out, before = _named(out, flags["name"]), None
+    if flags["earlier"] is not None:
+        before = _take_earlier(ctx, flags)
+        cache, out = cache or before.existing_cache(), out or before.out
     spec = _sweep_spec(ctx, recipe, flags)
     from ..activations.cache import newest, open_cache
     from ..cluster.search import ClusterTrainers
     from ..report import writer
+    from ..runs.note import write_note
     from ..training.sweep import Sweep
 
     if cache is None:
@@ -112,25 +128,41 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
             manifest=labels,
             trainers=None if joined is None else ClusterTrainers(joined),
         )
-        if job.runs_blocks_first:
-            click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
-        plan = job.plan()
-        show_plan(describe_plan(plan, spec))
-        shuffles = {str(train.shuffle) for _, train in job.points}
-        echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
-        echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
-        echo_recipe(job, recipe)
+        plan = _show_plan(job, recipe, before, flags["grid"])
+        if flags["dry_run"]:
+            return
         bar = ProgressBar()
         run = job.run(EpochProgress(bar, plan, spec).show)
         bar.done()
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
+    if flags["note"]:
+        write_note(job.out, flags["note"])
     show(describe_run(run))
     try:
         written = writer.write_report(job.out)
     except InputError as error:
         raise InputError(f"{error} The run is complete; `cxrfast report {job.out}` writes its report.") from error
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
+
+
+def _show_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
+    """Say what a sweep will do, and what differs from the run of --from; its plan."""
+    from ..runs import request
+
+    spec = job.spec
+    if job.runs_blocks_first:
+        click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
+    plan = job.plan()
+    show_plan(describe_plan(plan, spec))
+    shuffles = {str(train.shuffle) for _, train in job.points}
+    echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
+    echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
+    echo_recipe(job, recipe)
+    if before is not None:
+        changes = request.describe_changes(before, spec, grid)
+        click.echo(f"settings of {before.source}" + (f", but {'; '.join(changes)}" if changes else ", all of them"))
+    return plan
 
 
 _OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from")
@@ -149,6 +181,36 @@ def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> Sweep
     flags["threshold_target"] = read_target(flags["threshold_target"])
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
     return spec_from(SweepSpec, flags, train=train)
+
+
+def _named(out: Path | None, name: str | None) -> Path | None:
+    """The folder that --out or --name gives a run."""
+    if name is None:
+        return out
+    if out is not None:
+        raise InputError("--name is short for --out exports/NAME; leave one of them out.")
+    if not name or "/" in name or name.startswith("."):
+        raise InputError(f"--name: {name!r} must be a name, not a path; --out takes a path.")
+    return Path("exports") / name
+
+
+def _take_earlier(ctx: click.Context, flags: dict[str, Any]) -> Any:
+    """Put the settings of the run of --from into the flags that were not given; the run's request."""
+    from ..runs import request
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+    if given("recipe"):
+        raise InputError("--from and --recipe each name all settings; leave one of them out.")
+    if flags["manifest"] is None and (name := request.labels_of(flags["earlier"])):
+        raise InputError(f"--from: that run took its labels from {name}; give that manifest with --manifest.")
+    before = request.read_request(flags["earlier"])
+    own = before.flags()
+    if given("holdout_list") or given("split_from"):
+        own.pop("split_from", None)
+    flags.update({name: value for name, value in own.items() if not given(name)})
+    return before
 
 
 def _as_in_run(ctx: click.Context, run: Path) -> dict[str, Any]:
