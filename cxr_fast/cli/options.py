@@ -50,7 +50,9 @@ class Group(click.Group):
     """A plain group that turns this package's errors into one or two lines and their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half-written files are cleaned up
+        # So that half-written files are cleaned up; a shell starts what runs behind `&` with SIGINT ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
         try:
             try:
                 return super().invoke(ctx)
