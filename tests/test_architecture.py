@@ -24,7 +24,7 @@ PACKAGE = Path(cxr_fast.__file__).parent
 # A package imports only packages before it; ORDER[:TORCH_FREE] never imports torch.
 ORDER = (
     *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
-    *("models", "activations", "training", "export", "report", "runs", "cluster", "bench", "cli"),
+    *("models", "activations", "training", "export", "report", "runs", "loggers", "cluster", "bench", "cli"),
 )
 TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference")
 NO_TORCH_AT_TOP = ("report", "cli")

@@ -33,6 +33,7 @@ LEFT_OUT = {
     "docs/how-to/install.md": 7,
     "docs/how-to/latency.md": 3,
     "docs/how-to/own_tables.md": 2,
+    "docs/how-to/runs.md": 2,
     "docs/how-to/search.md": 1,
     "docs/recipes.md": 1,
     "docs/reference/run_folder.md": 1,

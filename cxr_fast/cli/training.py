@@ -92,6 +92,12 @@ HOUR = 3600  # seconds
 )
 @threads_option
 @cluster_option
+@click.option(
+    "--log",
+    multiple=True,
+    metavar="KIND[:WHERE]",
+    help="Also log every epoch: tensorboard[:FOLDER], mlflow[:ADDRESS], wandb[:PROJECT]; local unless told.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
 def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
@@ -107,8 +113,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     spec = _sweep_spec(ctx, recipe, flags)
     from ..activations.cache import newest, open_cache
     from ..cluster.search import ClusterTrainers
-    from ..report import writer
-    from ..runs.note import write_note
+    from ..loggers.choose import describe_sweep, open_loggers
     from ..training.sweep import Sweep
 
     if cache is None:
@@ -119,7 +124,8 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     cpu.prepare(flags["threads"])
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
-    with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
+    with contextlib.ExitStack() as stack:
+        joined = None if cluster is None else stack.enter_context(connection.connect(cluster))
         job = Sweep(
             cache,
             out,
@@ -131,19 +137,36 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
         plan = _show_plan(job, recipe, before, flags["grid"])
         if flags["dry_run"]:
             return
+        loggers = open_loggers(flags["log"], describe_sweep(job), lambda text: echo_notes([text]))
+        stack.callback(loggers.close)
         bar = ProgressBar()
-        run = job.run(EpochProgress(bar, plan, spec).show)
+        progress = EpochProgress(bar, plan, spec)
+
+        def on_epoch(config: int, fold: int, epoch: Any) -> None:
+            progress.show(config, fold, epoch)
+            loggers.log_epoch(config, fold, epoch)
+
+        run = job.run(on_epoch)
         bar.done()
+        _finish(job.out, run, flags["note"])
+        loggers.log_run(run, job.out)
+
+
+def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
+    """Write note and report of a finished run, and show its figures."""
+    from ..report import writer
+    from ..runs.note import write_note
+
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
-    if flags["note"]:
-        write_note(job.out, flags["note"])
+    if note:
+        write_note(out, note)
     show(describe_run(run))
     try:
-        written = writer.write_report(job.out)
+        written = writer.write_report(out)
     except InputError as error:
-        raise InputError(f"{error} The run is complete; `cxrfast report {job.out}` writes its report.") from error
-    click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
+        raise InputError(f"{error} The run is complete; `cxrfast report {out}` writes its report.") from error
+    click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
 
 
 def _show_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
