@@ -25,7 +25,7 @@ PACKAGE = Path(cxr_fast.__file__).parent
 ORDER = (
     *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
     *("models", "activations", "unlikeness", "training", "export", "report", "external", "review"),
-    *("cluster", "bench", "cli"),
+    *("runs", "loggers", "cluster", "bench", "cli"),
 )
 TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference", "external")
 NO_TORCH_AT_TOP = ("report", "cli")

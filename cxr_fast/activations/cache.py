@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -19,6 +19,9 @@ from ..config import SHARDS
 from ..errors import InputError, SchemaError
 from ..system.files import AnyPath, write_json
 from .file import ActivationFile, Header, partial_path
+
+if TYPE_CHECKING:
+    from .dataset import CacheDataset
 
 SHARD_NAME = re.compile(r"\.shard-\d{4,}-of-\d{4,}\.h5")
 KIND = "cxr-fast activation index"
@@ -213,6 +216,19 @@ class Cache:
             maps = [file.activations for file in self.files]
             self._activations = JoinedRows(maps) if self.sharded else maps[0]
         return self._activations
+
+    def dataset(self, view: str = "plain") -> CacheDataset:
+        """The encoded films as a torch `Dataset` of (activations, labels). Raises InputError for a view it lacks.
+
+        >>> films = open_cache("cache/indiana.h5").dataset()
+        >>> activations, labels = films[0]
+        """
+        from .dataset import CacheDataset
+
+        views = list(self.meta["spec"]["views"])
+        if view not in views:
+            raise InputError(f"view {view!r}: {self.path} holds {', '.join(views)}.")
+        return CacheDataset(self, views.index(view))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_activations": None}

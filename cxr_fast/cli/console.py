@@ -76,7 +76,7 @@ def _drawn(table: Table) -> Any:
 
     drawn = Drawn(box=box.ROUNDED)
     for place, name in enumerate(table.columns):
-        drawn.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+        drawn.add_column(Text(name), justify="right" if place and name not in table.left else "left", overflow="fold")
     texts = list(table.texts())
     for place, cells in enumerate(texts):
         chosen = place in table.chosen

@@ -66,6 +66,7 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
 @click.command()
 @source_argument
 @click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
+@click.option("--from", "earlier", type=PATH, metavar="CACHE", help="Encode as this cache was; flags go before that.")
 @recipe_option
 @spec_options(CacheSpec, "weights", "image_size", "unfreeze_blocks", "views")
 @spec_options(PreprocessSpec, "resize", "dicom_policy")
@@ -103,7 +104,7 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     """
     if flags["gather"] and not flags["cluster"]:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
-    flags = with_recipe(ctx, recipe, flags)
+    flags = with_recipe(ctx, recipe, flags) if flags["earlier"] is None else _as_in_cache(ctx, flags)
     spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
     manifest = read_source(source, flags, limit=flags["limit"])
     from ..activations import build
@@ -137,6 +138,22 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
             outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
         line.bar.done()
     echo_outcome(outcome, job.out, tower.visual)
+
+
+def _as_in_cache(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags, with those that were not given taken from the cache of --from: encoder, pixels, and label rules."""
+    from ..activations.cache import open_cache
+
+    command_line = click.core.ParameterSource.COMMANDLINE
+    if ctx.get_parameter_source("recipe") == command_line:
+        raise InputError("--from and --recipe each name all settings; leave one of them out.")
+    meta = open_cache(flags["earlier"], partial=True).meta
+    rules = meta["dataset"].get("label_rules", {})
+    own = {**meta["spec"], **meta["spec"]["preprocess"], **{k: rules[k] for k in ("blank", "uncertain") if k in rules}}
+    own["views"] = ",".join(own["views"])
+    return flags | {
+        name: value for name, value in own.items() if name in flags and ctx.get_parameter_source(name) != command_line
+    }
 
 
 def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:

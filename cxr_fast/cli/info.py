@@ -12,7 +12,7 @@ from ..config import PARTIAL, SHARDS, WEIGHT_CONFIGS, CacheSpec
 from ..errors import InputError
 from ..inference import hub
 from ..system import extras
-from ..system.text import counted, duration, note_own_size
+from ..system.text import counted, duration, gigabytes, note_own_size
 
 if TYPE_CHECKING:
     from ..activations.file import Header
@@ -33,7 +33,7 @@ def describe(path: Path) -> str:
         models = sorted(path.glob("*.onnx"))
         if models and not (path / "run.json").exists():
             return "\n\n".join(_model(model) for model in models)
-        return _run(path)
+        return _unfinished(path) if path.name.endswith(PARTIAL) else _run(path)
     if not path.exists():
         if str(path) == "biomedclip" or str(path).startswith("random:") or _is_hub_id(path):
             return _weights(str(path))
@@ -197,6 +197,29 @@ def _run(path: Path) -> str:
             "final model": f"{run['final']['kind']}: {run['final']['rule']}",
             "hold-out": figures,
             "models": ", ".join(models) or "none yet; `cxrfast export` makes one",
+        }
+    )
+
+
+def _unfinished(path: Path) -> str:
+    from ..runs.entry import RUNNING, read_entry
+    from ..runs.progress import read_progress
+
+    progress, entry = read_progress(path), read_entry(path)
+    spec = progress.spec
+    again = "it is being trained now" if entry.state == RUNNING else "the same command goes on with it"
+    return lines(
+        {
+            "unfinished run": f"{path}, {gigabytes(entry.size)}",
+            "note": entry.note,
+            "state": f"{entry.state}: {progress.epochs_done:,} of {progress.epochs_in_all:,} epochs over folds and "
+            f"configurations ({100 * progress.share:.0f} %); {again}",
+            "data": progress.data,
+            "weights": progress.weights,
+            "search": f"epochs {','.join(map(str, spec.epochs))}, {counted(spec.folds, 'fold')}, "
+            f"{counted(progress.configurations, 'configuration')}",
+            "settings": entry.settings or "the defaults",
+            "last saved": entry.created,
         }
     )
 

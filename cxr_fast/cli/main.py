@@ -10,7 +10,7 @@ from .data import cache, info, phantom, prepare, verify
 from .external import evaluate
 from .models import doctor, explain, export, predict, push
 from .options import Group
-from .report import compare, report, review
+from .report import compare, report, review, runs
 from .training import sweep
 
 
@@ -32,7 +32,7 @@ def main() -> None:
 
 for command in (
     *(prepare, cache, verify, sweep, export, predict, evaluate, explain, bench),
-    *(report, review, info, compare, push, phantom, doctor),
+    *(runs, report, review, info, compare, push, phantom, doctor),
 ):
     main.add_command(command)
 

@@ -50,7 +50,9 @@ class Group(click.Group):
     """A plain group that turns this package's errors into one or two lines and their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half-written files are cleaned up
+        # So that half-written files are cleaned up; a shell starts what runs behind `&` with SIGINT ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
         try:
             try:
                 return super().invoke(ctx)
@@ -337,3 +339,14 @@ def with_recipe(ctx: click.Context, recipe: str, flags: Mapping[str, Any]) -> di
         if name in out and ctx.get_parameter_source(name) != ParameterSource.COMMANDLINE:
             out[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
     return out
+
+
+def run_folder(out: Path | None, name: str | None) -> Path | None:
+    """The folder that --out or --name gives a run."""
+    if name is None:
+        return out
+    if out is not None:
+        raise InputError("--name is short for --out exports/NAME; leave one of them out.")
+    if not name or "/" in name or name.startswith("."):
+        raise InputError(f"--name: {name!r} must be a name, not a path; --out takes a path.")
+    return Path("exports") / name

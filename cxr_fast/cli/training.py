@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .options import (
     cluster_option,
     device_option,
     recipe_option,
+    run_folder,
     spec_from,
     spec_options,
     threads_option,
@@ -41,6 +43,16 @@ HOUR = 3600  # seconds
 @click.command()
 @click.argument("cache", type=PATH, required=False)
 @click.option("--out", type=PATH, help="The run folder.  [default: exports/NAME]")
+@click.option("--name", help="Name of the run: short for --out exports/NAME.")
+@click.option("--note", metavar="TEXT", help="A line that `cxrfast runs` shows beside the run.")
+@click.option(
+    "--from",
+    "earlier",
+    type=PATH,
+    metavar="RUN",
+    help="All settings, and the cache, of a run folder, its run.json, or an unfinished run; flags go before them.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, and what differs from --from, and stop.")
 @recipe_option
 @spec_options(SweepSpec, "epochs", "folds", "holdout", "seed", "split_by", "split", "split_method")
 @click.option(
@@ -86,6 +98,12 @@ HOUR = 3600  # seconds
 )
 @threads_option
 @cluster_option
+@click.option(
+    "--log",
+    multiple=True,
+    metavar="KIND[:WHERE]",
+    help="Also log every epoch: tensorboard[:FOLDER], mlflow[:ADDRESS], wandb[:PROJECT]; local unless told.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
 def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
@@ -94,10 +112,14 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
+    out, before = run_folder(out, flags["name"]), None
+    if flags["earlier"] is not None:
+        before = _take_earlier(ctx, flags)
+        cache, out = cache or before.existing_cache(), out or before.out
     spec = _sweep_spec(ctx, recipe, flags)
     from ..activations.cache import newest, open_cache
     from ..cluster.search import ClusterTrainers
-    from ..report import writer
+    from ..loggers.choose import describe_sweep, open_loggers
     from ..training.sweep import Sweep
 
     if cache is None:
@@ -108,7 +130,8 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
     cpu.prepare(flags["threads"])
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
-    with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
+    with contextlib.ExitStack() as stack:
+        joined = None if cluster is None else stack.enter_context(connection.connect(cluster))
         job = Sweep(
             cache,
             out,
@@ -117,25 +140,58 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
             manifest=labels,
             trainers=None if joined is None else ClusterTrainers(joined),
         )
-        if job.runs_blocks_first:
-            click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
-        plan = job.plan()
-        show_plan(describe_plan(plan, spec))
-        shuffles = {str(train.shuffle) for _, train in job.points}
-        echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
-        echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
-        echo_recipe(job, recipe)
+        plan = _show_plan(job, recipe, before, flags["grid"])
+        if flags["dry_run"]:
+            return
+        loggers = open_loggers(flags["log"], describe_sweep(job), lambda text: echo_notes([text]))
+        stack.callback(loggers.close)
         bar = ProgressBar()
-        run = job.run(EpochProgress(bar, plan, spec).show)
+        progress = EpochProgress(bar, plan, spec)
+
+        def on_epoch(config: int, fold: int, epoch: Any) -> None:
+            progress.show(config, fold, epoch)
+            loggers.log_epoch(config, fold, epoch)
+
+        run = job.run(on_epoch)
         bar.done()
+        _finish(job.out, run, flags["note"])
+        loggers.log_run(run, job.out)
+
+
+def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
+    """Write note and report of a finished run, and show its figures."""
+    from ..report import writer
+    from ..runs.note import write_note
+
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
+    if note:
+        write_note(out, note)
     show(describe_run(run))
     try:
-        written = writer.write_report(job.out)
+        written = writer.write_report(out)
     except InputError as error:
-        raise InputError(f"{error} The run is complete; `cxrfast report {job.out}` writes its report.") from error
-    click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
+        raise InputError(f"{error} The run is complete; `cxrfast report {out}` writes its report.") from error
+    click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
+
+
+def _show_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
+    """Say what a sweep will do, and what differs from the run of --from; its plan."""
+    from ..runs import request
+
+    spec = job.spec
+    if job.runs_blocks_first:
+        click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
+    plan = job.plan()
+    show_plan(describe_plan(plan, spec))
+    shuffles = {str(train.shuffle) for _, train in job.points}
+    echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
+    echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
+    echo_recipe(job, recipe)
+    if before is not None:
+        changes = request.describe_changes(before, spec, grid)
+        click.echo(f"settings of {before.source}" + (f", but {'; '.join(changes)}" if changes else ", all of them"))
+    return plan
 
 
 _OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from", "corrections")
@@ -154,6 +210,26 @@ def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> Sweep
     flags["threshold_target"] = read_target(flags["threshold_target"])
     train = spec_from(TrainSpec, flags, flip="flip" in flags["views"])
     return spec_from(SweepSpec, flags, train=train)
+
+
+def _take_earlier(ctx: click.Context, flags: dict[str, Any]) -> Any:
+    """Put the settings of the run of --from into the flags that were not given; the run's request."""
+    from ..runs import request
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+    if given("recipe"):
+        raise InputError("--from and --recipe each name all settings; leave one of them out.")
+    named = [name for name in ("manifest", "corrections") if flags[name] is not None]
+    if lacking := request.lacking_labels(flags["earlier"], named):
+        raise InputError(f"--from: that run's labels came from {lacking} too; give it again.")
+    before = request.read_request(flags["earlier"])
+    own = before.flags()
+    if given("holdout_list") or given("split_from"):
+        own.pop("split_from", None)
+    flags.update({name: value for name, value in own.items() if not given(name)})
+    return before
 
 
 def _as_in_run(ctx: click.Context, run: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ EXTRA = {
     "openpyxl": "excel",
     "huggingface_hub": "hub",
     "ray": "cluster",
+    **dict.fromkeys(("mlflow", "tensorboard", "wandb"), "log"),
 }
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -95,7 +95,7 @@ class FileLock:
         try:
             locked, (pid, host) = _flock(fd, fcntl.LOCK_EX), _holder(os.pread(fd, 4096, 0))
             if locked is False or (locked is None and _may_run(pid, host)):
-                name = f"process {pid} on {host}" if pid else "another process"
+                name = _named(pid, host)
                 raise HeldError(
                     f"{self.path.with_suffix('')} is being written by {name}; wait for it, or give another "
                     f"--out. If that process is gone, remove {self.path}."
@@ -111,6 +111,20 @@ class FileLock:
         return -1
 
 
+def holder(path: Path) -> str:
+    """Who holds the `FileLock` of `path`, such as `process 12 on host`; empty where nobody does. Makes no file."""
+    try:
+        fd = os.open(path.with_name(path.name + ".lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        free, (pid, host) = _flock(fd, fcntl.LOCK_SH), _holder(os.pread(fd, 4096, 0))
+        held = free is False or (free is None and _may_run(pid, host))
+        return _named(pid, host) if held else ""
+    finally:
+        os.close(fd)
+
+
 def _holder(text: bytes) -> tuple[int, str]:
     """The pid and host that a lock file names; 0 and "" where it names none."""
     try:
@@ -118,6 +132,10 @@ def _holder(text: bytes) -> tuple[int, str]:
         return int(found["pid"]), str(found["host"])
     except (ValueError, KeyError, TypeError):
         return 0, ""
+
+
+def _named(pid: int, host: str) -> str:
+    return f"process {pid} on {host}" if pid else "another process"
 
 
 def _may_run(pid: int, host: str) -> bool:

@@ -76,8 +76,8 @@ class Table:
     """Rows of cells under columns: the first column names the row, the others are its figures.
 
     `chosen` are indices of rows that stand out and `mark` is the word for them in text, `foot` rows close the table,
-    `notes` say how to read it. Made once; `to_plain`, `to_markdown` and `to_csv` show it here, the command line draws
-    it with rich, a page with jinja2.
+    `notes` say how to read it, `left` names columns of text that begin at the left, as the first does. Made once;
+    `to_plain`, `to_markdown` and `to_csv` show it here, the command line draws it with rich, a page with jinja2.
     """
 
     columns: Sequence[str]
@@ -88,6 +88,7 @@ class Table:
     notes: Sequence[str] = ()
     sortable: bool = False
     mark: str = "chosen"
+    left: Sequence[str] = ()
 
     def texts(self) -> Iterator[list[str]]:
         """Every row and foot row as text."""
@@ -106,10 +107,10 @@ def to_plain(table: Table) -> str:
     """As aligned text without colour, for pipes and logs: an arrow with the table's `mark` behind the chosen rows."""
     head, rows = list(table.columns), list(table.texts())
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    sides = [str.ljust if i == 0 or name in table.left else str.rjust for i, name in enumerate(head)]
 
     def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+        return "  ".join(side(c, w) for side, c, w in zip(sides, cells, widths, strict=True)).rstrip()
 
     body = [line(row) + (f"  <- {table.mark}" if i in table.chosen else "") for i, row in enumerate(rows)]
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *body, *table.notes])

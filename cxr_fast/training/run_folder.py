@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.backbone import Backbone
+    from .pixels.module import PixelModel
 
 SCHEMA = 2
 KIND = "cxr-fast run"
@@ -70,6 +71,18 @@ class Run:
     def head(self) -> Any:
         """The head of the (first) member."""
         return self.members[0].head
+
+    def module(self) -> PixelModel:
+        """The final model as an `nn.Module`, from uint8 pixels (N, S, S) to logits (N, C) as the ONNX file gives them.
+
+        >>> model = read_run("exports/indiana").module()
+        >>> pixels = torch.zeros((2, model.image_size, model.image_size), dtype=torch.uint8)
+        >>> model(pixels).shape == (2, len(model.classes))
+        True
+        """
+        from .pixels.module import PixelModel
+
+        return PixelModel(self.info, self.members)
 
     def raw_probabilities(self, pixels: torch.Tensor) -> np.ndarray:
         """Mean of the members' probabilities (B, C) float32 for normalised images (B, 3, S, S), not calibrated; of

@@ -31,7 +31,7 @@ from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
 from . import operating_points, run_record
-from .checkpoints import Journal, difference
+from .checkpoints import ABOUT, Journal, difference
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
 from .expected_time import EpochTimes, expect, unknown_times
@@ -245,6 +245,15 @@ class Sweep:
         unfinished = (folder / "plan.json").is_file() and not self.options.overwrite
         return unfinished and not difference(folder, self.request())
 
+    def _about(self) -> dict[str, str]:
+        """What the list of runs shows of an unfinished one, beside its plan."""
+        meta = self.data.file.meta
+        return {
+            "data": str(meta["dataset"]["name"]),
+            "weights": str(meta["weights"]),
+            "cache": str(self.data.file.path),
+        }
+
     def _expect(self) -> EpochTimes:
         """Expect the time of each epoch; all alike where this machine lacks the device."""
         spec, trains = self.spec, [train for _, train in self.points]
@@ -268,6 +277,7 @@ class Sweep:
                 shutil.rmtree(folder)
             with Journal(self.out, self.request()) as journal:
                 try:
+                    journal.write(ABOUT, self._about())
                     run = self._run(journal, on_epoch, stopped.is_set, began)
                 except Interrupted as error:
                     safe = "every finished epoch" if self.trained_on == "cpu" else "what was saved of each fold"

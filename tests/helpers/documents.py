@@ -102,7 +102,7 @@ def command_of(words: list[str]) -> tuple[str, click.Command]:
     command: click.Command = main
     names: list[str] = []
     for word in words:
-        if not isinstance(command, click.Group):
+        if not isinstance(command, click.Group) or word not in command.commands:  # `runs` has a command by default
             break
         names.append(word)
         command = command.commands[word]

@@ -1,0 +1,1 @@
+"""The trained model from pixels to logits, as one torch module."""
