@@ -180,6 +180,7 @@ def rarity_comparison_table(pair: Record, names: Sequence[str], digits: int = 3)
 
     Chosen: rows whose interval holds no 0.
     """
+    of = ["these films"] if pair.get("part") == "external" else []
     rows = [
         (f"{word}, {name} classes", found[key])
         for key, word in RARITY_FIGURES.items()
@@ -198,7 +199,7 @@ def rarity_comparison_table(pair: Record, names: Sequence[str], digits: int = 3)
         ],
         chosen=[place for place, (_, found) in enumerate(rows) if excludes_zero(found)],
         mark="differs",
-        notes=rarity_notes(pair.get("rarity_classes"), *["these films"] * (pair["part"] == "external")) if rows else [],
+        notes=rarity_notes(pair.get("rarity_classes"), *of) if rows else [],
     )
 
 
