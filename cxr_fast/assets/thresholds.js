@@ -22,7 +22,8 @@
   function choose() {
     var one = classes[select.selectedIndex];
     range.max = one.points.length - 1;
-    range.value = one.chosen;
+    range.value = one.chosen === null ? Math.round(range.max / 2) : one.chosen;
+    back.hidden = one.chosen === null;
     show();
   }
 

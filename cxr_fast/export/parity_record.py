@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import JPEG_95
-from ..inference.shift.reference import summarise_holdout
+from ..inference.shift.reference import point_digest, summarise_holdout
 from ..metrics import calibration, drift
 from ..metrics.drift import Drift, Yardstick
 from ..training import predictions
@@ -87,4 +87,5 @@ def holdout_record(run: Run, checks: Checks) -> dict[str, Any] | None:
     if not known.any():
         return None
     fitted = calibration.apply(run.info["calibration"], raw[known])
-    return summarise_holdout(fitted, run.info["thresholds"], groups[known].tolist())
+    found = summarise_holdout(fitted, run.info["thresholds"], groups[known].tolist())
+    return found | {"point": point_digest(run.info)}

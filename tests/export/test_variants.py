@@ -36,6 +36,7 @@ from cxr_fast.export.variants import ExportSpec
 from cxr_fast.inference import predictor
 from cxr_fast.inference.model_file import content_sha256
 from cxr_fast.inference.predictor import Predictor
+from cxr_fast.inference.shift.reference import read_holdout
 from cxr_fast.metrics import calibration, drift
 from cxr_fast.metrics.drift import Drift
 from cxr_fast.models import backbone
@@ -254,6 +255,7 @@ def test_the_file_keeps_what_the_hold_out_was_answered(toy_run: Path, tmp_path: 
     assert (entry["films"], entry["groups"]) == (held.sum(), len(set(saved["group"][held])))
     assert [row["positives"] for row in entry["classes"]] == (probs >= limits).sum(axis=0).tolist()
     assert all(sum(row["counts"]) == held.sum() for row in entry["classes"])
+    assert read_holdout(metadata(one.path), one.path) is not None, "of the thresholds and the calibration in the file"
     few = min(8, int(held.sum()))
     (one,) = variants.export_run(toy_run, ExportSpec(out=tmp_path / "m.onnx", count=8, tta="flip"))
     assert metadata(one.path)["holdout"]["films"] == few

@@ -118,7 +118,7 @@ class ShiftWatch:
     def _too_few(self, worth: float) -> str:
         """Say why answers are not compared; empty where they are."""
         if self._holdout is None:
-            return "not compared with the hold-out: the model file keeps no summary of one"
+            return "not compared with the hold-out: the model file keeps no summary of one for its thresholds"
         films = self._answers.films
         for start, count, number in (
             ("too few films in the hold-out to compare with", self._holdout.films, self._holdout.effective),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...config import digest
 from ...data.disclosure import GROUPS
 from ...errors import InputError
 from . import chance
@@ -63,6 +64,11 @@ def summarise_holdout(probabilities: np.ndarray, thresholds: Sequence[float], gr
     }
 
 
+def point_digest(info: Mapping[str, Any]) -> str:
+    """Hash the thresholds and the calibration of which an entry is, from a model file's metadata or `run.json`."""
+    return digest({"thresholds": info.get("thresholds"), "calibration": info.get("calibration")})
+
+
 def _edges(values: np.ndarray, names: np.ndarray) -> list[float]:
     """Rising edges between bins, each of which holds films of GROUPS groups or more."""
     wanted = np.quantile(values, PLAIN) if len(values) else []
@@ -76,9 +82,10 @@ def _edges(values: np.ndarray, names: np.ndarray) -> list[float]:
 
 
 def read_holdout(info: Mapping[str, Any], path: Path) -> HoldoutSummary | None:
-    """Read the entry of a model file's metadata; None where it has none. InputError where the entry is damaged."""
+    """Read the entry of a model file's metadata; None where it has none, or one of other thresholds or another
+    calibration than the file's. InputError where the entry is damaged."""
     entry = info.get(KEY)
-    if entry is None:
+    if entry is None or (isinstance(entry, dict) and entry.get("point", point := point_digest(info)) != point):
         return None
     try:
         found = HoldoutSummary(

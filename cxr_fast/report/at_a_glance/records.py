@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...metrics import curves, figures
+from ...metrics import curves
 from ..summary import Record
 
 DOTS = 100  # films of one class and label in a strip, evenly spread over their ranks
@@ -18,13 +18,14 @@ def glance_records(
     labels: np.ndarray, probs: np.ndarray, limits: np.ndarray, classes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Return `strips`, `operating_points` and `mistaken` of n films: labels (n, C) 1, 0, -1, probabilities (n, C),
-    thresholds (C,)."""
+    thresholds (C,), or (n, C) where each film has its own."""
+    own = [float(limit) for limit in limits] if limits.ndim == 1 else [None] * len(classes)
     return {
         "strips": {name: strip(labels[:, c], probs[:, c]) for c, name in enumerate(classes)},
         "operating_points": {
-            name: operating_points(labels[:, c], probs[:, c], float(limits[c])) for c, name in enumerate(classes)
+            name: operating_points(labels[:, c], probs[:, c], own[c]) for c, name in enumerate(classes)
         },
-        "mistaken": mistaken(labels, figures.decisions(probs, limits), classes),
+        "mistaken": mistaken(labels, probs >= limits, classes),
     }
 
 
@@ -39,8 +40,9 @@ def strip(labels: np.ndarray, probs: np.ndarray) -> dict[str, list[float]]:
     return out
 
 
-def operating_points(labels: np.ndarray, probs: np.ndarray, limit: float) -> dict[str, Any]:
-    """Return the counts behind the ROC curve: `positives`, `negatives`, the `chosen` point's place in `points`.
+def operating_points(labels: np.ndarray, probs: np.ndarray, limit: float | None) -> dict[str, Any]:
+    """Return the counts behind the ROC curve: `positives`, `negatives`, the `chosen` point's place in `points`, None
+    where the class has no one threshold.
 
     A point is [threshold, true positives, false positives], by rising threshold; at most POINTS, among them the class's
     own threshold, the lowest score, and one above all scores (None). A film is called at or over a threshold.
@@ -48,14 +50,14 @@ def operating_points(labels: np.ndarray, probs: np.ndarray, limit: float) -> dic
     known = labels >= 0
     true, called = curves.count_steps(labels, probs)
     scores = np.unique(probs[known].astype(np.float64))[::-1]  # the k-th step calls the films of the k highest scores
-    chosen = int(np.count_nonzero(scores >= limit))
+    chosen = 0 if limit is None else int(np.count_nonzero(scores >= limit))
     kept = np.unique([0, chosen, len(scores), *np.linspace(0, len(scores), POINTS - 1).round().astype(int)])[::-1]
-    limits = [limit if k == chosen else None if not k else float(scores[k - 1]) for k in kept]
+    limits = [limit if k == chosen and limit is not None else None if not k else float(scores[k - 1]) for k in kept]
     points = [[x, int(true[k]), int(called[k] - true[k])] for x, k in zip(limits, kept, strict=True)]
     return {
         "positives": int(true[-1]),
         "negatives": int(called[-1] - true[-1]),
-        "chosen": int(np.flatnonzero(kept == chosen)[0]),
+        "chosen": None if limit is None else int(np.flatnonzero(kept == chosen)[0]),
         "points": points,
     }
 

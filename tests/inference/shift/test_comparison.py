@@ -157,7 +157,7 @@ def test_groups_of_a_manifest_weaken_what_films_say() -> None:
 def test_a_file_without_a_summary_of_a_hold_out_says_so() -> None:
     info = {"labels": ["a", "b"], "thresholds": [0.5, 0.2]}
     line, record = watched(info, [np.array([0.5, 0.1]), None, np.array([0.04, 0.3])])
-    assert line == "not compared with the hold-out: the model file keeps no summary of one"
+    assert line == "not compared with the hold-out: the model file keeps no summary of one for its thresholds"
     assert (record["films"], "holdout" in record, "test" in record) == (2, False, False)
     assert record["classes"][0] == {
         "class": "a",
@@ -190,7 +190,7 @@ def test_unlikeness_is_compared_with_the_training_films() -> None:
     assert len(list(shift.count(unlike(draw)))) == 300
     record = shift.compare([])
     same = record["unlikeness"]
-    assert record["line"] == "not compared with the hold-out: the model file keeps no summary of one"
+    assert record["line"] == "not compared with the hold-out: the model file keeps no summary of one for its thresholds"
     assert (same["films"], same["over_1"], same["differs"]) == (300, (draw > 1).sum(), False)
     assert len(same["edges"]) == 20
     assert sum(same["training_shares"]) == pytest.approx(1)

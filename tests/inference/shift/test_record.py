@@ -78,8 +78,8 @@ def test_studies_of_a_manifest_count_as_one(model: Path, files: list[str], tmp_p
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        (None, "not compared with the hold-out: the model file keeps no summary of one"),
-        ("null", "not compared with the hold-out: the model file keeps no summary of one"),
+        (None, "not compared with the hold-out: the model file keeps no summary of one for its thresholds"),
+        ("null", "not compared with the hold-out: the model file keeps no summary of one for its thresholds"),
         ("same", "35 of 35 classes differ from the hold-out by more than chance (39 films against 100): "),
     ],
 )

@@ -68,6 +68,16 @@ def test_the_entry_reads_back() -> None:
         assert reference.read_holdout(info, Path("m.onnx")) is None
 
 
+def test_an_entry_of_other_thresholds_counts_for_nothing() -> None:
+    """A copy of a model file whose thresholds were set on other films must not be compared by them."""
+    info: dict[str, Any] = {"labels": ["a", "b", "c"], "thresholds": [0.1] * 3, "calibration": None}
+    info["holdout"] = entry() | {"point": reference.point_digest(info)}
+    again = json.loads(json.dumps(info))
+    assert reference.read_holdout(again, Path("m.onnx")) is not None
+    for changed in ({"thresholds": [0.1, 0.1, 0.2]}, {"calibration": {"kind": "platt"}}):
+        assert reference.read_holdout(again | changed, Path("m.onnx")) is None
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [

@@ -39,6 +39,19 @@ def test_operating_points_are_counts_of_calls(seed: int, n: int) -> None:
         assert found["points"][0][1:] == [found["positives"], found["negatives"]]
 
 
+def test_films_may_have_thresholds_of_their_own() -> None:
+    """As cross-fitted ones are: then no point is that of the class."""
+    labels, probs, limits, names = films(1, 40, 3)
+    each = np.tile(limits, (40, 1))
+    one, two = (records.glance_records(labels, probs, given, names) for given in (limits, each))
+    assert one["mistaken"] == two["mistaken"]
+    for name in names:
+        found = two["operating_points"][name]
+        assert found["chosen"] is None
+        assert found["positives"] == one["operating_points"][name]["positives"]
+        assert all(found["points"][k][0] is not None for k in range(len(found["points"]) - 1))
+
+
 @given(st.integers(0, 10**6), st.integers(1, 80))
 def test_mistaken_findings_are_those_of_a_plain_loop(seed: int, n: int) -> None:
     labels, probs, limits, names = films(seed, n, 4)
