@@ -113,7 +113,11 @@ class OpenFile:
 
     def run(self, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
         """Compute one of the graph's outputs, (N, C) float32, of uint8 pixels (N, S, S)."""
-        out: np.ndarray = self.session.run([output], {"pixels": pixels})[0]
+        return self.run_all(pixels, [output])[0]
+
+    def run_all(self, pixels: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        """Compute several of the graph's outputs at once."""
+        out: list[np.ndarray] = self.session.run(list(outputs), {"pixels": pixels})
         return out
 
     def many(
@@ -122,7 +126,7 @@ class OpenFile:
         """Compute several outputs of many images, `batch` at a time; `on_done` is given how many more are done."""
         out = []
         for start in range(0, len(pixels), batch):
-            out.append(self.session.run(list(outputs), {"pixels": pixels[start : start + batch]}))
+            out.append(self.run_all(pixels[start : start + batch], outputs))
             on_done(len(out[-1][0]))
         return [np.concatenate(each) for each in zip(*out, strict=True)]
 

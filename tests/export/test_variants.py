@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -347,14 +347,15 @@ def test_not_a_number_in_one_batch_size_alone_is_not_kept(
 
 def test_the_last_image_counts_as_the_first(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest batch is 64; what is wrong with the 79th image alone is seen too."""
-    run, last = checks.OpenFile.run, checks.check_images(read_run(toy_run), None)[0][-1]
+    run, last = checks.OpenFile.run_all, checks.check_images(read_run(toy_run), None)[0][-1]
 
-    def wrong(self: checks.OpenFile, pixels: np.ndarray, output: str = "probabilities") -> np.ndarray:
-        out = run(self, pixels, output).copy()
-        out[(pixels == last).all(axis=(1, 2))] += 1e-4
+    def wrong(self: checks.OpenFile, pixels: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        out = [values.copy() for values in run(self, pixels, outputs)]
+        for values in out:
+            values[(pixels == last).all(axis=(1, 2))] += 1e-4
         return out
 
-    monkeypatch.setattr(checks.OpenFile, "run", wrong)
+    monkeypatch.setattr(checks.OpenFile, "run_all", wrong)
     with pytest.raises(ParityError, match=r"differ by 1\.0\de-04 .* on 79 images"):
         variants.export_run(toy_run, ExportSpec(out=tmp_path / "model.onnx"))
 
