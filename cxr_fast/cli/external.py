@@ -86,6 +86,7 @@ def evaluate(models: tuple[Path, ...], manifest: Path, out: Path | None, **flags
     if out is not None and out.is_file():
         raise InputError(f"--out: {out} is a file; give a folder.")
     source = read_source(manifest, flags)
+    from ..external.films import describe_unlikeness
     from ..external.job import evaluate_models
     from ..external.writer import warn_same_data
 
@@ -94,7 +95,7 @@ def evaluate(models: tuple[Path, ...], manifest: Path, out: Path | None, **flags
     done, pair = evaluate_models(models, source, out, spec, on_batch, lambda line: echo_notes([line]))
     bar.done()
     for each in done:
-        echo_notes(filter(None, [warn_same_data(each.found)]))
+        echo_notes(filter(None, [warn_same_data(each.found), describe_unlikeness(source, each.answers)]))
         show(describe(each, flags["recalibrate"]))
         click.echo(f"wrote {each.page}")
     if pair is not None:

@@ -153,12 +153,22 @@ def _data(source: Source, scored: Scored, answers: Answers) -> dict[str, Any]:
         "failed": len(manifest) - len(scored.labels),
         "failed_by": answers.summary["failed_by"],
         "groups": len(set(scored.columns["group"].tolist())),
+        "unlikeness": _unlikeness(answers),
         "unknown_labels": int((scored.labels < 0).sum()),
         "classes": list(matched.names),
         "columns": list(matched.columns),
         "lacking": list(matched.lacking),
         "unknown": list(matched.unknown),
     }
+
+
+def _unlikeness(answers: Answers) -> dict[str, Any] | None:
+    """How many films are over 1, and the quartiles; None where the model file has no unlikeness."""
+    known = answers.unlikeness[np.isfinite(answers.unlikeness)]
+    if not len(known):
+        return None
+    quartiles = np.quantile(known, [0.25, 0.5, 0.75]).tolist()
+    return {"films": len(known), "over_1": int((known > 1).sum()), "quartiles": quartiles}
 
 
 def call_table(rows: Sequence[Mapping[str, Any]], confusion: Sequence[Record]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,39 @@ from .classes import MatchedClasses
 
 PREDICTIONS, RAW_PREDICTIONS = "predictions.csv", "raw_predictions.csv"
 RAW = "raw_probabilities"
+ODDEST = 5
 
 
 class RawPredictor(Predictor):
-    """A predictor that answers with a calibrated file's probabilities before their calibration."""
+    """A predictor whose probabilities are those of a calibrated file before their calibration."""
 
-    def run(self, pixels: np.ndarray, *, output: str = RAW) -> np.ndarray:
-        """Run the model on uint8 (N, S, S); see `Predictor.run`."""
-        return super().run(pixels, output=output)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.session = _RawSession(self.session)
+
+
+@dataclass(frozen=True)
+class _RawSession:
+    """A session that answers with raw probabilities where it is asked for probabilities."""
+
+    session: Any
+
+    def run(self, outputs: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Any:
+        """Run the model, as ONNX Runtime's sessions do."""
+        return self.session.run([RAW if name == "probabilities" else name for name in outputs], pixels)
+
+    def get_outputs(self) -> Any:
+        """The outputs of the graph."""
+        return self.session.get_outputs()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """A model's probabilities (N, C) of all its classes for every film, NaN where a film failed; and how they were
-    made, as `predictions.run.json` says it."""
+    """A model's probabilities (N, C) of all its classes for every film, NaN where a film failed; how unlike each is to
+    the training films (N,), NaN where unknown; and how they were made, as `predictions.run.json` says it."""
 
     probs: np.ndarray
+    unlikeness: np.ndarray
     summary: dict[str, Any]
 
     @property
@@ -61,18 +78,34 @@ def predict_films(
         mend = "--overwrite predicts all films of this table again"
         told = str(error).replace("--append keeps their rows, --overwrite drops them", mend)
         raise InputError(told) from error
-    return Answers(probs=_read(table, predictor.labels, len(paths)), summary=summary)
+    probs, unlike = _read(table, predictor.labels, len(paths))
+    return Answers(probs=probs, unlikeness=unlike, summary=summary)
 
 
-def _read(table: Path, labels: Sequence[str], count: int) -> np.ndarray:
-    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows."""
+def _read(table: Path, labels: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows, and the unlikeness (N,),
+    NaN where the table has none."""
     cells = read_csv(table)
     assert len(cells["status"]) == count, "a row for each film"
     out = np.full((count, len(labels)), np.nan, np.float32)
     rows = np.flatnonzero(np.array(cells["status"]) == "ok")
     for c, name in enumerate(labels):
         out[rows, c] = [float(cells[name][row]) for row in rows]
-    return out
+    unlike = [float(text or "nan") for text in cells.get("unlikeness", [""] * count)]
+    return out, np.array(unlike)
+
+
+def describe_unlikeness(manifest: Manifest, answers: Answers) -> str:
+    """How many films are less like the training films than 99 in 100 of these, and the ODDEST most unlike; empty
+    where the model file does not say."""
+    known = np.isfinite(answers.unlikeness)
+    if not known.any():
+        return ""
+    over = int((answers.unlikeness[known] > 1).sum())
+    odd = np.argsort(np.where(known, -answers.unlikeness, np.inf), kind="stable")[: min(ODDEST, int(known.sum()))]
+    named = ", ".join(f"{manifest.images[row]} ({answers.unlikeness[row]:.2f})" for row in odd)
+    share = f"{100 * over / known.sum():.1f} %"
+    return f"{over:,} of {known.sum():,} films ({share}) have an unlikeness over 1; the most unlike are {named}"
 
 
 def score_films(manifest: Manifest, found: MatchedClasses, probs: np.ndarray, rows: np.ndarray, of: str) -> Scored:

@@ -176,6 +176,7 @@ def render(found: Record, title: str, pictures: Mapping[str, bytes]) -> bytes:
 def fact_table(found: Record) -> Table:
     """The model file and the films, as a page names them."""
     model, data = found["model"], found["data"]
+    unlike = data["unlikeness"]
     failed = ", ".join(f"{count:,} {reason}" for reason, count in data["failed_by"].items())
     renamed = [
         f"{column} as {name}" for name, column in zip(data["classes"], data["columns"], strict=True) if name != column
@@ -189,6 +190,7 @@ def fact_table(found: Record) -> Table:
         "thresholds": model["threshold_source"],
         "films": f"{data['answered']:,} of {data['images']:,} in {data['name']}",
         "failed films": Label(text=failed, alarm=True) if failed else None,
+        "films unlike the training films": f"{unlike['over_1']:,} of {unlike['films']:,} over 1" if unlike else None,
         "classes": f"{len(data['classes'])} of {model['classes']}",
         "columns taken as classes": ", ".join(renamed),
         "classes without a column": ", ".join(data["lacking"]),
