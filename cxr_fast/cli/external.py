@@ -150,11 +150,11 @@ def describe(each: Any, copy: Path | None) -> list[Part]:
     ]
     beside = training_table(found["training"])
     parts += ["", beside] if beside.rows else []
-    if found["unlikeness"]:
+    if data["unlikeness"]:
         oddest = rank_oddest(
             each.source.manifest.images, [v if v == v else None for v in each.answers.unlikeness.tolist()]
         )
-        parts += ["", f"{describe_unlikeness(found['unlikeness'])}. The oddest:", *describe_oddest(oddest)]
+        parts += ["", f"{describe_unlikeness(data['unlikeness'])}. The oddest:", *describe_oddest(oddest)]
     if copy is not None:
         parts += ["", point_table(found["set_here"]), "", point_class_table(found["set_here"])]
         parts.append(

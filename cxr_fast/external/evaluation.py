@@ -111,17 +111,7 @@ def judge(source: Source, answers: Answers, spec: FigureSpec) -> dict[str, Any]:
     found |= {"model": _model(source), "data": _data(source, scored, answers)}
     found["training"] = compare_with_training(source.predictor.info, found, source.matched.lacking)
     found["set_here"] = None
-    found["unlikeness"] = _unlikeness(answers)
     return dict(clean(found))
-
-
-def _unlikeness(answers: Answers) -> dict[str, Any] | None:
-    """How many films are over 1, and the median; None where the file has no unlikeness. No film is named: figures may
-    be shown to others."""
-    known = answers.unlikeness[np.isfinite(answers.unlikeness)]
-    if not len(known):
-        return None
-    return {"films": len(known), "over": int((known > 1).sum()), "median": float(np.median(known))}
 
 
 def _now() -> str:
@@ -163,12 +153,22 @@ def _data(source: Source, scored: Scored, answers: Answers) -> dict[str, Any]:
         "failed": len(manifest) - len(scored.labels),
         "failed_by": answers.summary["failed_by"],
         "groups": len(set(scored.columns["group"].tolist())),
+        "unlikeness": _unlikeness(answers),
         "unknown_labels": int((scored.labels < 0).sum()),
         "classes": list(matched.names),
         "columns": list(matched.columns),
         "lacking": list(matched.lacking),
         "unknown": list(matched.unknown),
     }
+
+
+def _unlikeness(answers: Answers) -> dict[str, Any] | None:
+    """How many films are over 1, and the quartiles; None where the model file has no unlikeness."""
+    known = answers.unlikeness[np.isfinite(answers.unlikeness)]
+    if not len(known):
+        return None
+    quartiles = np.quantile(known, [0.25, 0.5, 0.75]).tolist()
+    return {"films": len(known), "over_1": int((known > 1).sum()), "quartiles": quartiles}
 
 
 def call_table(rows: Sequence[Mapping[str, Any]], confusion: Sequence[Record]) -> Table:

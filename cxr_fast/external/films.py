@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ RAW = "raw_probabilities"
 
 
 class RawPredictor(Predictor):
-    """A predictor that answers with a calibrated file's probabilities before their calibration."""
+    """A predictor whose probabilities are those of a calibrated file before their calibration."""
 
     answers = RAW
 
@@ -60,19 +60,20 @@ def predict_films(
         mend = "--overwrite predicts all films of this table again"
         told = str(error).replace("--append keeps their rows, --overwrite drops them", mend)
         raise InputError(told) from error
+    probs, unlikeness = _read(table, predictor.labels, len(paths))
+    return Answers(probs=probs, unlikeness=unlikeness, summary=summary)
+
+
+def _read(table: Path, labels: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows, and the unlikeness (N,),
+    NaN where the table has none."""
     cells = read_csv(table)
-    unlikeness = np.array([float(text) if text else np.nan for text in cells.get("unlikeness", [""] * len(paths))])
-    return Answers(probs=_read(cells, predictor.labels, len(paths)), unlikeness=unlikeness, summary=summary)
-
-
-def _read(cells: Mapping[str, Sequence[str]], labels: Sequence[str], count: int) -> np.ndarray:
-    """The probabilities (N, C) float32 of a table of predictions, in the order of its rows."""
     assert len(cells["status"]) == count, "a row for each film"
     out = np.full((count, len(labels)), np.nan, np.float32)
-    rows = np.flatnonzero(np.array(cells["status"]) == "ok")
+    rows = np.flatnonzero(np.array(cells["status"]) == "ok").tolist()
     for c, name in enumerate(labels):
-        out[rows, c] = [float(cells[name][row]) for row in rows.tolist()]
-    return out
+        out[rows, c] = [float(cells[name][row]) for row in rows]
+    return out, np.array([float(text or "nan") for text in cells.get("unlikeness", [""] * count)])
 
 
 def score_films(manifest: Manifest, found: MatchedClasses, probs: np.ndarray, rows: np.ndarray, of: str) -> Scored:

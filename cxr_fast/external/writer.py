@@ -180,6 +180,7 @@ def render(found: Record, title: str, pictures: Mapping[str, bytes]) -> bytes:
 def fact_table(found: Record) -> Table:
     """The model file and the films, as a page names them."""
     model, data = found["model"], found["data"]
+    unlike = data["unlikeness"]
     failed = ", ".join(f"{count:,} {reason}" for reason, count in data["failed_by"].items())
     renamed = [
         f"{column} as {name}" for name, column in zip(data["classes"], data["columns"], strict=True) if name != column
@@ -193,11 +194,12 @@ def fact_table(found: Record) -> Table:
         "thresholds": model["threshold_source"],
         "films": f"{data['answered']:,} of {data['images']:,} in {data['name']}",
         "failed films": Label(text=failed, alarm=True) if failed else None,
+        "films unlike the training films": f"{unlike['over_1']:,} of {unlike['films']:,} over 1" if unlike else None,
         "classes": f"{len(data['classes'])} of {model['classes']}",
         "columns taken as classes": ", ".join(renamed),
         "classes without a column": ", ".join(data["lacking"]),
         "columns that are no class": ", ".join(data["unknown"]),
-        "unlikeness": describe_unlikeness(found["unlikeness"]),
+        "unlikeness": describe_unlikeness(data["unlikeness"]),
         "unknown labels": f"{data['unknown_labels']:,}, left out of every figure",
         "written": f"{found['written_by']}, {found['created']}",
     }
@@ -208,10 +210,10 @@ def describe_unlikeness(found: Record | None) -> str:
     """Say how many films are unlike the training films; empty where the file does not say."""
     if not found:
         return ""
-    over, films = found["over"], found["films"]
+    over, films = found["over_1"], found["films"]
     return (
         f"{over:,} of {films:,} films ({100 * over / films:.1f} %) are less like the training films than 99 % of those "
-        f"(unlikeness over 1); the median is {found['median']:.2f}"
+        f"(unlikeness over 1); the median is {found['quartiles'][1]:.2f}"
     )
 
 

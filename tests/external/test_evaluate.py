@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from sklearn import metrics
 
 from cxr_fast.cli.main import main
-from cxr_fast.data.manifest import read_dataset
+from cxr_fast.export.variants import ExportSpec, export_run
 from cxr_fast.external.films import RawPredictor
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
@@ -26,6 +26,7 @@ from cxr_fast.metrics.intervals import paired_bootstrap
 from cxr_fast.system.tables import read_csv
 from tests.helpers.model_edits import changed, put
 from tests.helpers.pages import browse
+from tests.helpers.unlike import noise, write_run
 
 from .conftest import CLASSES, RENAMED
 
@@ -288,22 +289,13 @@ def test_thresholds_of_each_image() -> None:
         assert a == b
 
 
-def test_unlikeness_is_that_of_the_file(folder: Path, toy_model: Path, films: Path) -> None:
-    predictor = Predictor(toy_model, device="cpu", threads=1)
-    assert predictor.gives_unlikeness
-    manifest = read_dataset(films)
-    paths = [str(manifest.path(row)) for row in range(len(manifest))]
-    wanted = [result.unlikeness for result in predictor.stream(paths) if result.ok]
-    found = json.loads((folder / "evaluation.json").read_text())["unlikeness"]
-    assert (found["films"], found["over"]) == (len(wanted), sum(value > 1 for value in wanted))
-    assert found["median"] == pytest.approx(float(np.median(wanted)), rel=1e-5)
-
-
-def test_raw_answers_stay_raw_in_a_file_that_gives_unlikeness(toy_model: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 160, 160), np.uint8)
-    own = RawPredictor(toy_model, device="cpu", threads=1)
-    own.answers = "logits"  # any output that is not `probabilities`
-    rows, unlikeness = own._rows(pixels)
-    np.testing.assert_array_equal(rows, own.run(pixels, output="logits"))
+def test_raw_answers_stay_raw_in_a_file_that_gives_unlikeness(toy_run: Path, tmp_path: Path) -> None:
+    run = write_run(toy_run, tmp_path / "run", noise(110, 5))
+    (one,) = export_run(run, ExportSpec(calibration="platt", count=8))
+    own = RawPredictor(one.path, device="cpu", threads=1)
+    assert own.gives_unlikeness
+    rows, unlikeness = own._rows(noise(3))
+    np.testing.assert_array_equal(rows, own.run(noise(3), output="raw_probabilities"))
+    assert not np.array_equal(rows, own.run(noise(3)))
     assert unlikeness is not None
-    assert RawPredictor.answers == "raw_probabilities"
+    assert unlikeness.shape == (3,)

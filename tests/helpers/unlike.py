@@ -32,7 +32,8 @@ def with_distance(run: Run, unfreeze_blocks: int, films: np.ndarray | None = Non
     with watch_features(kept, run.visual) as seen:
         parity.torch_probabilities(run, films)
     fitted = fit_distance(np.concatenate(seen), [f"p{i}" for i in range(len(films))])
-    record = {"features": source.text, "films": len(films), "quantiles": quantiles(fitted.out_of_fold)}
+    counts = {"films": len(films), "groups": len(films)}
+    record = {"features": source.text, **counts, "quantiles": quantiles(fitted.out_of_fold)}
     return replace(run, unlikeness=replace(kept, distance=fitted.distance, record=record))
 
 
