@@ -76,9 +76,14 @@ def test_a_row_that_the_manifest_leaves_out_may_be_damaged(own: Path) -> None:
 # ------------------------------------------------------------------ another manifest
 
 
+def told(data: dataset.Data) -> list[str]:
+    """The notes, without the one that a toy has too few films to measure unlikeness."""
+    return [note for note in data.notes if not note.startswith("no unlikeness: ")]
+
+
 def test_the_manifest_of_the_same_folder_is_told_by_place(own: Path, toy_data: Path) -> None:
     data = dataset.read(own, SPEC, read_dataset(toy_data, missing="keep"))
-    assert (data.by_name, data.notes) == (0, ())
+    assert (data.by_name, told(data)) == (0, [])
     assert len(data.rows) == 79
 
 
@@ -110,8 +115,8 @@ def test_names_decide_where_no_file_is_there_and_it_is_said(own: Path, toy_data:
     shutil.copy(toy_data / "images" / names[0], tmp_path / "t" / names[0])
     data = dataset.read(own, SPEC, labels_of(names, tmp_path / "t"))
     assert data.by_name == 78
-    assert len(data.notes) == 1
-    assert data.notes[0].startswith("--manifest: 78 of 79 images were matched by file name only")
+    assert len(told(data)) == 1
+    assert told(data)[0].startswith("--manifest: 78 of 79 images were matched by file name only")
     place = {f"images/{name}": i for i, name in enumerate(names)}
     assert data.labels[:, 0].tolist() == [place[data.header.images[row]] % 2 for row in data.rows]
     with pytest.raises(InputError, match="80 of 80 images are not in"):
