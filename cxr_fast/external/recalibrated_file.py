@@ -17,6 +17,8 @@ from ..inference import model_file, verify
 from ..inference.model_file import PREFIX, SEAL, VARIANTS
 from ..inference.predictor import Predictor, golden_pixels
 from ..inference.session import open_model
+from ..inference.shift.reference import KEY as HOLDOUT
+from ..inference.shift.reference import point_digest, summarise_holdout
 from ..metrics import calibration
 from ..report.summary import Record
 from ..system.files import disk_reason, folders_above
@@ -64,6 +66,9 @@ def write_copy(source: Source, point: NewPoint, figures: Record, out: Path, devi
         assert point.calibration is not None
         data, added = recalibrate_graph(data, point.calibration)
     info |= _changes(source, point, figures)
+    # What daily films are compared with is these films: the hold-out was answered at other thresholds.
+    summary = summarise_holdout(point.probs, point.thresholds.tolist(), point.groups.tolist())
+    info[HOLDOUT] = summary | {"point": point_digest(info)}
     info["nodes"] = _count(info.get("nodes"), added)
     scratch = out.with_name(f"{out.name}.partial.{os.getpid()}")
     try:

@@ -46,7 +46,8 @@ class NewPoint:
     """Thresholds (C,) and calibration of all classes of the file, found on all films.
 
     `fitted` are the classes that were found anew, `refused` why each other class keeps what it had. `probs` and
-    `limits` (n, C) are of the films, each found on the films of other groups: out of sample.
+    `limits` (n, C) are of the films, each found on the films of other groups: out of sample; `groups` (n,) whose they
+    are.
     """
 
     thresholds: np.ndarray
@@ -58,6 +59,7 @@ class NewPoint:
     folds: int
     probs: np.ndarray
     limits: np.ndarray
+    groups: np.ndarray
 
 
 def require_library(spec: PointSpec) -> None:
@@ -139,6 +141,7 @@ def find_point(labels: np.ndarray, raw: np.ndarray, groups: np.ndarray, old: Old
         folds=folds,
         probs=probs,
         limits=limits,
+        groups=groups,
     )
 
 

@@ -19,6 +19,7 @@ from cxr_fast.export.variants import ExportSpec, export_run
 from cxr_fast.external.films import RawPredictor
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
+from cxr_fast.inference.shift.reference import read_holdout
 from cxr_fast.inference.verify import verify
 from cxr_fast.metrics import calibration
 from cxr_fast.metrics.figures import decisions, per_class
@@ -190,6 +191,9 @@ def test_a_copy_set_here(toy_model: Path, films: Path, renamed: str, tmp_path: P
         else:
             assert new["thresholds"][c] == old["thresholds"][c]
     assert verify(copy, device="cpu", threads=1).ok
+    kept = read_holdout(new, copy)
+    assert kept is not None, "daily films are compared with the films it was set on"
+    assert kept.films == len(answers)
     record = json.loads((out / "evaluation.json").read_text())["set_here"]
     assert "macro_auc" not in record["part"]["figures"]
     assert {row["class"]: row["kept"] for row in record["per_class"]}[old["labels"][5]]
