@@ -335,6 +335,8 @@ class Sweep:
 
 def _require_free(out: Path, overwrite: bool) -> None:
     """Only a run, or an empty folder, may be replaced: `--out DATA --overwrite` must not cost the data."""
+    if above := next((path for path in out.absolute().parents if path.is_file()), None):
+        raise InputError(f"--out: cannot write {out}: {above} is a file, not a folder.")
     if not out.exists():
         return
     if not overwrite:

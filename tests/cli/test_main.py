@@ -109,7 +109,7 @@ def test_the_road_leaves_what_the_help_page_says(road: tuple[Path, dict[str, Res
     drawn = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF-"}
     for kind, start in drawn.items():
         pictures = list((folder / "exports" / "phantom").glob(f"*.{kind}"))
-        assert len(pictures) == 10
+        assert len(pictures) == 11
         assert all(path.read_bytes().startswith(start) for path in pictures)
     assert {p.name for p in (folder / "cache").iterdir()} == {"phantom.h5"}
     assert {p.name for p in (folder / "exports").iterdir()} == {"phantom"}
