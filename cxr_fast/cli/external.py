@@ -157,7 +157,5 @@ def describe(each: Any, copy: Path | None) -> list[Part]:
         parts += ["", f"{describe_unlikeness(data['unlikeness'])}. The oddest:", *describe_oddest(oddest)]
     if copy is not None:
         parts += ["", point_table(found["set_here"]), "", point_class_table(found["set_here"])]
-        parts.append(
-            f"wrote {copy}, which `cxrfast verify` passes; weights {str(model['model_sha256'])[:16]} as before"
-        )
+        parts.append(f"wrote {copy}, which `cxrfast verify` passes; the weights are those of the file")
     return [*parts, ""]

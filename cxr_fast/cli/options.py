@@ -208,7 +208,9 @@ cluster_option = click.option(
 
 source_argument = click.argument("source", type=PATH)
 
-images_option = click.option("--images", type=PATH, help="Folder to look for the images in, where it is not SOURCE.")
+images_option = click.option(
+    "--images", type=PATH, help="Folder that holds the images, where they are not beside the labels."
+)
 
 unindexed_option = click.option(
     "--unindexed",

@@ -179,17 +179,17 @@ def review(run: Path, **flags: Any) -> None:
     """Show the films behind a run's errors on one page.
 
     RUN/review.html: the worst false negatives and false positives of each class with heat maps and the nearest training
-    films, label suspects, near twins and odd films; RUN/review.csv says which film each card is. These are pictures of
-    patients: `push` never uploads them. Stopped, the same command goes on.
-    Exit 1 where a film is missing or has changed: the page then says so.
+    films, label suspects, near twins and odd films. RUN/review.csv says which film each card is; suspects.csv and
+    near_twins.csv list all suspects and twins. These are pictures and names of patients: `push` never uploads them.
+    Where it was stopped, the same command goes on. Exit 1 where a film is missing or has changed: the page says so.
     """
     from ..review.writer import ReviewSpec, write_review
 
     found = write_review(run, ReviewSpec(**flags), StageProgress().show)
     ProgressBar.close()
-    click.echo(found.page)
     cards, films = counted(found.cards, "card"), counted(found.films, "film")
     click.echo(f"{cards} of {films}, {gigabytes(found.size)}, {took()}")
+    click.echo(f"wrote {found.page}; tables beside it: {', '.join(found.tables)}")
     for line in found.missing:
         click.echo(f"  missing: {line}", err=True)
     click.echo("note: these are pictures of patients; keep the page where the films may be kept", err=True)

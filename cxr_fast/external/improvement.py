@@ -108,7 +108,7 @@ def point_table(record: Record, digits: int = 3) -> Table:
     if record["differences"]:
         table = comparison_table(record["differences"], SIDES, digits)
         return Table(
-            title="Set here, minus as the file is, out of sample",
+            title="As the file is, and with thresholds and calibration set on these films, out of sample",
             columns=table.columns,
             rows=table.rows,
             chosen=table.chosen,
@@ -135,7 +135,7 @@ def point_class_table(record: Record, digits: int = 3) -> Table:
     for name in ("sensitivity", "specificity", "ECE"):
         columns += [f"{name} before", "after"]
     return Table(
-        title="Each class, as the file is and as set here",
+        title="Each class before and after",
         columns=columns,
         rows=rows,
         notes=describe_kept(record),

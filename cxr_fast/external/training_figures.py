@@ -105,11 +105,11 @@ def _notes(record: Record | None) -> list[str]:
     images = f"{record['images']:,} images, " if isinstance(record["images"], int) else ""
     said = f"The {_of(record)}: {images}{record['classes_defined']} of {record['classes_total']} classes with an AUC. "
     if record["per_class"]:
-        said += "Means are over the same classes on both sides, those defined in both. "
+        said += "A mean over classes is over those that have the figure on both sides. "
     else:
         said += "The file does not hold the figures of each class, so means may be over other classes than here. "
     return [
-        f"{said}Figures over all labels as one have a difference where these films have all classes of the model. "
+        f"{said}The other figures have a difference only where these films have all classes of the model. "
         "Differences have no interval: the file holds no predictions of the training data."
     ]
 

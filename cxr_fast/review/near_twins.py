@@ -39,7 +39,7 @@ LEAST = 0.75
 UNSEEN = 0.97  # cosine from which a pair is listed without its pixels; films of other patients reach 0.86
 HEAD = (
     *("kind", "correlation", "cosine", "same_bytes", "classes"),
-    *(f"{name}_{side}" for side in "ab" for name in ("card", "image", "group", "part", "image_sha256")),
+    *(f"{name}_{side}" for side in "ab" for name in ("cache_row", "image", "group", "part", "image_sha256")),
 )
 OTHER_GROUP, OTHER_LABELS = "other group", "other labels"
 
@@ -274,7 +274,7 @@ def _highest(cut: np.ndarray, other: np.ndarray) -> float:
 
 
 def write_near_twins(path: Path, found: Twins) -> None:
-    """Write `near_twins.csv`, a pair a row; `card` is a film's row in the cache."""
+    """Write `near_twins.csv`, a pair a row; `cache_row` counts from 0."""
     write_csv(path, HEAD, _records(found))
 
 

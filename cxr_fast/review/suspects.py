@@ -21,7 +21,7 @@ NEIGHBOURS = 20  # of 5, 10, 20, 50 the best on real films (benchmarks/LOG.md, 2
 PRIOR = 2.0  # films of the class's share that are added to the neighbours, so that none of 20 is no certainty
 SIDE = 100  # suspects of each class that are kept of its positives, and of its negatives
 HEAD = (
-    *("rank", "class", "label", "probability", "neighbours", "score", "part", "card", "image", "group"),
+    *("rank", "class", "label", "probability", "neighbours", "score", "part", "cache_row", "image", "group"),
     *("image_sha256", "mark"),
 )
 

@@ -42,18 +42,17 @@ LINK = '<p id="films"><a href="review.html">Films behind these figures</a> (pict
 READING, COMPARING = "reading films and drawing heat maps", "comparing films with their nearest"
 OnProgress = Callable[[str, int, int], None]
 HOW_NEAR = (
-    "Nearest: the three films with the highest cosine among those that the model which scored the film was trained on, "
-    "none of its own group. Compared is the mean of the tokens that the frozen part of the backbone makes of a film, "
-    "as they lie in the cache."
+    "Nearest training films: the three most alike among those that the model was trained on, none of the same group. "
+    "The figure is the cosine of the mean tokens in the cache: 1 is the same picture. Bold: the film has the class."
 )
 HOW_HEAT = (
-    "Heat maps show on hover or tap, and all with the key h: as the command explain draws them, of the plain view, by "
-    "the fold's model that did not train on the film, or for the hold-out by the final model. A heat map is no proof "
-    "of a finding."
+    "A heat map shows on hover or tap; the key h shows all. It is drawn as by `cxrfast explain`, by the model that "
+    "scored the film: of the fold that did not train on it, or for the hold-out the final model. A heat map is no "
+    "proof of a finding."
 )
 HOW_MARKED = (
     "Marks say what you think of a label: keep, flip, unknown. They stay in this browser; “Save marks” writes them as "
-    "a CSV file, which a sweep takes with --corrections."
+    "a CSV file. `cxrfast sweep CACHE --corrections FILE` trains with it."
 )
 
 
@@ -77,15 +76,16 @@ class ReviewSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Reviewed:
-    """What was written: the page and its bytes, its cards and films; `missing` is what the page lacks, as it says.
+    """What was written: the page and its bytes, its cards and films, and the `tables` beside it.
 
-    `whole` is whether every film was found as it was cached.
+    `missing` is what the page lacks, as it says. `whole` is whether every film was found as it was cached.
     """
 
     page: Path
     size: int
     cards: int
     films: int
+    tables: tuple[str, ...]
     missing: tuple[str, ...]
     whole: bool
 
@@ -119,6 +119,7 @@ def write_review(folder: AnyPath, spec: ReviewSpec, on_progress: OnProgress = la
         size=len(data),
         cards=len(made),
         films=len({row for card in made for row in card.rows}),
+        tables=(TABLE, *work.tables),
         missing=work.said(found),
         whole=not found.lost,
     )
@@ -126,13 +127,17 @@ def write_review(folder: AnyPath, spec: ReviewSpec, on_progress: OnProgress = la
 
 @dataclass(kw_only=True)
 class _Work:
-    """One review in the making; `missing` are lines of what the page lacks, and `notes` of how it was made."""
+    """One review in the making; `missing` are lines of what the page lacks, and `notes` of how it was made.
+
+    `tables` are the files that stand beside the page and its own table.
+    """
 
     folder: Path
     spec: ReviewSpec
     saved: Saved
     films: RunFilms
     on_progress: OnProgress
+    tables: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     final: Run | None = None
@@ -169,11 +174,13 @@ class _Work:
             found.models.start_from(cache, places)
         doubtful = suspects.rank_labels(self.saved, cache)
         self._write_suspects(doubtful)
+        self.tables.append(SUSPECTS)
         doubtful = [each for c in numbers for each in _first(doubtful, self.films.classes[c])]
         twins = None
         if self.spec.twins:
             twins = near_twins.find_twins(self.saved, cache, self.spec.images, partial(self.on_progress, COMPARING))
             near_twins.write_near_twins(self.folder / TWINS, twins)
+            self.tables.append(TWINS)
         odd = self._odd(cache, places)
         rows = [*(row for each in errors for row in each.rows), *(s.place for s in doubtful), *(row for row, _ in odd)]
         vectors = neighbours.describe_films(cache, places)

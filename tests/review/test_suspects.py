@@ -100,7 +100,7 @@ def test_the_table_is_one_of_corrections_once_it_is_marked(toy_run: Path, toy_ca
     with open(tmp_path / "suspects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(found)
-    assert rows[0]["card"] == str(found[0].row)
+    assert rows[0]["cache_row"] == str(found[0].row)
     rows[0]["mark"], rows[1]["mark"] = "flip", "keep"
     with open(tmp_path / "marked.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

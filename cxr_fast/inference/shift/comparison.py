@@ -121,11 +121,11 @@ class ShiftWatch:
             return "not compared with the hold-out: the model file keeps no summary of one for its thresholds"
         films = self._answers.films
         for start, count, number in (
-            ("too few films in the hold-out to compare with", self._holdout.films, self._holdout.effective),
-            ("too few films to tell whether they differ from the hold-out", films, films * worth),
+            ("the hold-out has too few films to compare with", self._holdout.films, self._holdout.effective),
+            ("too few films to compare with the hold-out", films, films * worth),
         ):
             if number < FEW:
-                return f"{start}: {count:,}, worth {number:.0f} of different patients; {FEW} are needed"
+                return f"{start}: {FEW} of different patients are needed; {_count_as(count, number)}"
         return ""
 
     def _class_pairs(self, worth: float) -> list[_Pair]:
@@ -191,6 +191,13 @@ class ShiftWatch:
         shown = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
         verb = "differs" if len(differing) == 1 else "differ"
         return f"{len(differing)} of {count} classes {verb} from the hold-out by more than chance ({films}): {shown}"
+
+
+def _count_as(films: int, number: float) -> str:
+    """How many films there are and, where several may be of one patient, as how many they count."""
+    there, counted = "there is" if films == 1 else "there are", f"{number:,.0f}"
+    less = "" if counted == f"{films:,}" else f", which count as {counted} because several may be of one patient"
+    return f"{there} {films:,}{less}"
 
 
 def _share(count: int, films: int) -> float | None:

@@ -128,17 +128,19 @@ def test_more_classes_than_a_line_holds() -> None:
 def test_few_films_tell_nothing() -> None:
     probs, groups = films(1, 200, 1, 2)
     line, record = watched(info_of(probs, groups), [np.array([0.99, 0.99])] * (FEW - 1))
-    assert line == (
-        "too few films to tell whether they differ from the hold-out: 29, worth 29 of different patients; 30 are needed"
-    )
+    assert line == ("too few films to compare with the hold-out: 30 of different patients are needed; there are 29")
     assert "differs" not in record["classes"][0]
     assert record["classes"][0]["share"] == 1
     line, _ = watched(info_of(probs, ["one patient"] * 200), probs)
-    assert line == "too few films in the hold-out to compare with: 200, worth 1 of different patients; 30 are needed"
+    assert line == (
+        "the hold-out has too few films to compare with: 30 of different patients are needed; there are 200, which "
+        "count as 1 because several may be of one patient"
+    )
     line, _ = watched(info_of(probs[:0], []), probs)
-    assert line.startswith("too few films in the hold-out to compare with: 0, worth 0 ")
+    assert line.startswith("the hold-out has too few films to compare with: 30 ")
+    assert line.endswith("there are 0")
     line, record = watched(info_of(probs, groups), [])
-    assert line.startswith("too few films to tell")
+    assert line.startswith("too few films to compare with the hold-out")
     assert record["classes"][0]["share"] is None
 
 

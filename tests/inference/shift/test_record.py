@@ -52,7 +52,7 @@ def test_run_json_compares_the_whole_table(model: Path, files: list[str], tmp_pa
     batch.write(predictor, Inputs(paths=files[:20]), out)
     first = json.loads(run_path(out).read_text())["shift"]
     assert first["films"] == 19
-    assert first["line"].startswith("too few films to tell")
+    assert first["line"].startswith("too few films to compare with the hold-out")
     batch.write(predictor, Inputs(paths=files[15:]), out, BatchSpec(append=True))
     found = json.loads(run_path(out).read_text())["shift"]
     assert (found["films"], found["effective_films"]) == (39, 39)
@@ -72,7 +72,7 @@ def test_studies_of_a_manifest_count_as_one(model: Path, files: list[str], tmp_p
     studies = [f"s{i // 4}" for i in range(40)]
     summary = batch.write(predictor, Inputs(paths=files, studies=studies, by="study"), tmp_path / "p.csv")
     assert summary["shift"]["effective_films"] == pytest.approx(39 / 4, abs=0.1)
-    assert "39, worth 10 of different patients; 30 are needed" in summary["shift"]["line"]
+    assert "there are 39, which count as 10 because several may be of one patient" in summary["shift"]["line"]
 
 
 @pytest.mark.parametrize(
