@@ -46,6 +46,8 @@ films="$demo/data/images"
 "$cxr" predict run "$films" --out predictions.csv --device cpu
 "$cxr" report run
 "$cxr" compare run run >compare.txt
+"$cxr" runs .
+"$cxr" evaluate run "$demo/data" --out evaluation --device cpu --resamples 100
 "$cxr" bench latency run/model.fp32.onnx --images "$films" --repeats 10 --device cpu
 cmp <(cut -d, -f2- predictions.csv) <(cut -d, -f2- "$demo/predictions.csv") # the same to the last digit
 needs_train() { # the words of a command that must end with one line naming the extra
@@ -56,6 +58,8 @@ needs_train() { # the words of a command that must end with one line naming the 
     exit 1
   fi
 }
+said=$("$cxr" evaluate run "$demo/data" --out evaluation --recalibrate site.onnx 2>&1) && exit 1
+grep -q "the extra recalibrate brings it" <<<"$said" || { echo "evaluate --recalibrate: $said"; exit 1; }
 needs_train cache "$demo/data"
 needs_train sweep
 needs_train export run
@@ -65,4 +69,4 @@ needs_train bench cache "$demo/data"
 needs_train bench train x.h5
 needs_train bench compare run/model.fp32.onnx --against torch
 needs_train verify "$demo/phantom.h5"
-echo "small install: predicts, verifies, reports and measures; the rest names its extra"
+echo "small install: predicts, evaluates, verifies, reports and measures; the rest names its extra"
