@@ -6,7 +6,11 @@
   var bar = document.getElementById("bar"), selects = bar.querySelectorAll("select");
   var words = ["keep", "flip", "unknown"], place = "cxr-fast review " + document.title;
 
-  function key(card) { return card.dataset.sha ? card.dataset.sha + " " + card.dataset.class : ""; }
+  // With the label: a mark of one that was corrected since is of another label, and would turn the correction back.
+  function key(card) {
+    var of = card.dataset;
+    return of.sha ? [of.sha, of.label, of.class].join(" ") : "";
+  }
 
   function load() {
     try { marks = JSON.parse(localStorage.getItem(place)) || {}; } catch (error) { marks = {}; }

@@ -30,13 +30,15 @@ class Inputs:
     """The images to predict (N), each once, in order.
 
     `studies` has one a path, "" where unknown, or is empty where no manifest said any; `by` is the column they are
-    of. `sources` are the manifests and lists that were read, `manifests` how many of them are manifests.
+    of. `groups` likewise: the patients, which may have several studies; a manifest's studies where it has no groups.
+    `sources` are the manifests and lists that were read, `manifests` how many of them are manifests.
     `passed_over` counts the files of folders that are not among them, by reason.
     """
 
     paths: Sequence[str]
     studies: Sequence[str] = ()
     by: str = ""
+    groups: Sequence[str] = ()
     sources: tuple[Path, ...] = ()
     manifests: int = 0
     passed_over: Mapping[str, int] = field(default_factory=dict)
@@ -70,6 +72,7 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
     in two studies.
     """
     found: dict[str, str] = {}
+    groups: dict[str, str] = {}
     sources: list[Path] = []
     columns: list[str] = []
     passed: Counter[str] = Counter()
@@ -81,8 +84,9 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
             studies = dict.fromkeys(_listed(item, _bytes(sources[-1])), "")
         elif item.lower().endswith(MANIFESTS):
             sources.append(Path(item))
-            by, studies = _manifest(sources[-1])
+            by, studies, owners = _manifest(sources[-1])
             columns.append(by)
+            groups = owners | groups
         else:
             studies = dict.fromkeys(_named(item, passed), "")
         for path, study in studies.items():
@@ -92,6 +96,7 @@ def read(items: Iterable[str], *, stdin: BinaryIO | None = None) -> Inputs:
         paths=list(found),
         studies=list(found.values()) if any(columns) else (),
         by=next(filter(None, columns), ""),
+        groups=[groups.get(path, "") for path in found] if any(columns) else (),
         sources=tuple(sources),
         manifests=len(columns),
         passed_over=passed,
@@ -212,8 +217,8 @@ def _recoded(item: str, data: bytes, encoding: str) -> bytes:
         raise InputError(f"{item}: begins as UTF-16 and is none; save the list as UTF-8.") from None
 
 
-def _manifest(path: Path) -> tuple[str, dict[str, str]]:
-    """The column that says the study, "" where there is none, and path to study."""
+def _manifest(path: Path) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The column that says the study, "" where there is none, path to study, and path to group, else to study."""
     cells: Cells = read_parquet(path) if path.suffix.lower() == ".parquet" else read_csv(path)
     if "image" not in cells:
         raise InputError(
@@ -224,11 +229,13 @@ def _manifest(path: Path) -> tuple[str, dict[str, str]]:
     by = next((name for name in BY if name in cells), "")
     studies = cells[by] if by else [""] * len(images)
     found: dict[str, str] = {}
+    groups: dict[str, str] = {}
     near, folder = NearNames(), os.path.dirname(path)
-    for image, study in zip(images, studies, strict=True):
+    for image, study, group in zip(images, studies, cells.get("group", studies), strict=True):
         name = os.path.join(folder, image)
         if not os.path.lexists(name) and len(fits := near.find(folder or os.curdir, image)) == 1:
             name = os.path.join(folder, fits[0])
         if found.setdefault(name, study) != study:
             raise InputError(f"{path}: {image} is in {by} {found[name]!r} and in {study!r}.")
-    return by, found
+        groups.setdefault(name, group or study)
+    return by, found, groups

@@ -53,7 +53,7 @@ def predict_films(
     Raises InputError where `table` holds another model's answers or other films, unless `spec.overwrite`.
     """
     paths = [str(manifest.path(row)) for row in range(len(manifest))]
-    inputs = Inputs(paths=paths, studies=manifest.studies, by="study", manifests=1)
+    inputs = Inputs(paths=paths, studies=manifest.studies, by="study", groups=manifest.groups, manifests=1)
     try:
         summary = batch.write(predictor, inputs, table, spec, on_batch)
     except InputError as error:

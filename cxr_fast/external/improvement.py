@@ -26,6 +26,10 @@ RANKING = ("macro_auc", "map")
 AT_THRESHOLDS = tuple(key for key in figures.OF_CLASSES if key not in ("auc", "ap"))
 
 RANKING_NOTE = "The order of films within a class does not change: AUC and mAP of the copy are those of the file."
+ISOTONIC_NOTE = (
+    "The order of films within a class does not change, but films beyond the ends of an isotonic calibration become "
+    "equal: AUC and mAP of the copy may differ a little from those of the file."
+)
 
 
 def describe_point(
@@ -105,6 +109,7 @@ def figures_for_file(found: Record, record: Record) -> dict[str, Any]:
 
 def point_table(record: Record, digits: int = 3) -> Table:
     """The headline figures as the file is and as set here, out of sample, with paired differences."""
+    note = ISOTONIC_NOTE if record["calibration"] == "isotonic" else RANKING_NOTE
     if record["differences"]:
         table = comparison_table(record["differences"], SIDES, digits)
         return Table(
@@ -113,12 +118,12 @@ def point_table(record: Record, digits: int = 3) -> Table:
             rows=table.rows,
             chosen=table.chosen,
             mark=table.mark,
-            notes=[*table.notes, RANKING_NOTE],
+            notes=[*table.notes, note],
         )
     rows: list[list[Cell]] = [
         [FIGURES[key], as_figure(each, digits)] for key, each in record["part"]["figures"].items() if key in FIGURES
     ]
-    return Table(title="Set here, out of sample", columns=["figure", SIDES[1]], rows=rows, notes=[RANKING_NOTE])
+    return Table(title="Set here, out of sample", columns=["figure", SIDES[1]], rows=rows, notes=[note])
 
 
 def point_class_table(record: Record, digits: int = 3) -> Table:

@@ -113,6 +113,7 @@ def evaluate_models(
         on_note(line)
     base = out or FOLDER / _plain(manifest.name)
     folders = [base / name for name in names] if len(models) > 1 or out is None else [base]
+    _refuse_runs(folders)
     done = [
         _evaluate(source, folder, name, spec, on_batch)
         for source, folder, name in zip(sources, folders, names, strict=True)
@@ -125,6 +126,13 @@ def evaluate_models(
     sides = {name: each.found for name, each in zip(names, done, strict=True)}
     write_pair(base / COMPARISON, render_pair(sides, pair, lines), pair)
     return done, pair
+
+
+def _refuse_runs(folders: Sequence[Path]) -> None:
+    """Raise InputError where a folder is a run, whose page and tables have the names of those of an evaluation."""
+    for folder in folders:
+        if (folder / "run.json").exists():
+            raise InputError(f"--out: {folder} is a run, whose report would be replaced; give another folder.")
 
 
 def _plain(name: str) -> str:

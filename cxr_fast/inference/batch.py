@@ -359,7 +359,7 @@ def _write_tables(
     with _replacing(out) as file:
         images = map(_image_row, shift.count(_answers(kept, [*earlier, *inputs.paths], by)))
         WRITERS[out.suffix](file, Columns(keys=KEYS, **of_model), images)
-    found["shift"] = shift.compare(inputs.studies)
+    found["shift"] = shift.compare(inputs.groups or inputs.studies)
     if spec.pool:
         with _replacing(studies_path(out)) as file:
             studies = pooled(_answers(kept, inputs.paths, Counter()), inputs.studies, spec.pool)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..data.splits.given import EARLIER, LIST
+from ..data.tables.corrections import describe_source
 from ..errors import InputError, SchemaError
 from ..training.run_folder import read_info
 from .progress import ABOUT
@@ -90,10 +91,12 @@ def lacking_labels(path: Path, given: Collection[str]) -> str:
     if path.name.endswith(PARTIAL) or path.name == "plan.json":
         return ""
     run, wanted = read_info(_folder(path)), {}
-    if run["cache"]["labels_from"] != "the cache":
-        wanted["manifest"] = f"--manifest ({run['cache']['labels_from']})"
-    if made := run.get("corrections"):
-        wanted["corrections"] = f"--corrections ({made.get('file', 'a list of marked labels')})"
+    made = run.get("corrections")
+    source = run["cache"]["labels_from"].removesuffix(describe_source("", made))
+    if source != "the cache":
+        wanted["manifest"] = f"--manifest ({source})"
+    if made:
+        wanted["corrections"] = f"--corrections ({made['file']})"
     return " and ".join(text for name, text in wanted.items() if name not in given)
 
 

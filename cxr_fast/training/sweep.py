@@ -22,6 +22,7 @@ from ..activations.forward import precision
 from ..activations.loader import Activations
 from ..config import SweepOptions, SweepSpec, TrainSpec, to_dict
 from ..data.manifest import Manifest
+from ..data.tables.corrections import describe_source
 from ..errors import InputError, Interrupted
 from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
@@ -117,9 +118,7 @@ class Sweep:
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
         for _, train in self.points:
             require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
-        self.labels_from = "the cache" if manifest is None else manifest.name
-        if made := self.data.corrections:
-            self.labels_from += f", {made['flipped'] + made['unknown']:,} of them corrected by {made['file']}"
+        self.labels_from = describe_source("the cache" if manifest is None else manifest.name, self.data.corrections)
         self._choose_device(trainers)
         dev = self.data.assignment >= 0
         operating_points.require_reachable(self.data.labels[dev], spec.threshold_target, self.data.header.classes)

@@ -186,6 +186,14 @@ def test_studies_come_before_groups(tree: Path) -> None:
     assert (found.paths, found.studies) == (["a.JPG", "gone.png", "b.png"], ["s2", "", "s1"])
 
 
+def test_groups_are_kept_beside_studies(tree: Path) -> None:
+    (tree / "m.csv").write_text("image,study,group\nb.png,s1,p1\na.JPG,s2,\n")
+    found = read(["gone.png", "m.csv"])
+    assert (found.studies, found.groups) == (["", "s1", "s2"], ["", "p1", "s2"])
+    (tree / "g.csv").write_text("image,group\nb.png,p1\n")
+    assert read(["g.csv"]).groups == ["p1"]
+
+
 def test_a_manifest_without_studies(tree: Path) -> None:
     (tree / "m.csv").write_text("image\nb.png\nb.png\n")
     assert read(["m.csv"]) == Inputs(paths=["b.png"], sources=(Path("m.csv"),), manifests=1)

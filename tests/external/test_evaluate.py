@@ -195,6 +195,7 @@ def test_a_copy_set_here(toy_model: Path, films: Path, renamed: str, tmp_path: P
     assert kept is not None, "daily films are compared with the films it was set on"
     assert kept.films == len(answers)
     record = json.loads((out / "evaluation.json").read_text())["set_here"]
+    assert ("become equal" in found.output) == (kind == "isotonic")
     assert "macro_auc" not in record["part"]["figures"]
     assert {row["class"]: row["kept"] for row in record["per_class"]}[old["labels"][5]]
     # A second time, on the copy: its raw probabilities are fitted, and those are the same.
@@ -252,7 +253,9 @@ def test_requests_that_are_refused_in_one_line(toy_model: Path, films: Path, tmp
     unknown = table("unknown.csv", **dict.fromkeys(classes, [""] * count))
     few = table("few.csv", **dict.fromkeys(classes, ["1"] * 3 + ["0"] * (count - 3)))
     groups = table("groups.csv", group=None)
-    copy = tmp_path / "copy.onnx"
+    copy, a_run = tmp_path / "copy.onnx", tmp_path / "run"
+    a_run.mkdir()
+    (a_run / "run.json").touch()
     for words, said in (
         ((toy_model, known), "no_known has none of the 35 classes of the model"),
         ((toy_model, unknown), "unknown: no label of the 5 classes that the model has is known"),
@@ -271,6 +274,7 @@ def test_requests_that_are_refused_in_one_line(toy_model: Path, films: Path, tmp
         ((toy_model, toy_model, films, "--recalibrate", copy), "--recalibrate writes a copy of one model"),
         ((tmp_path / "absent.onnx", films), "no such model"),
         ((toy_model, films, "--out", films), "is a file; give a folder"),
+        ((toy_model, films, "--out", a_run, "--overwrite"), "is a run, whose report would be replaced"),
     ):
         found = run(*words, *(() if "--out" in words else ("--out", tmp_path / "never")))
         assert found.exit_code == 2, (words, found.output)

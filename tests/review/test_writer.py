@@ -389,6 +389,15 @@ STEPS = """(function () {
   out.at = document.activeElement.id;
   press("2");
   out.csv = window.review.csv();
+  var marked = document.activeElement.dataset, sha = marked.sha, of = marked.class, label = marked.label;
+  function relabel(value) {
+    document.querySelectorAll(".card").forEach(function (c) {
+      if (c.dataset.sha === sha && c.dataset.class === of) c.dataset.label = value;
+    });
+  }
+  relabel(label === "1" ? "0" : "1");
+  out.corrected = window.review.csv();
+  relabel(label);
   out.pressed = document.activeElement.querySelectorAll("button[aria-pressed=true]").length;
   press("h");
   out.maps = getComputedStyle(document.querySelector(".map")).opacity;
@@ -413,6 +422,8 @@ def test_a_browser_filters_steps_marks_and_saves(reviewed: Path, tmp_path: Path)
     assert found["wrong"] == []
     assert [name for name in found["asked"] if not name.startswith(("data:", "blob:"))] == []
     did: dict[str, Any] = found["found"]
+    # A mark of a label that was corrected since is not saved: it would turn the correction back.
+    assert did["corrected"] == "card,image_sha256,class,label,mark\r\n"
     assert did["bar"]
     assert did["all"] == len(cards)
     wanted = [row for row in rows if row["kind"] == "false negative" and row["part"] == "holdout"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepSpec, TrainSpec, to_dict
+from cxr_fast.data.tables.corrections import describe_source
 from cxr_fast.errors import InputError
 from cxr_fast.recipes import grid, sweep_spec
 from cxr_fast.runs.request import describe_changes, grid_flags, lacking_labels, read_request
@@ -115,8 +116,12 @@ def test_what_no_flag_can_ask_for_is_refused(toy_run: Path, tmp_path: Path) -> N
     refused = sweep("--from", run)
     assert refused.exit_code == 2
     assert "labels came from --manifest (new labels) too; give it again" in refused.output
-    (run / "run.json").write_text(json.dumps(own | {"corrections": {"sha256": "0"}}))
-    assert lacking_labels(run, ("manifest",)) == "--corrections (a list of marked labels)"
+    made = {"file": "marks.csv", "sha256": "0", "flipped": 1_200, "unknown": 3}
+    for source, said in (("the cache", ""), ("new labels", "--manifest (new labels) and ")):
+        labels = {"cache": own["cache"] | {"labels_from": describe_source(source, made)}, "corrections": made}
+        (run / "run.json").write_text(json.dumps(own | labels))
+        assert lacking_labels(run, ()) == f"{said}--corrections (marks.csv)"
+        assert lacking_labels(run, ("manifest", "corrections")) == ""
     both = sweep("--from", toy_run, "--recipe", "tuned")
     assert both.exit_code == 2
     assert "leave one of them out" in both.output

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -133,6 +134,11 @@ def apply(given: Corrections, labels: np.ndarray, sha256: Sequence[str], classes
     return Corrected(
         labels=out, changed=changed, kept=count[KEEP], flipped=count[FLIP], unknown=count[MASK], skipped=skipped
     )
+
+
+def describe_source(source: str, made: Mapping[str, Any] | None) -> str:
+    """Say where labels are from: `source`, and the list that corrected some of them, as `run.json` records it."""
+    return f"{source}, {made['flipped'] + made['unknown']:,} of them corrected by {made['file']}" if made else source
 
 
 def is_corrections(file: Path) -> bool:
