@@ -54,7 +54,10 @@ def test_contributing_has_the_order_and_the_sizes_that_are_tested() -> None:
     assert [name for first, _ in table for name in re.findall(r"`(\w+)`", first)] == list(ORDER)
     sizes = f"{MODULES} modules in a folder, {LINES} lines in a module, {FUNCTION} lines in a function, {ARGUMENTS} arg"
     assert f"At most {sizes}" in CONTRIBUTING
-    assert f"Everything from `{TORCH_FREE[0]}` to `{TORCH_FREE[-2]}`, and `{TORCH_FREE[-1]}`, never imports torch" in CONTRIBUTING
+    assert (
+        f"Everything from `{TORCH_FREE[0]}` to `{TORCH_FREE[-2]}`, and `{TORCH_FREE[-1]}`, never imports torch"
+        in CONTRIBUTING
+    )
     (line,) = [line for line in CONTRIBUTING.splitlines() if "do not import each other" in line]
     assert set(re.findall(r"`(\w+)`", line)) == STRANGERS
 

@@ -64,7 +64,7 @@ def test_predict(clock: Clock, capsys: pytest.CaptureFixture[str], first: float)
 
     def show(number: int) -> None:
         state.done = 8 * (number + 1)
-        models._show_batch(bar, state)
+        models.show_batch(bar, state)
 
     follow(clock, lasts, show)
     require_within_two(capsys, lasts, [(i + 1) / 40 for i in range(40)])
