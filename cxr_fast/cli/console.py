@@ -16,6 +16,8 @@ from ..system.time_left import TimeLeft
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..config import SweepSpec
+
 Part = str | Table
 BAR, WIDE = 24, 100  # columns of a progress bar, and of a terminal that has room for one
 
@@ -98,6 +100,7 @@ class ProgressBar:
     """How far a long command is: a bar on a terminal, a plain line every few seconds elsewhere."""
 
     _open: ProgressBar | None = None  # rich draws one at a time
+    stage = ""  # of a command of several parts, before each text
 
     def __init__(self, every: float = 20.0) -> None:
         self.live = sys.stderr.isatty()
@@ -131,6 +134,7 @@ class ProgressBar:
         self.last = now
         left = self.left
         said = "" if left is None else f"{duration(left)} left"
+        text = f"{ProgressBar.stage}{text}"
         if self.live:
             self._draw(100 * done / total, text, said)
         else:
@@ -208,3 +212,30 @@ class StageProgress:
             self.told = True
             if self.bar.left > self.SOON:
                 self.bar.show(done, total, stage, before=self.first, force=True)
+
+
+class EpochProgress:
+    """The line of a sweep: each epoch as it is trained, and a time left in which a slow epoch counts for more."""
+
+    def __init__(self, bar: ProgressBar, plan: Any, spec: SweepSpec) -> None:
+        self.bar, self.plan, self.spec = bar, plan, spec
+        self.latest: dict[tuple[int, int], int] = {}
+        self.before: float | None = None  # what an earlier run had done, in the seconds of the plan
+        self.found: dict[tuple[int, bool], int] = {}  # epochs that the folds trained at once had from an earlier run
+
+    def show(self, config: int, fold: int, epoch: Any) -> None:
+        """Show an epoch of (configuration, fold)."""
+        times, at = self.plan.times, (config, fold)
+        folds = self.spec.folds
+        others = self.found.setdefault((config, fold > folds), epoch.epoch - 1)
+        if self.before is None:
+            self.before = times.done({at: others}, at, others)
+        self.latest[at] = epoch.epoch
+        which = f"configuration {config + 1}/{self.plan.configurations}, " if self.plan.configurations > 1 else ""
+        if fold > folds:
+            which += f"retrained head {fold - folds}/{folds}"
+        else:
+            which += f"fold {fold + 1}/{folds}" if fold < folds else "refit"
+        score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
+        done = min(times.done(self.latest, at, others), times.total)
+        self.bar.show(done, times.total, f"{which} epoch {epoch.epoch}{score}", before=self.before)

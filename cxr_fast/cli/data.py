@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from ..errors import InputError
 from ..inference.hub import is_address
 from ..models import device as cpu
 from ..system.files import write_json
-from ..system.text import duration, file_name, gigabytes
-from .console import ProgressBar, echo_notes, show, show_plan, took
-from .dataset import choose_columns, describe_manifest
+from ..system.text import duration, file_name
+from .console import ProgressBar, echo_notes, show, took
+from .dataset import choose_columns, describe_manifest, echo_oddest, show_cache_plan
 from .options import (
     PATH,
+    as_in_cache,
     cluster_option,
     dataset_options,
     device_option,
@@ -66,7 +66,9 @@ def prepare(source: Path, out: Path | None, **flags: Any) -> None:
 @click.command()
 @source_argument
 @click.option("--out", type=PATH, help="The activation file.  [default: cache/NAME.h5]")
-@click.option("--from", "earlier", type=PATH, metavar="CACHE", help="Encode as this cache was; flags go before that.")
+@click.option(
+    "--from", "earlier", type=PATH, metavar="CACHE", help="Encode as this cache was, or a run's; flags go first."
+)
 @recipe_option
 @spec_options(CacheSpec, "weights", "image_size", "unfreeze_blocks", "views")
 @spec_options(PreprocessSpec, "resize", "dicom_policy")
@@ -102,11 +104,39 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
 
     The activations go into one HDF5 file, or with --shards K into several.
     """
+    flags, spec = read_cache_flags(ctx, recipe, flags)
+    manifest = read_source(source, flags, limit=flags["limit"])
+    with open_cache_work(manifest, out, spec, flags) as work:
+        show_cache_plan(work.plan, manifest, work.job.out, work.shards)
+        run_cache_work(work)
+
+
+def read_cache_flags(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> tuple[dict[str, Any], CacheSpec]:
+    """The flags of `cache`, with what --recipe or --from says where none is given, and how films are to be encoded."""
     if flags["gather"] and not flags["cluster"]:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
-    flags = with_recipe(ctx, recipe, flags) if flags["earlier"] is None else _as_in_cache(ctx, flags)
-    spec = spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
-    manifest = read_source(source, flags, limit=flags["limit"])
+    flags = with_recipe(ctx, recipe, flags) if flags["earlier"] is None else as_in_cache(ctx, flags)
+    return flags, spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheWork:
+    """A cache to make: its job, the plan, and the cluster that makes it, if any."""
+
+    job: Any
+    plan: Any
+    remote: Any
+
+    @property
+    def shards(self) -> int | None:
+        """How many activation files, None for one."""
+        shards: int | None = self.remote.shards if self.remote else self.job.shards
+        return shards
+
+
+@contextlib.contextmanager
+def open_cache_work(manifest: Any, out: Path | None, spec: CacheSpec, flags: Mapping[str, Any]) -> Iterator[CacheWork]:
+    """Load the encoder, join the cluster if one is named, and plan; nothing is written."""
     from ..activations import build
     from ..activations.encoder import with_size
     from ..activations.job import CacheJob
@@ -124,39 +154,29 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
         stop_on_error=flags["on_error"] == "stop",
         **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair", "strict")},
     )
-    line = CacheProgress(many=bool(flags["cluster"]))
     with contextlib.ExitStack() as stack:
         remote = stack.enter_context(_connect_build(job, flags)) if flags["cluster"] else None
         plan = remote.plan() if remote else build.plan(job)
         _refuse_dropping(plan, job.out, flags["limit"])
-        show_cache_plan(plan, manifest, job.out, remote.shards if remote else job.shards)
-        if tower.random:
-            click.echo("weights: RANDOM, not BiomedCLIP")
-        if remote:
-            outcome = remote.run(line.show)
-        else:
-            outcome = build.run(job, line.show, lambda more: line.compare(more, plan.rows_done))
-        line.bar.done()
-    echo_outcome(outcome, job.out, tower.visual)
+        yield CacheWork(job=job, plan=plan, remote=remote)
 
 
-def _as_in_cache(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags, with those that were not given taken from the cache of --from: encoder, pixels, and label rules."""
-    from ..activations.cache import open_cache
+def run_cache_work(work: CacheWork) -> None:
+    """Make a cache and say what was done; exit 1 where images failed."""
+    from ..activations import build
 
-    command_line = click.core.ParameterSource.COMMANDLINE
-    if ctx.get_parameter_source("recipe") == command_line:
-        raise InputError("--from and --recipe each name all settings; leave one of them out.")
-    meta = open_cache(flags["earlier"], partial=True).meta
-    rules = meta["dataset"].get("label_rules", {})
-    own = {**meta["spec"], **meta["spec"]["preprocess"], **{k: rules[k] for k in ("blank", "uncertain") if k in rules}}
-    own["views"] = ",".join(own["views"])
-    return flags | {
-        name: value for name, value in own.items() if name in flags and ctx.get_parameter_source(name) != command_line
-    }
+    job, line = work.job, CacheProgress(many=work.remote is not None)
+    if job.backbone.random:
+        click.echo("weights: RANDOM, not BiomedCLIP")
+    if work.remote:
+        outcome = work.remote.run(line.show)
+    else:
+        outcome = build.run(job, line.show, lambda more: line.compare(more, work.plan.rows_done))
+    line.bar.done()
+    echo_outcome(outcome, job.out, job.backbone.visual)
 
 
-def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
+def _cache_path(out: Path | None, name: str, flags: Mapping[str, Any]) -> Path:
     """Where the cache goes. Raises InputError for a name under which no other command would find it."""
 
     first = f"-first{flags['limit']}" if flags["limit"] else ""
@@ -171,7 +191,7 @@ def _cache_path(out: Path | None, name: str, flags: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _connect_build(job: Any, flags: dict[str, Any]) -> Iterator[Any]:
+def _connect_build(job: Any, flags: Mapping[str, Any]) -> Iterator[Any]:
     """Connect to the cluster and say how the work is divided there."""
     from ..cluster.activations import connect_build
 
@@ -208,25 +228,6 @@ class CacheProgress:
         self.bar.show(p.before + p.encoded, p.total, text, before=p.before, seconds=None if self.many else p.seconds)
 
 
-def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
-    """What a cache run will do, before it starts."""
-    from ..data.labels import describe_rules
-
-    skipped, root = manifest.info["skipped_missing"], os.path.abspath(manifest.root)
-    show_plan(
-        f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
-        f"{gigabytes(plan.bytes_needed)} "
-        f"({gigabytes(plan.bytes_free)} free), {plan.size} x {plan.size} pixels, cut {plan.cut}, {plan.dtype}, "
-        f"on {plan.device}"
-        + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
-        + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
-        + (f"; skipped {skipped:,} listed image(s) that are not below {root}" if skipped else "")
-        + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
-    )
-    if said := describe_rules(manifest.info):
-        click.echo(said)
-
-
 def echo_outcome(outcome: Any, path: Path, visual: Any) -> None:
     """What a cache run did, and the images least like the others; exit 1 where images failed."""
     from ..activations import build
@@ -235,7 +236,7 @@ def echo_outcome(outcome: Any, path: Path, visual: Any) -> None:
     encoded = f"encoded {outcome.encoded:,} images in {duration(outcome.seconds)}{rate}"
     click.echo(f"reused {outcome.reused:,}, {encoded}, {took()}: {path}")
     echo_notes(outcome.notes)
-    _echo_oddest(path, visual)
+    echo_oddest(path, visual)
     noted = build.write_notes(path, outcome.noted)
     if outcome.noted:
         image, note = outcome.noted[0]
@@ -250,19 +251,6 @@ def echo_outcome(outcome: Any, path: Path, visual: Any) -> None:
         for image, error in outcome.failed[:5]:
             click.echo(f"  {image}: {error}", err=True)
         sys.exit(1)
-
-
-def _echo_oddest(path: Path, visual: Any) -> None:
-    from ..activations.cache import open_cache
-    from ..unlikeness.oddest import describe_oddest
-    from ..unlikeness.record import find_oddest
-
-    try:
-        found = find_oddest(open_cache(path), visual)
-    except InputError:  # too few films, or the shards are on other machines
-        return
-    click.echo("least like the others, by unlikeness (one film in a hundred is over 1):")
-    click.echo("\n".join(f"  {line}" for line in describe_oddest(found)))
 
 
 @click.command()

@@ -1,13 +1,18 @@
-"""What the screen says of a data set: its counts, its class table, what to know of its labels."""
+"""What the screen says of a data set: its counts, its class table, what to know of its labels, the plan of a cache."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ..system.text import Figure, Table
-from .console import Part
+import click
+
+from ..errors import InputError
+from ..system.text import Figure, Table, duration, gigabytes
+from .console import Part, show_plan
 
 
 def describe_words(counts: dict[str, int]) -> str:
@@ -81,3 +86,41 @@ def describe_labels(manifest: Any, one_sided: Sequence[str]) -> list[Part]:
         )
         parts.append(f"No negatives, so no AUC and nothing to learn from: {named}{mend}.")
     return parts
+
+
+def show_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> None:
+    """What a cache run will do, before it starts."""
+    from ..data.labels import describe_rules
+
+    show_plan(describe_cache_plan(plan, manifest, path, shards))
+    if said := describe_rules(manifest.info):
+        click.echo(said)
+
+
+def describe_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None) -> str:
+    """Images, size, place, pixels, device and expected time of a cache run."""
+    skipped, root = manifest.info["skipped_missing"], os.path.abspath(manifest.root)
+    return (
+        f"{plan.images:,} images x {plan.views} view(s) -> {path}{f' and {shards} shards' if shards else ''}: "
+        f"{gigabytes(plan.bytes_needed)} "
+        f"({gigabytes(plan.bytes_free)} free), {plan.size} x {plan.size} pixels, cut {plan.cut}, {plan.dtype}, "
+        f"on {plan.device}"
+        + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
+        + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
+        + (f"; skipped {skipped:,} listed image(s) that are not below {root}" if skipped else "")
+        + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")
+    )
+
+
+def echo_oddest(path: Path, visual: Any) -> None:
+    """Name the images of a cache that are least like the others."""
+    from ..activations.cache import open_cache
+    from ..unlikeness.oddest import describe_oddest
+    from ..unlikeness.record import find_oddest
+
+    try:
+        found = find_oddest(open_cache(path), visual)
+    except InputError:  # too few films, or the shards are on other machines
+        return
+    click.echo("least like the others, by unlikeness (one film in a hundred is over 1):")
+    click.echo("\n".join(f"  {line}" for line in describe_oddest(found)))

@@ -8,6 +8,7 @@ from .. import __version__
 from .bench import bench
 from .data import cache, info, phantom, prepare, verify
 from .external import evaluate
+from .fit.command import fit
 from .models import doctor, explain, export, predict, push
 from .options import Group
 from .report import compare, report, review, runs
@@ -20,6 +21,7 @@ def main() -> None:
     """Fine-tune BiomedCLIP on chest radiographs from cached activations, export one ONNX file, predict without torch.
 
     \b
+    All at once:    cxrfast fit DATASET      all of the main job up to predict
     The main job:   cxrfast prepare DATASET  read the labels, print the class table
                     cxrfast cache DATASET    encode every image once through the frozen layers
                     cxrfast sweep            train the tail: folds, epoch search, hold-out
@@ -31,7 +33,7 @@ def main() -> None:
 
 
 for command in (
-    *(prepare, cache, verify, sweep, export, predict, evaluate, explain, bench),
+    *(fit, prepare, cache, verify, sweep, export, predict, evaluate, explain, bench),
     *(runs, report, review, info, compare, push, phantom, doctor),
 ):
     main.add_command(command)

@@ -66,9 +66,9 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     same films saved as JPEG 95.
     Exit 1 where a variant that --variants names was over its limit and not kept.
     """
-    from ..inference.model_file import VARIANTS
+    from ..inference.model_file import split_variants
 
-    names = list(VARIANTS) if variants is None else [name.strip() for name in variants.split(",")]
+    names = split_variants(variants)
     out = flags["out"]
     if out is not None and not (above := next(p for p in Path(out).absolute().parents if p.exists())).is_dir():
         raise InputError(f"--out: cannot write {out}: {above} is a file.")

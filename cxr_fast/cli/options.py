@@ -297,7 +297,7 @@ def table_spec(flags: Mapping[str, Any]) -> TableSpec:
     return TableSpec(**given)
 
 
-def read_prepared(source: Path, flags: Mapping[str, Any]) -> Manifest:
+def read_prepared(source: Path, flags: Mapping[str, Any], *, limit: int | None = None) -> Manifest:
     """What `prepare` is given: as `read_source`, and tables and folders of no known layout; its notes are shown."""
     from ..data.tables.source import read_any
 
@@ -307,10 +307,10 @@ def read_prepared(source: Path, flags: Mapping[str, Any]) -> Manifest:
     if flags["split"] == "published" and spec.named():
         raise InputError(f"{spec.named()[0]}: --split published is for tables as they are published, without it.")
     if flags["split"] == "published":
-        return read_source(source, flags)
-    manifest = read_any(source, spec, images=flags["images"], missing=missing, rules=rules)
+        return read_source(source, flags, limit=limit)
+    manifest = read_any(source, spec, images=flags["images"], missing=missing, rules=rules, limit=limit)
     if manifest is None:
-        return read_source(source, flags)
+        return read_source(source, flags, limit=limit)
     echo_notes(manifest.notes)
     return manifest
 
@@ -352,3 +352,33 @@ def run_folder(out: Path | None, name: str | None) -> Path | None:
     if not name or "/" in name or name.startswith("."):
         raise InputError(f"--name: {name!r} must be a name, not a path; --out takes a path.")
     return Path("exports") / name
+
+
+def as_in_cache(ctx: click.Context, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command, with those that were not given taken from the cache of --from, or of that run: encoder,
+    pixels, and label rules."""
+    command_line = click.core.ParameterSource.COMMANDLINE
+    if ctx.get_parameter_source("recipe") == command_line:
+        raise InputError("--from and --recipe each name all settings; leave one of them out.")
+    meta = _cache_meta(flags["earlier"])
+    rules = meta["dataset"].get("label_rules", {})
+    own = {**meta["spec"], **meta["spec"]["preprocess"], **{k: rules[k] for k in ("blank", "uncertain") if k in rules}}
+    own["views"] = ",".join(own["views"])
+    return dict(flags) | {
+        name: value for name, value in own.items() if name in flags and ctx.get_parameter_source(name) != command_line
+    }
+
+
+def _cache_meta(path: Path) -> Mapping[str, Any]:
+    """What a cache records of itself; for a run folder, its run.json or an unfinished run, that of its cache."""
+    from ..activations.cache import open_cache
+    from ..runs.request import read_request
+    from ..training.run_folder import read_info
+
+    folder = path.parent if path.name in ("run.json", "plan.json") else path
+    if (folder / "run.json").is_file():
+        meta: Mapping[str, Any] = read_info(folder)["cache"]
+        return meta
+    if (folder / "plan.json").is_file():
+        path = read_request(folder).existing_cache() or path
+    return open_cache(path, partial=True).meta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..models import device as cpu
 from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
 from ..system.text import duration, gigabytes, number
-from .console import Part, ProgressBar, echo_notes, show, show_plan, took
+from .console import EpochProgress, Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
     PATH,
     cluster_option,
@@ -106,33 +106,47 @@ HOUR = 3600  # seconds
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing run folder.")
 @click.pass_context
-def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str, **flags: Any) -> None:
+def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any) -> None:
     """Train folds, search over epochs, score the hold-out once.
 
     CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
-    out, before = run_folder(out, flags["name"]), None
-    if flags["earlier"] is not None:
-        before = _take_earlier(ctx, flags)
+    out, recipe = run_folder(out, flags["name"]), flags["recipe"]
+    spec, before = read_sweep_flags(ctx, recipe, flags)
+    if before is not None:
         cache, out = cache or before.existing_cache(), out or before.out
-    spec = _sweep_spec(ctx, recipe, flags)
-    from ..activations.cache import newest, open_cache
-    from ..cluster.search import ClusterTrainers
-    from ..loggers.choose import describe_sweep, open_loggers
-    from ..training.sweep import Sweep
+    from ..activations.cache import newest
 
     if cache is None:
         cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
-    if recipe == "reference":
+    with open_sweep(cache, out, spec, flags) as job:
+        plan = show_sweep_plan(job, recipe, before, flags["grid"])
+        if not flags["dry_run"]:
+            run_sweep(job, plan, flags)
+
+
+def read_sweep_flags(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> tuple[SweepSpec, Any]:
+    """What the flags of `sweep` ask for, and the run of --from; what that says is put into `flags`."""
+    before = None if flags["earlier"] is None else _take_earlier(ctx, flags)
+    return _sweep_spec(ctx, recipe, flags), before
+
+
+@contextlib.contextmanager
+def open_sweep(cache: Path, out: Path | None, spec: SweepSpec, flags: Mapping[str, Any]) -> Iterator[Any]:
+    """Read the cache, join the cluster if one is named, and make a `Sweep`; nothing is written."""
+    from ..activations.cache import open_cache
+    from ..cluster.search import ClusterTrainers
+    from ..training.sweep import Sweep
+
+    if flags["recipe"] == "reference":
         require_reference_cache(open_cache(cache, partial=True).meta["spec"]["normalize"])
     cpu.prepare(flags["threads"])
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
-    with contextlib.ExitStack() as stack:
-        joined = None if cluster is None else stack.enter_context(connection.connect(cluster))
-        job = Sweep(
+    with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
+        yield Sweep(
             cache,
             out,
             spec,
@@ -140,13 +154,17 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, recipe: str,
             manifest=labels,
             trainers=None if joined is None else ClusterTrainers(joined),
         )
-        plan = _show_plan(job, recipe, before, flags["grid"])
-        if flags["dry_run"]:
-            return
+
+
+def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
+    """Train, and write the run folder with its report; show figures, and progress on the way."""
+    from ..loggers.choose import describe_sweep, open_loggers
+
+    with contextlib.ExitStack() as stack:
         loggers = open_loggers(flags["log"], describe_sweep(job), lambda text: echo_notes([text]))
         stack.callback(loggers.close)
         bar = ProgressBar()
-        progress = EpochProgress(bar, plan, spec)
+        progress = EpochProgress(bar, plan, job.spec)
 
         def on_epoch(config: int, fold: int, epoch: Any) -> None:
             progress.show(config, fold, epoch)
@@ -175,7 +193,7 @@ def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
     click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
 
 
-def _show_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
+def show_sweep_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
     """Say what a sweep will do, and what differs from the run of --from; its plan."""
     from ..runs import request
 
@@ -254,33 +272,6 @@ def _other_labels(manifest: Path | None) -> Any:
     read = read_dataset(manifest, missing="keep")
     echo_notes(read.notes)
     return read
-
-
-class EpochProgress:
-    """The line of a sweep: each epoch as it is trained, and a time left in which a slow epoch counts for more."""
-
-    def __init__(self, bar: ProgressBar, plan: Any, spec: SweepSpec) -> None:
-        self.bar, self.plan, self.spec = bar, plan, spec
-        self.latest: dict[tuple[int, int], int] = {}
-        self.before: float | None = None  # what an earlier run had done, in the seconds of the plan
-        self.found: dict[tuple[int, bool], int] = {}  # epochs that the folds trained at once had from an earlier run
-
-    def show(self, config: int, fold: int, epoch: Any) -> None:
-        """Show an epoch of (configuration, fold)."""
-        times, at = self.plan.times, (config, fold)
-        folds = self.spec.folds
-        others = self.found.setdefault((config, fold > folds), epoch.epoch - 1)
-        if self.before is None:
-            self.before = times.done({at: others}, at, others)
-        self.latest[at] = epoch.epoch
-        which = f"configuration {config + 1}/{self.plan.configurations}, " if self.plan.configurations > 1 else ""
-        if fold > folds:
-            which += f"retrained head {fold - folds}/{folds}"
-        else:
-            which += f"fold {fold + 1}/{folds}" if fold < folds else "refit"
-        score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
-        done = min(times.done(self.latest, at, others), times.total)
-        self.bar.show(done, times.total, f"{which} epoch {epoch.epoch}{score}", before=self.before)
 
 
 def require_reference_cache(normalize: str) -> None:

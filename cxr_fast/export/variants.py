@@ -20,7 +20,7 @@ from .. import __version__
 from ..config import NOTICE
 from ..data.images import self_check
 from ..errors import InputError, ParityError
-from ..inference.model_file import PREFIX, SCHEMA, labels_sha256, write
+from ..inference.model_file import PREFIX, SCHEMA, labels_sha256, require_variants, write
 from ..inference.predictor import golden_pixels
 from ..inference.shift.reference import KEY as HOLDOUT
 from ..inference.verify import LOOSEST
@@ -33,7 +33,7 @@ from ..training.run_folder import Run, clean, read_run
 from ..unlikeness.nodes import OUTPUT as UNLIKENESS
 from ..unlikeness.reference import LIMITS, describe_output
 from . import int8
-from .graph import VARIANTS, build
+from .graph import build
 from .int8 import Plan
 from .nodes import all_nodes
 from .parity import IMAGES, Checks, OnProgress, OpenFile, Parity, check, checks_of, raw_name
@@ -119,8 +119,7 @@ def export_run(
         (True, 'again.onnx')
     """
     folder = Path(run_folder)
-    if unknown := [v for v in spec.variants if v not in VARIANTS]:
-        raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
+    require_variants(spec.variants)
     point = OperatingPoint(threshold_target=spec.threshold_target, calibration=spec.calibration)
     run = read_run(folder, spec.final, tta=spec.tta, logit_adjustment=spec.logit_adjustment, point=point)
     if spec.embedding and len(run.members) > 1:

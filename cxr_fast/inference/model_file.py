@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -32,6 +32,19 @@ _GRAPH, _ENTRY = 7, 14
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how a cache begins
 MOST_TEXT = 64 << 20
 CHUNK = 1 << 20
+
+
+def split_variants(text: str | None) -> list[str]:
+    """The variants that a comma-separated list names, all without one. Raises InputError for an unknown one."""
+    names = list(VARIANTS) if text is None else [name.strip() for name in text.split(",")]
+    require_variants(names)
+    return names
+
+
+def require_variants(names: Iterable[str]) -> None:
+    """Raise InputError where a name is not that of a variant."""
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise InputError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}.")
 
 
 class Entry(NamedTuple):

@@ -70,8 +70,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `out_of_fold_auc` the macro AUC pooled and as the mean of folds, `validated_in` the arithmetic of history.csv,
     `shortcuts` the rows of `metrics.shortcuts.describe`, the strongest first; `split` says by which method groups were
     drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes,
-    `corrections` how many labels a list of marks changed, with the hash of the list. Runs of earlier versions have none
-    of these. `custom` names a head or loss that was given in Python.
+    `corrections` how many labels a list of marks changed, with the hash of the list; `request_sha256` is the hash of
+    all that decides the result but versions. Runs of earlier versions have none of these. `custom` names a head or loss
+    that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -127,6 +128,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     out_of_fold_auc: Values | msgspec.UnsetType = msgspec.UNSET
     unlikeness: Values | msgspec.UnsetType = msgspec.UNSET
     validated_in: str | msgspec.UnsetType = msgspec.UNSET
+    request_sha256: str | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:

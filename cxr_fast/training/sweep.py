@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +21,10 @@ from ..activations.cache import Cache
 from ..activations.encoder import load_recorded
 from ..activations.forward import precision
 from ..activations.loader import Activations
-from ..config import SweepOptions, SweepSpec, TrainSpec, to_dict
+from ..config import SweepOptions, SweepSpec, TrainSpec, digest, to_dict
 from ..data.manifest import Manifest
 from ..data.tables.corrections import describe_source
-from ..errors import InputError, Interrupted
+from ..errors import CxrFastError, InputError, Interrupted
 from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
 from ..models.heads import Custom, LossFunction, MakeHead
@@ -39,6 +40,7 @@ from .expected_time import EpochTimes, expect, unknown_times
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
+from .run_folder import read_info
 from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trained_blocks
 
 
@@ -112,7 +114,7 @@ class Sweep:
     ) -> None:
         cache, out = Path(cache), None if out is None else Path(out)
         if out is not None:
-            _require_free(out, options.overwrite)
+            require_free(out, options.overwrite)
         self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)
         self.data = read(cache, spec, manifest, options)
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
@@ -136,7 +138,8 @@ class Sweep:
         )
         self.search.custom.require_loss(len(self.data.header.classes), self.device)
         self.trainable = [count_trainable(self.search.tail(train)) for _, train in self.points]
-        self.out = out or _free_name(Path("exports") / cache.stem, self.request())
+        self._names = [out] if out else list(_names(Path("exports") / cache.stem, self.request()))
+        self.out = self._names[-1]
         self._warn_of_holdouts()
         self.search.scratch = self.out.parent if self.out.parent.is_dir() else None
         self.trainer: FoldTrainer | None = None
@@ -244,6 +247,18 @@ class Sweep:
         unfinished = (folder / "plan.json").is_file() and not self.options.overwrite
         return unfinished and not difference(folder, self.request())
 
+    def find_finished(self) -> Path | None:
+        """Return the finished run of this very request, by whatever version: `out`, or a name that was taken before it.
+
+        Runs of versions that did not record their request are not found.
+        """
+        mine = _digest(self.request())
+        for path in self._names:
+            with contextlib.suppress(CxrFastError):  # another version's, or no run: not this one
+                if read_info(path).get("request_sha256") == mine:
+                    return path
+        return None
+
     def _about(self) -> dict[str, str]:
         """What the list of runs shows of an unfinished one, beside its plan."""
         meta = self.data.file.meta
@@ -270,7 +285,7 @@ class Sweep:
         """
         began = time.perf_counter()
         with FileLock(self.out), graceful() as stopped:
-            _require_free(self.out, self.options.overwrite)
+            require_free(self.out, self.options.overwrite)
             folder = Path(f"{self.out}.partial")
             if self.options.overwrite and difference(folder, self.request()):
                 shutil.rmtree(folder)
@@ -326,13 +341,14 @@ class Sweep:
             )
             record = finish(folder, configurations, finals, setup)
             record.cluster = msgspec.UNSET if self.trainer is None else self.trainer.describe()
+            record.request_sha256 = _digest(self.request())
             record.seconds = time.perf_counter() - began
             run = record.to_dict()
             run_record.write_run(folder, run, configurations)
         return run
 
 
-def _require_free(out: Path, overwrite: bool) -> None:
+def require_free(out: Path, overwrite: bool) -> None:
     """Only a run, or an empty folder, may be replaced: `--out DATA --overwrite` must not cost the data."""
     if above := next((path for path in out.absolute().parents if path.is_file()), None):
         raise InputError(f"--out: cannot write {out}: {above} is a file, not a folder.")
@@ -344,12 +360,19 @@ def _require_free(out: Path, overwrite: bool) -> None:
         raise InputError(f"--overwrite: {out} is not a run folder and is left alone; give another --out.")
 
 
-def _free_name(path: Path, request: dict[str, Any]) -> Path:
-    """`path`, or `path-2`, `path-3`, ... where it exists or an unfinished run of another request has the name."""
+def _names(path: Path, request: dict[str, Any]) -> Iterator[Path]:
+    """`path`, `path-2`, `path-3`, ... up to the first that does not exist and that no unfinished run of another request
+    has."""
     candidate, number = path, 2
     while candidate.exists() or difference(Path(f"{candidate}.partial"), request):
+        yield candidate
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
+    yield candidate
+
+
+def _digest(request: dict[str, Any]) -> str:
+    """sha256 of what decides a result, whatever versions compute it."""
+    return digest({name: value for name, value in request.items() if name not in ("cxr-fast", "torch")})
 
 
 def _put_in_place(folder: Path, out: Path) -> None:

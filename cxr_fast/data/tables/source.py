@@ -27,10 +27,12 @@ def read_any(
     images: AnyPath | None = None,
     missing: Missing = "refuse",
     rules: LabelRules | None = None,
+    limit: int | None = None,
 ) -> Manifest | None:
     """Read a table or folder by the columns that `spec` names; None where it is a known layout and `spec` is empty.
 
-    The classes of a known layout are those that `spec` names, or all. Raises InputError as `read_dataset` does.
+    The classes of a known layout are those that `spec` names, or all. `limit` keeps the first images. Raises InputError
+    as `read_dataset` does.
 
         >>> manifest = read_any("table.xlsx", TableSpec(group="Patient", classes=("Edema", "Mass")))
     """
@@ -39,17 +41,19 @@ def read_any(
     if kind and not spec.named():
         return None
     if kind not in ("", "manifest") and spec.named() == ["--classes"]:
-        return keep_classes(read_dataset(source, images=images, missing=missing, rules=rules), spec.classes)
+        return keep_classes(
+            read_dataset(source, images=images, missing=missing, rules=rules, limit=limit), spec.classes
+        )
     if rules.uncertain != "unknown":
         raise InputError(f"--uncertain is for the tables of CheXpert and MIMIC-CXR; {source} is read as another table.")
     folder = source if source.is_dir() else source.parent
     if file.is_dir():
         if rules.blank != "unknown":
             raise InputError(f"--blank: {source} holds no table, so no label is blank.")
-        return list_images(read_folder(file, spec), folder, images=images, missing=missing, limit=None)
+        return list_images(read_folder(file, spec), folder, images=images, missing=missing, limit=limit)
     root = folder if images is None else Path(images)
     rows = read_hospital(file, spec, root=root, blank=rules.blank)
-    return list_images(rows, folder, images=images, missing=missing, limit=None)
+    return list_images(rows, folder, images=images, missing=missing, limit=limit)
 
 
 def keep_classes(manifest: Manifest, wanted: tuple[str, ...]) -> Manifest:
