@@ -302,7 +302,8 @@ def write_manifest(manifest: Manifest, out: AnyPath) -> None:
         True
     """
     out = Path(out)
-    if clash := [name for name in manifest.classes if name in RESERVED or name.startswith(META)]:
+    # In any case: `spell_reserved` reads SPLIT as split.
+    if clash := [name for name in manifest.classes if name.lower() in RESERVED or name.lower().startswith(META)]:
         raise InputError(f"{out}: a class cannot be named {clash[0]!r} in a manifest.")
     check_class_names(manifest.classes, out)
     start, end = os.path.realpath(manifest.root), os.path.realpath(out.parent)

@@ -663,7 +663,7 @@ NAME = WORD.filter(lambda word: "/" not in word and "\\" not in word and word.st
 def manifests(draw: st.DrawFn) -> Manifest:
     images = tuple(draw(st.lists(st.builds("{}/{}".format, NAME, NAME), min_size=1, max_size=6, unique=True)))
     n = len(images)
-    free = WORD.filter(lambda word: word not in RESERVED and not word.startswith(META) and ";" not in word)
+    free = WORD.filter(lambda w: w.lower() not in RESERVED and not w.lower().startswith(META) and ";" not in w)
     classes = tuple(draw(st.lists(free, min_size=1, max_size=4, unique=True)))
     cells = st.lists(st.sampled_from([1, 0, -1]), min_size=n * len(classes), max_size=n * len(classes))
 
@@ -693,6 +693,24 @@ def test_any_manifest_survives_the_file(tmp_path_factory: pytest.TempPathFactory
     for name in ("name", "images", "groups", "views", "classes", "studies", "subgroups"):
         assert getattr(back, name) == getattr(m, name), name
     np.testing.assert_array_equal(back.labels, m.labels)
+
+
+@pytest.mark.parametrize("name", ["split", "SPLIT", "Meta:sex", "Group"])
+def test_a_class_named_like_a_column_of_ours_is_not_written(name: str, tmp_path: Path) -> None:
+    """The reader takes such a column for ours in any case of its letters."""
+    found = Manifest(
+        name="any",
+        root=tmp_path,
+        images=("a.png",),
+        groups=("p",),
+        views=("",),
+        classes=(name,),
+        labels=np.ones((1, 1), np.int8),
+        studies=("p",),
+    )
+    with pytest.raises(InputError, match=f"a class cannot be named '{name}'"):
+        write_manifest(found, tmp_path / "any.csv")
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_cells_may_be_bool_float_or_null(tmp_path: Path) -> None:
