@@ -129,7 +129,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "what": "share of flips among the first 50 suspects of a class over their share in all",
         "cache": args.cache.name,
-        "weights": cache.meta["weights"],
+        "weights": Path(str(cache.meta["weights"])).name,
         "blocks_left": cache.meta["spec"]["unfreeze_blocks"],
         "share": args.share,
         "training": {"head_lr": RATE, "epochs": args.epochs, "folds": args.folds, "loss": args.loss},
