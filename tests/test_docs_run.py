@@ -30,6 +30,7 @@ LEFT_OUT = {
     "docs/explanation/unlikeness.md": 1,
     "docs/how-to/clusters.md": 3,
     "docs/how-to/encoders.md": 2,
+    "docs/how-to/fit.md": 1,
     "docs/how-to/hub.md": 2,
     "docs/how-to/install.md": 7,
     "docs/how-to/label_errors.md": 1,
