@@ -13,7 +13,17 @@ from ..config import NOTICE
 from ..errors import InputError
 from .console import Part, ProgressBar, echo_notes, show
 from .models import show_batch
-from .options import PATH, dataset_options, device_option, read_source, strict_option, threads_option
+from .options import (
+    PATH,
+    dataset_options,
+    device_option,
+    pool_option,
+    prevalence_option,
+    read_source,
+    resamples_option,
+    strict_option,
+    threads_option,
+)
 
 
 @click.command()
@@ -42,25 +52,9 @@ from .options import PATH, dataset_options, device_option, read_source, strict_o
     type=click.Choice(["none", "platt", "isotonic"]),
     help="Calibration of --recalibrate; none keeps the file's.  [default: the kind of the file, else platt]",
 )
-@click.option(
-    "--pool",
-    type=click.Choice(["mean", "max"]),
-    default="mean",
-    show_default=True,
-    help="How the views of a study become one probability a class.",
-)
-@click.option(
-    "--prevalence",
-    metavar="SHARE",
-    help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
-)
-@click.option(
-    "--resamples",
-    type=click.IntRange(0),
-    default=1000,
-    show_default=True,
-    help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
-)
+@pool_option
+@prevalence_option
+@resamples_option
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples and of --recalibrate."
 )

@@ -169,6 +169,28 @@ recipe_option = click.option(
     "before the recipe's.",
 )
 
+pool_option = click.option(
+    "--pool",
+    type=click.Choice(["mean", "max"]),
+    default="mean",
+    show_default=True,
+    help="How the views of a study become one probability a class.",
+)
+
+resamples_option = click.option(
+    "--resamples",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
+)
+
+prevalence_option = click.option(
+    "--prevalence",
+    metavar="SHARE",
+    help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
+)
+
 adjustment_option = click.option(
     "--logit-adjustment",
     type=FiniteFloat(0),
@@ -341,17 +363,6 @@ def with_recipe(ctx: click.Context, recipe: str, flags: Mapping[str, Any]) -> di
         if name in out and ctx.get_parameter_source(name) != ParameterSource.COMMANDLINE:
             out[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
     return out
-
-
-def run_folder(out: Path | None, name: str | None) -> Path | None:
-    """The folder that --out or --name gives a run."""
-    if name is None:
-        return out
-    if out is not None:
-        raise InputError("--name is short for --out exports/NAME; leave one of them out.")
-    if not name or "/" in name or name.startswith("."):
-        raise InputError(f"--name: {name!r} must be a name, not a path; --out takes a path.")
-    return Path("exports") / name
 
 
 def as_in_cache(ctx: click.Context, flags: Mapping[str, Any]) -> dict[str, Any]:

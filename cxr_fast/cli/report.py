@@ -14,34 +14,18 @@ from ..errors import InputError
 from ..system.files import write_json
 from ..system.text import counted, gigabytes
 from .console import Part, ProgressBar, StageProgress, show, took
-from .options import PATH, adjustment_option, point_options
+from .options import PATH, adjustment_option, point_options, pool_option, prevalence_option, resamples_option
 
 
 @click.command()
 @click.argument("runs", metavar="RUN...", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, help="The comparison of several runs.  [default: FIRST_RUN/comparison.html]")
-@click.option(
-    "--pool",
-    type=click.Choice(["mean", "max"]),
-    default="mean",
-    show_default=True,
-    help="How the views of a study become one probability a class.",
-)
-@click.option(
-    "--resamples",
-    type=click.IntRange(0),
-    default=1000,
-    show_default=True,
-    help="Bootstrap resamples of the groups behind every interval; 0 leaves intervals out.",
-)
+@pool_option
+@resamples_option
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
 @adjustment_option
 @point_options
-@click.option(
-    "--prevalence",
-    metavar="SHARE",
-    help="Also give PPV and NPV at this prevalence, such as 0.02, or at those of a CSV file of class,prevalence.",
-)
+@prevalence_option
 def report(runs: tuple[Path, ...], out: Path | None, **flags: Any) -> None:
     """Write a run's page, model card and tables from saved files.
 

@@ -23,6 +23,7 @@ from ..config import (
 from ..errors import InputError
 from ..models import device as cpu
 from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
+from ..runs.changes import place_run
 from ..system.text import duration, gigabytes, number
 from .console import EpochProgress, Part, ProgressBar, echo_notes, show, show_plan, took
 from .options import (
@@ -30,7 +31,6 @@ from .options import (
     cluster_option,
     device_option,
     recipe_option,
-    run_folder,
     spec_from,
     spec_options,
     threads_option,
@@ -112,7 +112,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
     CACHE is an activation file (default: the newest in cache/); the result is a run folder with the final model.
     Killed or interrupted, the same command goes on where it was, to the same result.
     """
-    out, recipe = run_folder(out, flags["name"]), flags["recipe"]
+    out, recipe = place_run(out, flags["name"]), flags["recipe"]
     spec, before = read_sweep_flags(ctx, recipe, flags)
     if before is not None:
         cache, out = cache or before.existing_cache(), out or before.out

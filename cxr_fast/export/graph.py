@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..config import VIEWS
-from ..metrics.calibration import EDGE
+from ..metrics.calibration import EDGE, isotonic_pieces
 from ..models.heads import leaves
 from ..models.tail import Dropout, embedding_width
 from ..training.run_folder import Member, Run
@@ -196,12 +196,7 @@ def _piecewise(graph: Graph, raw: str, xs: list[list[float]], ys: list[list[floa
 
     Classes have different numbers of pieces; the rest are empty (start = end, slope 0).
     """
-    pieces = max(max(map(len, xs)) - 1, 1)
-    start, end, slope = (np.zeros((len(xs), pieces)) for _ in range(3))
-    for c, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        n = len(x) - 1
-        start[c, :n], end[c, :n] = x[:-1], x[1:]
-        slope[c, :n] = np.diff(y) / np.diff(x)
+    start, end, slope = isotonic_pieces(xs, ys)
     low, high, rise = (graph.weight(f"isotonic.{k}", v) for k, v in (("start", start), ("end", end), ("slope", slope)))
     axis = graph.weight("isotonic.axis", np.array([-1]))
     p = graph.add("Unsqueeze", raw, axis, name="isotonic.p")

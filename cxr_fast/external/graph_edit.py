@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import InputError
 from ..inference.operations import MOST_FIELDS, MOST_NODES, MOST_RECORDS
 from ..inference.protobuf import BYTES, NUMBER, records
-from ..metrics.calibration import EDGE
+from ..metrics.calibration import EDGE, isotonic_pieces
 
 PROBABILITIES, RAW, EARLIER = "probabilities", "raw_probabilities", "earlier_probabilities"
 PREFIX = "recalibrated"
@@ -135,12 +135,7 @@ def _platt(calibration: dict[str, Any]) -> tuple[list[_Node], list[bytes]]:
 def _isotonic(calibration: dict[str, Any]) -> tuple[list[_Node], list[bytes]]:
     """y_0 + sum over pieces of slope (clip(p, start, end) - start): linear between knots, constant beyond them."""
     xs, ys = calibration["x"], calibration["y"]
-    pieces = max(max(map(len, xs)) - 1, 1)
-    start, end, slope = (np.zeros((len(xs), pieces)) for _ in range(3))
-    for c, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        n = len(x) - 1
-        start[c, :n], end[c, :n] = x[:-1], x[1:]
-        slope[c, :n] = np.diff(y) / np.diff(x)
+    start, end, slope = isotonic_pieces(xs, ys)
     values = {"start": start, "end": end, "slope": slope, "first": np.array([y[0] for y in ys], np.float64)}
     values["axis"] = np.array([-1], np.int64)
     steps = [

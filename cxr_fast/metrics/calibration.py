@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,3 +188,19 @@ def _newton(y: np.ndarray, x: np.ndarray, offset: np.ndarray, groups: np.ndarray
     count, inverse = len(np.unique(groups)), np.linalg.inv(bend)
     spread = inverse @ (by_group @ by_group.T) @ inverse * count / max(count - 1, 1)
     return weights, np.sqrt(np.diag(spread))
+
+
+def isotonic_pieces(
+    xs: Sequence[Sequence[float]], ys: Sequence[Sequence[float]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return start, end and slope (C, pieces) of the pieces between the knots of C classes, for a graph.
+
+    Classes have different numbers of pieces; the rest are empty (start = end, slope 0).
+    """
+    pieces = max(max(map(len, xs)) - 1, 1)
+    start, end, slope = (np.zeros((len(xs), pieces)) for _ in range(3))
+    for c, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        n = len(x) - 1
+        start[c, :n], end[c, :n] = x[:-1], x[1:]
+        slope[c, :n] = np.diff(y) / np.diff(x)
+    return start, end, slope

@@ -55,3 +55,14 @@ def remove_run(path: Path) -> None:
         old = path.with_name(f".{path.name}.removed.{os.getpid()}")
         os.rename(path, old)
     shutil.rmtree(old)
+
+
+def place_run(out: Path | None, name: str | None) -> Path | None:
+    """The folder that --out or --name gives a run. Raises InputError for both, and for a name that is a path."""
+    if name is None:
+        return out
+    if out is not None:
+        raise InputError("--name is short for --out exports/NAME; leave one of them out.")
+    if not name or "/" in name or name.startswith("."):
+        raise InputError(f"--name: {name!r} must be a name, not a path; --out takes a path.")
+    return Path("exports") / name

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..config import FORMER, SweepSpec, from_dict
 from ..errors import InputError
+from ..training.run_folder import ABOUT
 
-ABOUT = "about.json"  # as training.checkpoints names it, which needs torch
 _SNAPSHOT = re.compile(r"config(\d+)\.(.+)\.epochs(\d+)\.safetensors")
 _STATE = re.compile(r"config(\d+)\.(.+)\.safetensors")
 

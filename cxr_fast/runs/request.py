@@ -12,8 +12,7 @@ from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..data.splits.given import EARLIER, LIST
 from ..data.tables.corrections import describe_source
 from ..errors import InputError, SchemaError
-from ..training.run_folder import read_info
-from .progress import ABOUT
+from ..training.run_folder import ABOUT, read_info
 
 # Columns of the table of a grid that are results, not fields; `config` is the number of the configuration.
 _RESULTS = frozenset({"config", "epochs", "mean_auc", "std_auc", "seconds", "chosen"})

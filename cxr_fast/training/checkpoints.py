@@ -28,7 +28,6 @@ from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
 from .folds.loop import Recorder
 
 REFIT = "refit"
-ABOUT = "about.json"  # what the sweep works on, for people; the plan decides whether a run goes on
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 KIND = "cxr-fast run"
+# Of an unfinished run: what it works on, for people; the plan decides whether it goes on.
+ABOUT = "about.json"
 TOWER, TAILS = "visual.", "tails."
 # Where a tail's parts stand in the tower; its blocks are numbered from the cut.
 PLACES = {"norm": "trunk.norm", "attn_pool": "trunk.attn_pool", "fc_norm": "trunk.fc_norm", "projection": "head"}

@@ -33,14 +33,14 @@ from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
 from . import operating_points, run_record
-from .checkpoints import ABOUT, Journal, difference
+from .checkpoints import Journal, difference
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
 from .expected_time import EpochTimes, expect, unknown_times
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
-from .run_folder import read_info
+from .run_folder import ABOUT, read_info
 from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trained_blocks
 
 

@@ -12,13 +12,12 @@ import pytest
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError, Interrupted
 from cxr_fast.recipes import sweep_spec
-from cxr_fast.runs import progress
 from cxr_fast.runs.entry import RUNNING, STOPPED, UNREADABLE, describe_settings, encoder_name, read_entry
 from cxr_fast.runs.note import read_note, write_note
 from cxr_fast.runs.progress import read_progress
 from cxr_fast.system.locks import FileLock
-from cxr_fast.training import checkpoints
 from cxr_fast.training.folds.fold import Epoch
+from cxr_fast.training.run_folder import ABOUT
 from cxr_fast.training.sweep import Sweep
 
 
@@ -78,7 +77,7 @@ def test_what_people_read_of_an_unfinished_run_decides_nothing(stopped: Path, tm
     """A run that an earlier version began has no about.json, and one whose state is damaged counts it as nothing."""
     folder = tmp_path / "run.partial"
     shutil.copytree(stopped, folder)
-    (folder / progress.ABOUT).unlink()
+    (folder / ABOUT).unlink()
     assert read_progress(folder).data == ""
     for path in (folder / "states").iterdir():
         path.write_bytes(path.read_bytes()[:5])
@@ -95,10 +94,6 @@ def test_a_grid_counts_configurations_that_lost(stopped: Path, tmp_path: Path) -
             path.rename(path.with_name(path.name.replace("config0", "config1")))
     found = read_progress(folder)
     assert (found.epochs_done, found.epochs_in_all) == (18 + 9, 36)
-
-
-def test_the_name_of_the_file_is_the_one_that_the_sweep_writes() -> None:
-    assert progress.ABOUT == checkpoints.ABOUT
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "cxr-fast run", "schema": 2}', '{"kind": "other"}'])
