@@ -25,6 +25,7 @@ from cxr_fast.activations.cache import open_cache
 from cxr_fast.activations.forward import predict, sigmoid
 from cxr_fast.activations.loader import Activations
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
+from cxr_fast.grid.points import Point
 from cxr_fast.metrics import drift
 from cxr_fast.models import device
 from cxr_fast.models.tail import Tail
@@ -89,14 +90,14 @@ def trained(
     spec = replace(SweepSpec(), train=train, epochs=(epochs,), folds=folds)
     sweep = Sweep(args.cache if kind == "float16" else args.float32, out, spec, SweepOptions(device="cpu"))
     search, data = sweep.search, sweep.data
-    search.spec = replace(spec, seed=seed)  # draws and initialisation; the folds are drawn already
+    search.seed = seed  # draws and initialisation; the folds are drawn already
     # The frozen blocks answer alike for every seed, so they run once for each cache.
     search.behind = made.setdefault((kind, blocks), sweep).search.behind
     with Journal(out, sweep.request() | {"seed": seed}) as journal:
-        found = search.run(0, {}, train, journal)
+        found = search.run(0, Point(changes={}, train=train, seed=seed, group=0), journal)
     dev = data.assignment >= 0
     labels, probs, fold = data.labels[dev], found.probabilities[0][dev], data.assignment[dev]
-    print(f"trained {out.name}: macro AUC, mean of folds {found.best_mean:.4f}", flush=True)
+    print(f"trained {out.name}: macro AUC, mean of folds {np.nanmean(found.scores[found.best_budget]):.4f}", flush=True)
     limits = choose_thresholds(labels, probs, spec.threshold_target, data.header.classes)[0]
     return {"labels": labels, "probs": probs, "thresholds": limits, "fold": fold}
 

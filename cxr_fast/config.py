@@ -250,10 +250,7 @@ class TrainSpec:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _require(0 <= self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "in [0, 1]")
         _require(0 <= self.focal_gamma < math.inf, "focal_gamma", self.focal_gamma, "0 or more")
-        for name in (
-            "asl_gamma_neg",
-            "asl_gamma_pos",
-        ):  # between 0 and 1 the gradient of a clipped negative is not finite
+        for name in ("asl_gamma_neg", "asl_gamma_pos"):  # between 0 and 1 a clipped negative's gradient is not finite
             value = getattr(self, name)
             _require(value == 0 or 1 <= value < math.inf, name, value, "0, or at least 1")
         _require(0 <= self.asl_clip < 1, "asl_clip", self.asl_clip, "in [0, 1)")
@@ -383,8 +380,9 @@ FORMER = {"split_method": "iterative"}
 class SweepOptions:
     """How one sweep is asked for, beside the recipe: on what it computes, from which weights, over what grid.
 
-    `residency` is `auto`, `device`, `host` or `stream`; `weights` None are the cache's; `grid` holds `NAME=A,B`. Files
-    are `holdout_list` (an image or group a line) and `corrections` (marked labels); `split_from` is an earlier run.
+    `residency` is `auto`, `device`, `host` or `stream`; `weights` None are the cache's; `grid` holds `NAME=A,B` or
+    `NAME=A..B`, and `trials` is how many random draws of it are trained, None for every combination. Files are
+    `holdout_list` (an image or group a line) and `corrections` (marked labels); `split_from` is an earlier run.
 
         >>> SweepOptions(device="cpu", grid=("lr=1e-5,2e-5",)).overwrite
         False
@@ -394,6 +392,7 @@ class SweepOptions:
     residency: str = "auto"
     weights: str | None = None
     grid: tuple[str, ...] = ()
+    trials: int | None = None
     overwrite: bool = False
     holdout_list: str | None = None
     split_from: str | None = None

@@ -1,12 +1,8 @@
-"""Recipes by name, and grids: many training specs from a few flags."""
+"""Recipes by name, and how they differ from the defaults."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import typing
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from .config import CacheSpec, SweepSpec, TrainSpec, default
 from .errors import InputError
@@ -79,52 +75,3 @@ def recipe_differences(cache: CacheSpec, sweep: SweepSpec) -> list[dict[str, Any
         }
         for cls, name, published, why in REFERENCE
     ]
-
-
-def grid_values(name: str, text: str) -> list[Any]:
-    """The values of one training field in `--grid NAME=A,B`, in order and of the field's type.
-
-    Raises InputError on an unknown field, an empty list, a value of the wrong type, or one named twice.
-    """
-    fields = {f.name for f in dataclasses.fields(TrainSpec)}
-    if name not in fields:
-        raise InputError(f"--grid: {name!r} is no training field; it takes {', '.join(sorted(fields))}.")
-    hint = typing.get_type_hints(TrainSpec)[name]
-    values = [_parse(name, hint, part.strip()) for part in text.split(",")]
-    if len(set(map(repr, values))) < len(values):
-        raise InputError(f"--grid: {name}={text} names a value twice.")
-    return values
-
-
-def _parse(name: str, hint: Any, text: str) -> Any:
-    if typing.get_origin(hint) is Literal:
-        if text in typing.get_args(hint):
-            return text
-        raise InputError(f"--grid: {name}={text!r} is not one of {', '.join(map(str, typing.get_args(hint)))}.")
-    if hint is bool:
-        if text in ("true", "false"):
-            return text == "true"
-        raise InputError(f"--grid: {name}={text!r} must be true or false.")
-    kinds = typing.get_args(hint) or (hint,)
-    if type(None) in kinds and text == "none":
-        return None
-    kind = int if int in kinds else float
-    try:
-        return kind(text)
-    except ValueError:
-        raise InputError(f"--grid: {name}={text!r} is not a number.") from None
-
-
-def grid(train: TrainSpec, flags: Sequence[str]) -> list[tuple[dict[str, Any], TrainSpec]]:
-    """Every combination of `--grid NAME=A,B` flags on top of a spec: (what differs, the spec), last flag fastest.
-
-    Without flags the spec alone, with nothing that differs. Raises InputError on a bad flag or combination.
-    """
-    axes: dict[str, list[Any]] = {}
-    for flag in flags:
-        name, equals, text = flag.partition("=")
-        if not equals or name in axes:
-            raise InputError(f"--grid: {flag!r} must be NAME=A,B,..., each NAME once.")
-        axes[name] = grid_values(name, text)
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [(point, dataclasses.replace(train, **point)) for point in points]

@@ -23,11 +23,11 @@ from cxr_fast.inference import model_file
 PACKAGE = Path(cxr_fast.__file__).parent
 # A package imports only packages before it; ORDER[:TORCH_FREE] never imports torch.
 ORDER = (
-    *("errors", "config", "recipes", "system", "data", "metrics", "inference"),
+    *("errors", "config", "recipes", "grid", "system", "data", "metrics", "inference"),
     *("models", "activations", "unlikeness", "training", "export", "report", "external", "review"),
     *("runs", "loggers", "cluster", "bench", "cli"),
 )
-TORCH_FREE = ("errors", "config", "recipes", "system", "data", "metrics", "inference", "external")
+TORCH_FREE = ("errors", "config", "recipes", "grid", "system", "data", "metrics", "inference", "external")
 NO_TORCH_AT_TOP = ("report", "cli")
 STRANGERS = frozenset({"inference", "metrics", "models"})  # these do not know each other
 FACES = {"predict": "inference", "__main__": "cli", "__init__": ""}  # modules beside the packages, and whom they show

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import click
 
 from ..cluster import connection
 from ..config import (
-    NOTICE,
     CacheSpec,
     SweepOptions,
     SweepSpec,
@@ -22,10 +19,10 @@ from ..config import (
 )
 from ..errors import InputError
 from ..models import device as cpu
-from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
+from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
 from ..runs.changes import place_run
-from ..system.text import duration, gigabytes, number
-from .console import EpochProgress, Part, ProgressBar, echo_notes, show, show_plan, took
+from .console import EpochProgress, ProgressBar, echo_notes, show, show_plan, took
+from .describe.sweep import describe_plan, describe_run, faster_first, streaming_notes
 from .options import (
     PATH,
     cluster_option,
@@ -36,8 +33,6 @@ from .options import (
     threads_option,
     with_recipe,
 )
-
-HOUR = 3600  # seconds
 
 
 @click.command()
@@ -63,7 +58,11 @@ HOUR = 3600  # seconds
     "--grid",
     multiple=True,
     metavar="NAME=A,B",
-    help="Try each value of a training field, such as lr=1e-5,2e-5; several flags: every combination.",
+    help="Try each value of a training field, such as lr=1e-5,2e-5 or seed=0..4; several flags: every combination. "
+    "With --trials also a range to draw from: dropout=0.1..0.6, lr=1e-5..1e-3:log.",
+)
+@click.option(
+    "--trials", type=click.IntRange(1), metavar="N", help="Train N random draws from --grid, each on every seed."
 )
 @spec_options(SweepSpec, "retrain_head", "final", "threshold_target", "calibration")
 @spec_options(TrainSpec, "lr", "head_lr", "layer_decay", "train_blocks", "head_first")
@@ -122,9 +121,13 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
         cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
     with open_sweep(cache, out, spec, flags) as job:
-        plan = show_sweep_plan(job, recipe, before, flags["grid"])
+        plan = show_sweep_plan(job, recipe, before)
         if not flags["dry_run"]:
             run_sweep(job, plan, flags)
+        elif len(job.points) > 1:
+            from ..report.configurations.grid_tables import points_table
+
+            show(["", points_table(job.points)])
 
 
 def read_sweep_flags(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> tuple[SweepSpec, Any]:
@@ -193,7 +196,7 @@ def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
     click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
 
 
-def show_sweep_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> Any:
+def show_sweep_plan(job: Any, recipe: str, before: Any) -> Any:
     """Say what a sweep will do, and what differs from the run of --from; its plan."""
     from ..runs import request
 
@@ -202,22 +205,34 @@ def show_sweep_plan(job: Any, recipe: str, before: Any, grid: Sequence[str]) -> 
         click.echo("running the blocks that stay frozen once over all images, before the plan", err=True)
     plan = job.plan()
     show_plan(describe_plan(plan, spec))
-    shuffles = {str(train.shuffle) for _, train in job.points}
+    shuffles = {str(point.train.shuffle) for point in job.points}
     echo_notes(streaming_notes(job.activations.residency, plan.activation_bytes, shuffles))
     echo_notes((*job.data.notes, *plan.notes, *faster_first(plan, spec, recipe)))
     echo_recipe(job, recipe)
     if before is not None:
-        changes = request.describe_changes(before, spec, grid)
+        changes = request.describe_changes(before, spec, job.options.grid, job.options.trials)
         click.echo(f"settings of {before.source}" + (f", but {'; '.join(changes)}" if changes else ", all of them"))
     return plan
 
 
-_OPTIONS = ("device", "residency", "weights", "grid", "overwrite", "holdout_list", "split_from", "corrections")
+_OPTIONS = (
+    "device",
+    "residency",
+    "weights",
+    "grid",
+    "trials",
+    "overwrite",
+    "holdout_list",
+    "split_from",
+    "corrections",
+)
 
 
 def _sweep_spec(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> SweepSpec:
+    from ..grid.axes import SEED
+
     for axis in (flag.partition("=")[0] for flag in flags["grid"]):
-        if ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
+        if axis != SEED and ctx.get_parameter_source(axis) == click.core.ParameterSource.COMMANDLINE:
             flag = f"--{axis.replace('_', '-')}"
             raise InputError(f"{flag} and --grid {axis}=... set the same field; leave one of them out.")
     from ..training.operating_points import read_target
@@ -303,85 +318,3 @@ def echo_recipe(job: Any, recipe: str) -> None:
             value, here = (",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (value, here))
             kept = "" if here == value else f", but here {here} by your flag"
             click.echo(f"  {name} {value}{kept}: {why}")
-
-
-def describe_plan(plan: Any, spec: SweepSpec) -> str:
-    """The plan of a sweep, before it starts."""
-    count = plan.trainable
-    dropped = f", {plan.failed} failed images left out" if plan.failed else ""
-    extra = "".join(f", {part} {count[part]:,}" for part in ("norm",) if count.get(part))
-    many = f"{plan.configurations} configurations, " if plan.configurations > 1 else ""
-    time = "unknown (no GPU here to time a step on)" if math.isnan(plan.seconds) else duration(plan.seconds)
-    lines = [
-        f"{plan.images:,} images, {plan.groups:,} groups, {plan.classes} classes{dropped}; hold-out "
-        f"{plan.holdout_images:,} images; {plan.folds} folds by {spec.split_by}",
-        f"activations {gigabytes(plan.activation_bytes)} ({plan.where}), on {plan.device}, {plan.precision}",
-        f"trainable parameters {count['total']:,}: blocks {count['blocks']:,}, head {count['head']:,}{extra}",
-        f"{many}epochs {','.join(map(str, plan.epochs))} from one run of {plan.epochs[-1]} a fold; final model "
-        f"{spec.final}; expected time {time} in all -> {plan.out}",
-    ]
-    if plan.cluster:
-        lines.append(f"cluster: {plan.cluster}")
-    if plan.resumed:
-        lines.append(f"going on with the unfinished run in {plan.out}.partial")
-    return "\n".join(lines)
-
-
-def faster_first(plan: Any, spec: SweepSpec, recipe: str) -> list[str]:
-    """A hint where a sweep is expected to take over an hour and a quicker one can be had from the same cache."""
-    if plan.resumed or not plan.seconds > HOUR:  # NaN where the time is unknown
-        return []
-    ways, tuned = [], sweep_spec("tuned").epochs[-1]
-    if recipe not in ("tuned", "longtail") and tuned < spec.epochs[-1]:
-        ways.append(f"--recipe tuned ({tuned} epochs instead of {spec.epochs[-1]})")
-    if plan.trainable["blocks"]:
-        ways.append("--train-blocks 0 (the head alone)")
-    return [f"a faster first try from the same cache: {', or '.join(ways)}"] if ways else []
-
-
-def streaming_notes(residency: str, size: int, shuffles: set[str]) -> list[str]:
-    """A hint where each epoch will read a cache larger than memory in an order that no disk likes."""
-    from ..activations.loader import SHARE
-    from ..system import hardware
-
-    if residency != "stream" or "full" not in shuffles or size < SHARE * hardware.memory_available():
-        return []
-    return [
-        "every epoch reads rows from all over a cache larger than memory; --shuffle block reads neighbours together, "
-        "which slow and shared disks need (it changes the order of training, and so the figures)"
-    ]
-
-
-def describe_run(run: dict[str, Any]) -> list[Part]:
-    """The folds, the epoch budgets, the grid, positives per fold, and the figures of the final model."""
-    from ..metrics import calibration
-    from ..report import class_means, tables
-    from ..report.shortcut_table import FIRST, shortcut_table
-    from ..training.operating_points import describe_target, describe_two_means
-
-    parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
-    if len(run["grid"]) > 1:
-        parts += [tables.grid_table(run, 4), ""]
-    goal = describe_target(run["spec"]["threshold_target"])
-    figures = tables.run_figure_table(run, 4)
-    notes = [f"thresholds from out-of-fold {goal}"]
-    if both := run.get("out_of_fold_auc"):
-        notes.append(describe_two_means(both))
-    parts += [tables.positives_table(run), "", replace(figures, notes=notes)]
-    frequent = class_means.run_rarity_table(run, 4)
-    if frequent.rows:
-        parts += ["", frequent]
-    if run["calibration"]:
-        parts += ["", f"calibration: {calibration.describe(run['calibration'], len(run['classes']))}"]
-    if run["finals"]:
-        parts += ["", tables.final_table(run, 4)]
-    parts += ["", tables.probe_table(run, 4)]
-    if (found := shortcut_table(run, most=FIRST)).rows:
-        parts += ["", found]
-    if held := run["metrics"]["holdout"]:
-        said = f" ({run['provenance']})" if run["provenance"] else ""
-        parts.append(
-            f"\nheld-out macro AUC over the {held['frequent_classes']} classes with at least "
-            f"{held['frequent_min_positives']} positives: {number(held['frequent_auc'])}{said}"
-        )
-    return [*parts, NOTICE]

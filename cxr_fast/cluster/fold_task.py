@@ -40,13 +40,14 @@ TOKEN = "cluster.json"
 class SearchSetup:
     """What all tasks of a search have in common; once a node in the object store.
 
-    `mark` is of the cache's content and `identity` of the very file; `array` is a reference to its activations, in a
-    list, where some node does not see it. `token` is what a file in the folder beside `out` holds where that folder is
-    the driver's.
+    `assignments` are the folds of each seed. `mark` is of the cache's content and `identity` of the very file; `array`
+    is a reference to its activations, in a list, where some node does not see it. `token` is what a file in the folder
+    beside `out` holds where that folder is the driver's.
     """
 
     backbone: Backbone
     data: Data
+    assignments: Mapping[int, np.ndarray]
     spec: SweepSpec
     unfreeze_blocks: int
     custom: Custom
@@ -71,6 +72,7 @@ class FoldJob:
     number: int
     fold: int
     train: TrainSpec
+    seed: int
     epochs: tuple[int, ...]
     threads: int
     rates: tuple[float, ...] | None = None
@@ -140,6 +142,7 @@ def train_fold(job: FoldJob, token: str, setup: list[Any], *, report: Report, st
     cpu.prepare(job.threads)
     found, search = _prepare(token, setup[0])
     with _journal(found, job) as (journal, shared):
+        search = search.with_seed(job.seed)
         fold = search.fold(job.train, job.fold) if job.rates is None else search.refit(job.train, job.rates)
         _fit(fold, job, journal, report, stop)
         return FoldResult(
@@ -185,6 +188,7 @@ def _prepare(token: str, reference: Any) -> tuple[SearchSetup, Search]:
         unfreeze_blocks=setup.unfreeze_blocks,
         custom=setup.custom,
     )
+    search.assignments.update(setup.assignments)
     return setup, search
 
 

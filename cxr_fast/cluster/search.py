@@ -18,8 +18,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..config import TrainSpec
 from ..errors import InputError
+from ..grid.points import Point
 from ..models.backbone import Backbone
 from ..training.checkpoints import Journal
 from ..training.folds.fold import Epoch, OnEpoch
@@ -58,27 +58,25 @@ class ClusterTrainers:
         found: tuple[str, bool] = next(tasks.run_tasks(self.cluster, ask_gpu, [()], TaskSize(gpus=1)))[1]
         return found
 
-    def start(
-        self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
-    ) -> ClusterFolds:
+    def start(self, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str) -> ClusterFolds:
         """Start what trains the search's folds and refit as tasks of the cluster's nodes."""
-        return ClusterFolds(self.cluster, search, trains, out, device=device, residency=residency)
+        return ClusterFolds(self.cluster, search, points, out, device=device, residency=residency)
 
 
 class ClusterFolds:
     """Trains a search's folds and its refit on a cluster's nodes, in place of the local `train_folds` and `refit`.
 
-    `trains` are the configurations, their precision resolved. On CPUs a task computes with as many threads as are set
+    `points` are the configurations, their precision resolved. On CPUs a task computes with as many threads as are set
     here, because the last bits depend on their number, and takes as many CPUs of a node; on `cuda` it takes a GPU.
     `notes` are lines that a user must see before it starts. `close` stops what still runs.
     """
 
     def __init__(
-        self, cluster: Cluster, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
+        self, cluster: Cluster, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str
     ) -> None:
-        self.cluster, self.search, self.trains, self.device = cluster, search, trains, device
+        self.cluster, self.search, self.points, self.device = cluster, search, points, device
         self.threads = torch.get_num_threads()
-        self.heads = device == "cpu" and all(search.kind(train) is HeadFold for train in trains)
+        self.heads = device == "cpu" and all(search.kind(point.train) is HeadFold for point in points)
         self.out, self.token = out.absolute(), secrets.token_hex(8)
         self.nodes = connection.check_nodes(cluster)
         self.trained: Counter[str] = Counter()
@@ -102,6 +100,7 @@ class ClusterFolds:
         setup = SearchSetup(
             backbone=lean(search.backbone, search.unfreeze_blocks),
             data=replace(data, file=cast(Any, None), header=bare),
+            assignments={point.seed: search.with_seed(point.seed).data.assignment for point in self.points},
             spec=search.spec,
             unfreeze_blocks=search.unfreeze_blocks,
             custom=search.custom,
@@ -155,12 +154,12 @@ class ClusterFolds:
         }
 
     def train_folds(
-        self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Stop
+        self, number: int, point: Point, journal: Journal, on_epoch: OnEpoch | None, stop: Stop
     ) -> dict[str, Any]:
         """Train the folds of configuration `number`; the first call hands out those of all later ones too."""
         folds = range(self.search.spec.folds)
         if self._results is None:
-            todo = [n for n in range(len(self.trains)) if journal.read(f"config{n}.json") is None]
+            todo = [n for n in range(len(self.points)) if journal.read(f"config{n}.json") is None]
             self._begin([self._job(n, k) for n in todo for k in folds], self.cpus, journal, on_epoch, stop)
         while any((number, k) not in self._done for k in folds):
             self._next(journal)
@@ -193,7 +192,8 @@ class ClusterFolds:
         return FoldJob(
             number=number,
             fold=fold,
-            train=self.trains[number],
+            train=self.points[number].train,
+            seed=self.points[number].seed,
             epochs=self.search.spec.epochs,
             threads=self.threads,
             files={},

@@ -59,7 +59,8 @@ def describe_sweep(sweep: Sweep) -> SweepFacts:
     """Describe a sweep for loggers: every setting that is one value, the grid, the cache's fingerprint and weights."""
     given = to_dict(sweep.spec)
     values: dict[str, Any] = {**given, **given.pop("train")}
-    values |= {"grid": " ".join(sweep.options.grid), "data": sweep.data.file.meta["dataset"]["name"]}
+    values |= {"grid": " ".join(sweep.options.grid), "trials": sweep.options.trials}
+    values |= {"data": sweep.data.file.meta["dataset"]["name"]}
     values |= {"cache": sweep.data.file.meta["fingerprint"][:16], "weights": sweep.data.file.meta["weights"]}
     settings = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in values.items()}
     return SweepFacts(

@@ -20,7 +20,7 @@ LARGEST = 6
 PICTURES = (
     *("epoch_search_plot", "training_plot", "evaluation_plot", "precision_plot", "confusion_matrices"),
     *("roc_curves", "pr_curves", "reliability_diagram", "decision_curves", "cooccurrence_plot"),
-    *("strip_plot", "mistaken_plot"),
+    *("strip_plot", "mistaken_plot", "grid_plot"),
 )
 # A file each: the page and slides take PNG, papers SVG or PDF.
 FORMATS = ("png", "svg", "pdf")

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..metrics.rarity import HEAD, TAIL
-from ..system.text import NONE, Cell, Figure, Label, Table, counted, duration
+from ..system.text import NONE, Cell, Figure, Label, Table, counted
 from .summary import FEW, FIGURES, PARTS, TIERS, Record, as_figure, behind_intervals, of_classes
 
 FINAL_FIGURES = ("macro_auc", "map", "label_accuracy", "sample_jaccard", "class_jaccard", "macro_f1")
@@ -21,18 +20,9 @@ AT_THRESHOLD = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv
 EVERY = 10
 # Rows of the findings that occur together.
 PAIRS = 10
-GRID_MAPS = ("head_map", "medium_map", "tail_map")
-RARITY = (
-    f"mAP out of fold, in brackets of how many classes it is the mean: head are those with more than {100 * HEAD:g} % "
-    f"positives, tail those with less than {100 * TAIL:g} %, medium those between."
-)
 PROBE = (
     "The probe is one logistic regression a class on the embeddings as the backbone gave them, fitted on the same "
     "folds. A trained model below it was trained badly: the features hold more than it uses."
-)
-GRID_RESULTS = (
-    *("config", "epochs", "mean_auc", "std_auc", "seconds", "chosen"),
-    *(*GRID_MAPS, "head_classes", "medium_classes", "tail_classes"),
 )
 
 # ------------------------------------------------------------------------------------------ how the model was made
@@ -75,33 +65,6 @@ def budget_table(run: Record, digits: int = 3) -> Table:
             for b in run["budgets"]
         ],
         chosen=[row for row, b in enumerate(run["budgets"]) if b["chosen"]],
-    )
-
-
-def grid_table(run: Record, digits: int = 3) -> Table:
-    """Every configuration of the grid, best first; one row where there was no grid."""
-    first = run["grid"][0]
-    fields = [name for name in first if name not in GRID_RESULTS]
-    maps = [name for name in GRID_MAPS if name in first]  # runs of earlier versions have none
-    of = {name: f"{name.removesuffix('_map')} mAP ({first[name.replace('map', 'classes')]})" for name in maps}
-    return Table(
-        title="Configurations, by validation AUC",
-        columns=["configuration", *fields, "epochs", "mean AUC", "std", *of.values(), "time"],
-        rows=[
-            [
-                str(row["config"] + 1),
-                *(str(row[name]) for name in fields),
-                row["epochs"],
-                Figure(value=row["mean_auc"], digits=digits),
-                Figure(value=row["std_auc"], digits=digits),
-                *(Figure(value=row[name], digits=digits) for name in maps),
-                Label(text=duration(row["seconds"], tenths=True), value=row["seconds"]),
-            ]
-            for row in run["grid"]
-        ],
-        notes=[RARITY] if maps else [],
-        chosen=[place for place, row in enumerate(run["grid"]) if row["chosen"]],
-        sortable=True,
     )
 
 

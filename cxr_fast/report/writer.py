@@ -25,6 +25,7 @@ from ..unlikeness.oddest import describe_measure
 from . import charts, class_means, comparison, evaluation, probabilities, settings, shortcut_table, tables
 from .at_a_glance import forest, pictures
 from .at_a_glance import tables as glance
+from .configurations import grid_pictures, grid_tables
 from .html import render_page
 from .model_card import render_card
 from .summary import FIGURES, Record, ReportData
@@ -160,6 +161,7 @@ def render_run(material: ReportData) -> bytes:
         unlikeness=describe_measure(material.run.get("unlikeness")),
         stated=probabilities.prevalence_table(material.ranked()),
         glance=glance,
+        grid_tables=grid_tables,
     )
 
 
@@ -245,7 +247,7 @@ def gather(
     files, unread = settings.model_files(folder)
     missing = (*map(paths.clean, [*broken, *unread]), *lacking)
     whole = not broken and not any(NAN in line for line in lacking)
-    plots = charts.all_plots(run, history, found, pictures.drawings(found))
+    plots = charts.all_plots(run, history, found, {**pictures.drawings(found), **grid_pictures.drawings(run)})
     material = ReportData(
         run=run,
         evaluation=found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ _RARITY = frozenset(f"{tier}_{what}" for tier in ("head", "medium", "tail") for 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest:
-    """The settings of an earlier sweep: its spec, the points of its grid, its cache, and where it is.
+    """The settings of an earlier sweep: its spec, the flags of its grid, its cache, and where it is.
 
     `out` is where an unfinished run goes on; None for a finished one. `split_from` is a run whose hold-out and folds
     must be kept, because they were given by a list or a run that the record does not hold.
@@ -29,15 +30,11 @@ class SweepRequest:
 
     source: Path
     spec: SweepSpec
-    points: tuple[dict[str, Any], ...]
+    grid: tuple[str, ...]
     cache: Path | None
+    trials: int | None = None
     out: Path | None = None
     split_from: Path | None = None
-
-    @property
-    def grid(self) -> tuple[str, ...]:
-        """The points as flags of --grid."""
-        return grid_flags(self.points)
 
     def existing_cache(self) -> Path | None:
         """The cache, None where it is not recorded. Raises InputError where it is not where it was."""
@@ -51,7 +48,7 @@ class SweepRequest:
         train = given.pop("train")
         values = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in {**given, **train}.items()}
         values["views"] = "plain,flip" if values.pop("flip") else "plain"
-        values["grid"] = self.grid
+        values |= {"grid": self.grid, "trials": self.trials}
         if self.split_from is not None:
             values["split_from"] = str(self.split_from)
         return values
@@ -69,12 +66,13 @@ def read_request(path: Path) -> SweepRequest:
     if custom := run.get("custom"):
         made = ", ".join(str(custom[part]) for part in ("head", "loss") if custom.get(part))
         raise InputError(f"--from: {folder} was trained with {made}, given in Python; no flag can ask for it.")
-    given = (run.get("split") or {}).get("given", {})
+    given, search = (run.get("split") or {}).get("given", {}), run.get("search") or {}
     try:
         return SweepRequest(
             source=folder,
             spec=from_dict(SweepSpec, FORMER | run["spec"]),
-            points=tuple(_points(run["grid"])),
+            grid=tuple(search["grid"]) if search else grid_flags(_points(run["grid"])),
+            trials=search.get("trials"),
             cache=Path(run["cache"]["path"]),
             split_from=folder if given.keys() & {LIST, EARLIER} else None,
         )
@@ -106,17 +104,18 @@ def _folder(path: Path) -> Path:
 def _unfinished(folder: Path) -> SweepRequest:
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        spec, points = from_dict(SweepSpec, FORMER | plan["spec"]), tuple(dict(point) for point in plan["grid"])
+        spec, flags = from_dict(SweepSpec, FORMER | plan["spec"]), grid_flags([dict(point) for point in plan["grid"]])
     except FileNotFoundError:
         raise InputError(f"--from: {folder} is not an unfinished run (no plan.json).") from None
     except (OSError, ValueError, KeyError, TypeError, SchemaError) as error:
         raise InputError(f"--from: {folder / 'plan.json'} cannot be read ({error}).") from error
-    try:
-        cache = Path(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["cache"])
-    except (OSError, ValueError, KeyError, TypeError):
-        cache = None
+    cache, trials = None, None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an earlier version's names less, or nothing
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        cache = Path(about["cache"])
+        flags, trials = tuple(about["grid"]), about["trials"]
     out = folder.with_name(folder.name.removesuffix(PARTIAL))
-    return SweepRequest(source=folder, spec=spec, points=points, cache=cache, out=out)
+    return SweepRequest(source=folder, spec=spec, grid=flags, trials=trials, cache=cache, out=out)
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -145,7 +144,7 @@ def _flag_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def describe_changes(before: SweepRequest, spec: SweepSpec, grid: Sequence[str]) -> list[str]:
+def describe_changes(before: SweepRequest, spec: SweepSpec, grid: Sequence[str], trials: int | None) -> list[str]:
     """Name each setting that differs from an earlier sweep's: `lr 1e-05 instead of 2e-05`."""
     old, new = (to_dict(each) | to_dict(each.train) for each in (before.spec, spec))
     found = [
@@ -155,4 +154,6 @@ def describe_changes(before: SweepRequest, spec: SweepSpec, grid: Sequence[str])
     ]
     if tuple(grid) != before.grid:
         found.append(f"grid {' '.join(grid) or 'none'} instead of {' '.join(before.grid) or 'none'}")
+    if trials != before.trials:
+        found.append(f"trials {_flag_text(trials)} instead of {_flag_text(before.trials)}")
     return found

@@ -41,7 +41,8 @@ class Data:
 
     `by_name` images of another manifest were matched by file name only; `notes` are lines the user must see; `split`
     is what `run.json` says of the split: the method, and how many images of the parts were given by what; `corrections`
-    what it says of labels that a person corrected, None where there are none.
+    what it says of labels that a person corrected, None where there are none. `parts` are
+    those given before the rest was drawn.
     """
 
     file: Cache
@@ -53,6 +54,7 @@ class Data:
     notes: tuple[str, ...] = ()
     split: dict[str, Any] = field(default_factory=dict)
     corrections: dict[str, Any] | None = None
+    parts: np.ndarray | None = None
 
     def train(self, fold: int) -> np.ndarray:
         """Row numbers (in the file) that fold `fold` trains on."""
@@ -134,6 +136,7 @@ def _divide(data: Data, manifest: Manifest | None, spec: SweepSpec, options: Swe
     return replace(
         data,
         assignment=assignment,
+        parts=parts,
         split=_describe_split(sources, parts, assignment, spec),
         notes=(
             *notes,
@@ -141,6 +144,17 @@ def _divide(data: Data, manifest: Manifest | None, spec: SweepSpec, options: Swe
             *_one_sided(data.labels, units, assignment, data.header.classes),
         ),
     )
+
+
+def redraw_folds(data: Data, spec: SweepSpec, seed: int) -> np.ndarray:
+    """The assignment (N,) with the same hold-out and with folds drawn by `seed`; a fold that was given stays."""
+    dev = np.flatnonzero(data.assignment >= 0)
+    groups = [data.header.groups[row] for row in data.rows[dev]]
+    wanted = SplitSpec(folds=spec.folds, holdout=0.0, seed=seed, by=spec.split_by, method=spec.split_method)
+    parts = None if data.parts is None else np.where(data.parts[dev] >= 0, data.parts[dev], given.FREE)
+    out = data.assignment.copy()
+    out[dev] = split(data.labels[dev], groups, wanted, parts)
+    return out
 
 
 def _words(data: Data, manifest: Manifest | None, spec: SweepSpec) -> Sequence[str]:

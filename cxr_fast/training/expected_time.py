@@ -1,4 +1,4 @@
-"""Expect the time of each epoch of a search, from a few timed training steps."""
+"""The plan of a search: counts, memory, and the time of each epoch, expected from a few timed training steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,6 +69,37 @@ class EpochTimes:
             epochs = len(times) if stopped else latest.get((config, k), others if together else 0)
             done += float(times[:epochs].sum())
         return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What a sweep will do, known before it starts; `seconds` and `times` are estimated from a few timed steps.
+
+    `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` says that
+    an unfinished run will be continued.
+    """
+
+    cache: Path
+    out: Path
+    images: int
+    failed: int
+    groups: int
+    classes: int
+    folds: int
+    configurations: int
+    holdout_images: int
+    epochs: tuple[int, ...]
+    epochs_in_all: int
+    trainable: dict[str, int]
+    activation_bytes: int
+    where: str
+    device: str
+    precision: str
+    seconds: float
+    times: EpochTimes
+    resumed: bool
+    cluster: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def unknown_times(configurations: int, epochs: int, folds: int, *, refit: bool, retrained: bool) -> EpochTimes:

@@ -22,12 +22,13 @@ KINDS = ("best-fold", "refit", "ensemble")
 RETRAINED = "retrained"
 
 
-def choose(scores: np.ndarray) -> tuple[int, int]:
+def choose(scores: np.ndarray, budget: int | None = None) -> tuple[int, int]:
     """Budget of the highest mean validation AUC over folds, then the best fold there; (budgets, folds) -> indices.
 
-    Ties go to the smaller budget and the lower fold.
+    `budget` is the place of one that was chosen already. Ties go to the smaller budget and the lower fold.
     """
-    budget = int(np.nanargmax(np.nanmean(scores, axis=1)))
+    if budget is None:
+        budget = int(np.nanargmax(np.nanmean(scores, axis=1)))
     return budget, int(np.nanargmax(scores[budget]))
 
 
@@ -39,9 +40,9 @@ class FinalModels:
     `retrained0`, `retrained1`, ... once trained.
     """
 
-    def __init__(self, search: Search, trained: Trained, journal: Journal) -> None:
-        self.search, self.trained, self.journal = search, trained, journal
-        self.budget, self.best = choose(trained.scores)
+    def __init__(self, search: Search, trained: Trained, journal: Journal, budget: int | None = None) -> None:
+        self.search, self.trained, self.journal = search.with_seed(trained.point.seed), trained, journal
+        self.budget, self.best = choose(trained.scores, budget)
         self.epochs = search.spec.epochs[self.budget]
 
     @property
@@ -111,7 +112,7 @@ class FinalModels:
             ),
             spec,
             unfreeze_blocks=0,
-            seed=search.spec.seed,
+            seed=search.seed,
         )
 
     def state(self, member: str) -> dict[str, torch.Tensor]:

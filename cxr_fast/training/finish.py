@@ -17,6 +17,8 @@ from ..metrics.rarity import group_maps
 from ..models import heads, probe
 from ..unlikeness.record import write_unlikeness
 from . import operating_points, run_record
+from .configurations.choose import Chosen
+from .configurations.tables import grid_table, seed_table
 from .dataset import Data
 from .final_models import RETRAINED, FinalModels
 from .operating_points import Decisions
@@ -36,6 +38,8 @@ class Setup:
     device: str
     trainable: dict[str, int]
     with_refit: bool
+    grid: tuple[str, ...] = ()
+    trials: int | None = None
 
 
 def decide(finals: FinalModels, kind: str) -> Decisions:
@@ -48,9 +52,11 @@ def decide(finals: FinalModels, kind: str) -> Decisions:
     )
 
 
-def finish(folder: Path, configurations: list[Trained], finals: FinalModels, setup: Setup) -> run_record.RunRecord:
+def finish(
+    folder: Path, configurations: list[Trained], chosen: Chosen, finals: FinalModels, setup: Setup
+) -> run_record.RunRecord:
     """Write the model and the predictions; the record, its seconds and cluster aside."""
-    search, chosen = finals.search, finals.trained
+    search, trained = finals.search, finals.trained
     data, spec = search.data, search.spec
     held, own = data.assignment == -1, RETRAINED if spec.final == RETRAINED else "folds"
     decisions = {name: decide(finals, name) for name in ("folds", *finals.extra)}
@@ -67,7 +73,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     run_record.write_predictions(
         folder,
         data,
-        out_of_fold=chosen.probabilities,
+        out_of_fold=trained.probabilities,
         final=everywhere,
         probe=probed,
         **{f"out_of_fold_{kind}": decisions[kind].out_of_fold for kind in finals.extra},
@@ -77,15 +83,17 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
     members = finals.members(spec.final)
     return run_record.RunRecord(
         **run_record.describe_origin(data, spec, setup.labels_from),
-        unfreeze_blocks=search.depth(chosen.train),
+        unfreeze_blocks=search.depth(trained.train),
         precision=setup.precision,
         device=setup.device,
         threads=torch.get_num_threads(),
         residency=search.activations.residency,
         trainable=setup.trainable,
-        config=chosen.number,
-        grid=run_record.grid_table(configurations, chosen, data, spec),
-        train=to_dict(chosen.train),
+        config=trained.number,
+        grid=grid_table(configurations, trained, data, spec),
+        search={"grid": list(setup.grid), "trials": setup.trials, "seed": trained.point.seed},
+        seeds=seed_table(configurations, chosen, data, spec) or msgspec.UNSET,
+        train=to_dict(trained.train),
         custom=custom_record(search),
         thresholds=limits.tolist(),
         threshold_source=decisions[own].source,
@@ -96,7 +104,7 @@ def finish(folder: Path, configurations: list[Trained], finals: FinalModels, set
         out_of_fold_auc=decisions[own].two_means(),
         unlikeness=_fit_unlikeness(folder, search),
         validated_in="float32",
-        **run_record.search_tables(chosen, data, spec, finals.budget, finals.best),
+        **run_record.search_tables(trained, data, spec, finals.budget, finals.best),
         final=run_record.FinalChoice(kind=spec.final, members=members, rule=run_record.FINAL_RULES[spec.final]),
         finals=scored,
         metrics={"out_of_fold": decisions[own].figures, "holdout": scored.get(spec.final)},

@@ -15,10 +15,10 @@ from .. import __version__
 from ..config import CacheSpec, SweepSpec, from_dict, to_dict
 from ..data.splits.table import fold_table
 from ..errors import InputError
-from ..metrics.rarity import group_maps
 from ..recipes import NOT_RESTORED, recipe_differences
 from ..system import hardware
-from ..system.files import AnyPath, write_csv, write_json
+from ..system.files import AnyPath, write_json
+from .configurations.tables import write_grid, write_table
 from .run_folder import KIND, SCHEMA, clean, read_info
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `shortcuts` the rows of `metrics.shortcuts.describe`, the strongest first; `split` says by which method groups were
     drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes,
     `corrections` how many labels a list of marks changed, with the hash of the list; `request_sha256` is the hash of
-    all that decides the result but versions. Runs of earlier versions have none of these. `custom` names a head or loss
-    that was given in Python.
+    all that decides the result but versions; `search` has the flags of the grid, the number of trials and the seed of
+    the chosen configuration, `seeds` the table over seeds where there are several. Runs of earlier versions have none
+    of these. `custom` names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
         >>> record.chosen.fold in range(record.spec["folds"])
@@ -129,6 +130,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     unlikeness: Values | msgspec.UnsetType = msgspec.UNSET
     validated_in: str | msgspec.UnsetType = msgspec.UNSET
     request_sha256: str | msgspec.UnsetType = msgspec.UNSET
+    search: Values | msgspec.UnsetType = msgspec.UNSET
+    seeds: list[Values] | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:
@@ -221,66 +224,19 @@ def search_tables(trained: Trained, data: Data, spec: SweepSpec, budget: int, be
     return {"folds": folds, "budgets": budgets, "chosen": Choice(epochs=epochs[budget], fold=best, rule=rule)}
 
 
-def grid_table(configurations: Sequence[Trained], chosen: Trained, data: Data, spec: SweepSpec) -> list[Values]:
-    """One row per configuration, best first: what differs, its best budget, mean and spread over folds, mAP of head,
-    medium and tail classes out of fold, seconds."""
-    rows = []
-    for trained in configurations:
-        budget, dev = trained.best_budget, data.assignment >= 0
-        rows.append(
-            {
-                "config": trained.number,
-                **trained.changes,
-                "epochs": spec.epochs[budget],
-                "mean_auc": np.nanmean(trained.scores[budget]),
-                "std_auc": np.nanstd(trained.scores[budget]),
-                **group_maps(data.labels[dev], trained.probabilities[budget][dev]),
-                "seconds": trained.seconds,
-                "chosen": trained is chosen,
-            }
-        )
-    return sorted(rows, key=lambda row: (-row["mean_auc"], row["config"]))
-
-
-def write_run(folder: Path, run: Values, configurations: Sequence[Trained]) -> None:
-    """Write `run.json` and its tables into the folder."""
+def write_run(
+    folder: Path, run: Values, configurations: Sequence[Trained], assignments: Mapping[int, np.ndarray]
+) -> None:
+    """Write `run.json` and its tables into the folder; `assignments` are the folds (N,) of each seed."""
     write_json(folder / "run.json", run)
     chosen = next(trained for trained in configurations if trained.number == run["config"])
-    _write_table(folder / "folds.csv", run["folds"])
-    _write_table(folder / "split.csv", run["split_table"])
+    write_table(folder / "folds.csv", run["folds"])
+    write_table(folder / "split.csv", run["split_table"])
     lines = [{"fold": k, **asdict(epoch)} for k, history in enumerate(chosen.histories) for epoch in history]
-    _write_table(folder / "history.csv", lines)
-    _write_table(folder / "per_class.csv", run["per_class"])
+    write_table(folder / "history.csv", lines)
+    write_table(folder / "per_class.csv", run["per_class"])
     if len(configurations) > 1:
-        _write_table(folder / "grid.csv", run["grid"])
-        _write_grid(folder, configurations, run)
-
-
-def _write_grid(folder: Path, configurations: Sequence[Trained], run: Values) -> None:
-    """History and folds of every configuration as one table each, and their out-of-fold predictions at the best budget
-    as `out_of_fold` (configurations, N, C) in `grid.npz`; images and labels are those of `predictions.npz`."""
-    lines = [
-        {"config": trained.number, "fold": k, **asdict(epoch)}
-        for trained in configurations
-        for k, history in enumerate(trained.histories)
-        for epoch in history
-    ]
-    _write_table(folder / "grid_history.csv", lines)
-    epochs = run["spec"]["epochs"]
-    folds = [
-        {"config": trained.number, "fold": k, **{f"auc_{b}": trained.scores[i, k] for i, b in enumerate(epochs)}}
-        for trained in configurations
-        for k in range(len(trained.histories))
-    ]
-    _write_table(folder / "grid_folds.csv", folds)
-    best = np.stack([trained.probabilities[trained.best_budget] for trained in configurations])
-    budgets = np.array([epochs[trained.best_budget] for trained in configurations])
-    np.savez_compressed(folder / "grid.npz", out_of_fold=best, epochs=budgets)
-
-
-def _write_table(path: Path, rows: list[Values]) -> None:
-    if rows:
-        write_csv(path, list(rows[0]), ([row[name] for name in rows[0]] for row in rows))
+        write_grid(folder, configurations, run, np.stack([assignments[each.point.seed] for each in configurations]))
 
 
 def write_predictions(folder: Path, data: Data, **arrays: np.ndarray) -> None:

@@ -5,9 +5,10 @@ A search can be resumed after any epoch.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,13 @@ from ..activations.forward import precision, run_blocks
 from ..activations.loader import Activations
 from ..config import SweepSpec, TrainSpec
 from ..errors import InputError
+from ..grid.points import Point
 from ..metrics import figures
 from ..models.backbone import Backbone
 from ..models.heads import NOTHING_OWN, Custom
 from ..models.tail import Tail, embedding_width
 from .checkpoints import REFIT, Journal, fold_key
-from .dataset import Data
+from .dataset import Data, redraw_folds
 from .folds.fold import Epoch, Fold, FoldData, OnEpoch
 from .folds.head_fold import HeadFold, fit_side_by_side
 from .folds.loop import Recorder, fit
@@ -47,7 +49,7 @@ class FoldTrainer(Protocol):
         ...
 
     def train_folds(
-        self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
+        self, number: int, point: Point, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
     ) -> dict[str, Any]:
         """Train the folds of configuration `number` into the journal: their histories and seconds."""
         ...
@@ -84,10 +86,8 @@ class Trainers(Protocol):
         """The name of its GPU, and whether that computes in bfloat16."""
         ...
 
-    def start(
-        self, search: Search, trains: Sequence[TrainSpec], out: Path, *, device: str, residency: str
-    ) -> FoldTrainer:
-        """Make the search's folds ready to be trained; `trains` are its configurations, their precision decided."""
+    def start(self, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str) -> FoldTrainer:
+        """Make the search's folds ready to be trained; `points` are its configurations, their precision decided."""
         ...
 
 
@@ -95,15 +95,14 @@ class Trainers(Protocol):
 class Trained:
     """One configuration after all folds.
 
-    `changes` is what differs from the spec's own training fields. probabilities (budgets, N, C) float32, NaN outside
+    probabilities (budgets, N, C) float32, NaN outside
     validation; scores and defined (budgets, folds): macro AUC and the classes it is a mean of; stopped_at
     (folds, budgets): the epoch a snapshot is of; histories: a list of lines a fold; seconds: of the call that
     finished it.
     """
 
     number: int
-    changes: dict[str, Any]
-    train: TrainSpec
+    point: Point
     probabilities: np.ndarray
     scores: np.ndarray
     defined: np.ndarray
@@ -112,13 +111,18 @@ class Trained:
     seconds: float
 
     @property
-    def best_mean(self) -> float:
-        """Its highest mean over folds."""
-        return float(np.nanmax(np.nanmean(self.scores, axis=1)))
+    def changes(self) -> dict[str, Any]:
+        """What differs from the spec of the sweep."""
+        return self.point.changes
+
+    @property
+    def train(self) -> TrainSpec:
+        """Its training fields."""
+        return self.point.train
 
     @property
     def best_budget(self) -> int:
-        """The place of the budget that has it."""
+        """The place of the budget with the highest mean over folds."""
         return int(np.nanargmax(np.nanmean(self.scores, axis=1)))
 
     def rates(self, epochs: int) -> list[float]:
@@ -129,6 +133,7 @@ class Trained:
 class Search:
     """Trains configurations over folds with whichever trainer suits the device, and leaves snapshots in the journal.
 
+    `seed` decides initialisation and every draw; `data` has the folds of that seed (`with_seed`).
     A head alone on a CPU: folds side by side, one core each. A GPU: all folds in one step. Else: one after another.
     `train_folds` may be replaced by that of a `FoldTrainer`, which trains them elsewhere.
     """
@@ -145,11 +150,22 @@ class Search:
     ) -> None:
         self.custom = custom
         self.backbone, self.activations, self.data, self.spec = backbone, activations, data, spec
-        self.unfreeze_blocks = unfreeze_blocks
+        self.unfreeze_blocks, self.seed = unfreeze_blocks, spec.seed
+        self.assignments = {spec.seed: data.assignment}  # by seed
         self.scratch: Path | None = None  # the folder for tokens that do not fit into memory
         self._deeper: dict[tuple[int, int], Activations] = {}
-        # (number, train, journal, on_epoch, stop) to what `configN.json` holds: here, or on a cluster.
+        # (number, point, journal, on_epoch, stop) to what `configN.json` holds: here, or on a cluster.
         self.train_folds: Callable[..., dict[str, Any]] = self._train
+
+    def with_seed(self, seed: int) -> Search:
+        """The same search with folds and draws of another seed; the hold-out stays, cached activations are shared."""
+        if seed == self.seed:
+            return self
+        if seed not in self.assignments:
+            self.assignments[seed] = redraw_folds(self.data, self.spec, seed)
+        other = copy.copy(self)
+        other.seed, other.data = seed, replace(self.data, assignment=self.assignments[seed])
+        return other
 
     def depth(self, train: TrainSpec) -> int:
         """How many blocks a configuration trains."""
@@ -197,7 +213,7 @@ class Search:
             ),
             train,
             unfreeze_blocks=self.depth(train),
-            seed=self.spec.seed,
+            seed=self.seed,
             rates=rates,
         )
 
@@ -231,8 +247,7 @@ class Search:
     def run(
         self,
         number: int,
-        changes: dict[str, Any],
-        train: TrainSpec,
+        point: Point,
         journal: Journal,
         *,
         on_epoch: OnEpoch | None = None,
@@ -241,17 +256,17 @@ class Search:
         """Train configuration `number` over all folds, going on where the journal is; a finished one is only read."""
         saved = journal.read(f"config{number}.json")
         if saved is None:
-            saved = self.train_folds(number, train, journal, on_epoch, stop)
+            saved = self.train_folds(number, point, journal, on_epoch, stop)
             journal.write(f"config{number}.json", saved)
             journal.forget(f"config{number}", states_only=True)
-        return self._collect(number, changes, train, journal, saved)
+        return self.with_seed(point.seed)._collect(number, point, journal, saved)
 
     def _train(
-        self, number: int, train: TrainSpec, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
+        self, number: int, point: Point, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool]
     ) -> dict[str, Any]:
-        began = time.perf_counter()
+        began, search = time.perf_counter(), self.with_seed(point.seed)
         try:
-            histories = self._fit(number, train, journal, journal.recorder(number, on_epoch, stop))
+            histories = search._fit(number, point.train, journal, journal.recorder(number, on_epoch, stop))
         finally:
             journal.flush()
         lines = [[asdict(epoch) for epoch in history] for history in histories]
@@ -275,9 +290,7 @@ class Search:
             fit_together(folds, epochs, recorder)
         return [fold.history for fold in folds]
 
-    def _collect(
-        self, number: int, changes: dict[str, Any], train: TrainSpec, journal: Journal, saved: Mapping[str, Any]
-    ) -> Trained:
+    def _collect(self, number: int, point: Point, journal: Journal, saved: Mapping[str, Any]) -> Trained:
         """Scores and probabilities of a trained configuration, from its snapshots or from what was kept of them."""
         data, budgets, folds = self.data, self.spec.epochs, self.spec.folds
         kept = journal.folder / f"config{number}.npz"
@@ -294,8 +307,7 @@ class Search:
         scores, defined = self._scores(probabilities)
         return Trained(
             number=number,
-            changes=changes,
-            train=train,
+            point=point,
             probabilities=probabilities,
             scores=scores,
             defined=defined,

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,58 +21,28 @@ from ..activations.cache import Cache
 from ..activations.encoder import load_recorded
 from ..activations.forward import precision
 from ..activations.loader import Activations
-from ..config import SweepOptions, SweepSpec, TrainSpec, digest, to_dict
+from ..config import SweepOptions, SweepSpec, digest, to_dict
 from ..data.manifest import Manifest
 from ..data.tables.corrections import describe_source
 from ..errors import CxrFastError, InputError, Interrupted
+from ..grid.points import Point, make_points
 from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
 from ..models.heads import Custom, LossFunction, MakeHead
 from ..models.tail import count_trainable
-from ..recipes import grid
 from ..system.files import AnyPath
 from ..system.locks import FileLock, graceful
 from . import operating_points, run_record
 from .checkpoints import Journal, difference
+from .configurations.choose import choose_configuration
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
-from .expected_time import EpochTimes, expect, unknown_times
+from .expected_time import EpochTimes, SweepPlan, expect, unknown_times
 from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
 from .run_folder import ABOUT, read_info
 from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trained_blocks
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """What a sweep will do, known before it starts; `seconds` and `times` are estimated from a few timed steps.
-
-    `epochs_in_all` counts an epoch of every fold of every configuration, and those of the refit; `resumed` says that
-    an unfinished run will be continued.
-    """
-
-    cache: Path
-    out: Path
-    images: int
-    failed: int
-    groups: int
-    classes: int
-    folds: int
-    configurations: int
-    holdout_images: int
-    epochs: tuple[int, ...]
-    epochs_in_all: int
-    trainable: dict[str, int]
-    activation_bytes: int
-    where: str
-    device: str
-    precision: str
-    seconds: float
-    times: EpochTimes
-    resumed: bool
-    cluster: str = ""
-    notes: tuple[str, ...] = ()
 
 
 def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
@@ -115,17 +85,16 @@ class Sweep:
         cache, out = Path(cache), None if out is None else Path(out)
         if out is not None:
             require_free(out, options.overwrite)
-        self.spec, self.options, self.points = spec, options, grid(spec.train, options.grid)
+        self.spec, self.options = spec, options
+        self.points = make_points(spec.train, options.grid, seed=spec.seed, trials=options.trials)
         self.data = read(cache, spec, manifest, options)
         self.unfreeze_blocks = int(self.data.file.meta["spec"]["unfreeze_blocks"])
-        for _, train in self.points:
-            require_cached(train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
+        for point in self.points:
+            require_cached(point.train, self.unfreeze_blocks, self.data.file.meta["spec"]["views"])
         self.labels_from = describe_source("the cache" if manifest is None else manifest.name, self.data.corrections)
         self._choose_device(trainers)
         dev = self.data.assignment >= 0
         operating_points.require_reachable(self.data.labels[dev], spec.threshold_target, self.data.header.classes)
-        for k in range(spec.folds):
-            require_scorable(self.data.header.labels, self.data.train(k), self.data.valid(k), fold=k)
         self.backbone = backbone_for(self.data.file, options.weights)
         self.activations = Activations(self.data.file.activations, self.device, residency=self.residency)
         self.search = Search(
@@ -136,8 +105,9 @@ class Sweep:
             unfreeze_blocks=self.unfreeze_blocks,
             custom=Custom(head=head, loss=loss),
         )
+        self._require_scorable()
         self.search.custom.require_loss(len(self.data.header.classes), self.device)
-        self.trainable = [count_trainable(self.search.tail(train)) for _, train in self.points]
+        self.trainable = [count_trainable(self.search.tail(point.train)) for point in self.points]
         self._names = [out] if out else list(_names(Path("exports") / cache.stem, self.request()))
         self.out = self._names[-1]
         self._warn_of_holdouts()
@@ -148,6 +118,17 @@ class Sweep:
                 self.search, self._decided(), self.out, device=self.trained_on, residency=options.residency
             )
             self.search.train_folds = self.trainer.train_folds
+
+    def _require_scorable(self) -> None:
+        """Raise InputError where a fold of a seed cannot be trained or scored."""
+        labels = self.data.header.labels
+        for seed in dict.fromkeys(point.seed for point in self.points):
+            data = self.search.with_seed(seed).data
+            try:
+                for k in range(self.spec.folds):
+                    require_scorable(labels, data.train(k), data.valid(k), fold=k)
+            except InputError as error:
+                raise error if seed == self.spec.seed else InputError(f"--grid seed={seed}: {error}") from error
 
     def _warn_of_holdouts(self) -> None:
         """Note the runs beside this one whose hold-out it would train on."""
@@ -161,20 +142,24 @@ class Sweep:
     def runs_blocks_first(self) -> bool:
         """Whether cached blocks run once, frozen, before anything is trained: `plan` does it, to time what follows."""
         cut = self.unfreeze_blocks
-        return any(trained_blocks(train, cut) < cut or train.head_first for _, train in self.points)
+        trains = (point.train for point in self.points)
+        return any(trained_blocks(train, cut) < cut or train.head_first for train in trains)
 
-    def _decided(self) -> list[TrainSpec]:
+    def _decided(self) -> list[Point]:
         """The configurations with `auto` precision replaced by what it means on the trainers' device."""
-        trains = (train for _, train in self.points)
-        return [replace(train, precision=cast(Any, kind)) for train, kind in zip(trains, self.kinds, strict=True)]
+        return [
+            replace(point, train=replace(point.train, precision=cast(Any, kind)))
+            for point, kind in zip(self.points, self.kinds, strict=True)
+        ]
 
     def _choose_device(self, trainers: Trainers | None) -> None:
         """Choose where folds are trained, the precision of each configuration, and what this machine computes on."""
         device, residency, cut = self.options.device, self.options.residency, self.unfreeze_blocks
+        trains = [point.train for point in self.points]
         if trainers is None:
             self.device, self.residency = pick_device(device), residency
             self.trained_on, self.gpu = self.device.type, device_name(self.device)
-            self.kinds = [precision(train, self.device, trained_blocks(train, cut)) for _, train in self.points]
+            self.kinds = [precision(train, self.device, trained_blocks(train, cut)) for train in trains]
             return
         self.trained_on, self.gpu, bfloat16 = trainers.target(device), "cpu", False
         if self.trained_on == "cuda":
@@ -187,7 +172,7 @@ class Sweep:
             precision(train, self.device, trained_blocks(train, cut))
             if self.trained_on == "cpu" or train.precision != "auto"
             else kind
-            for _, train in self.points
+            for train in trains
         ]
 
     def request(self) -> dict[str, Any]:
@@ -198,7 +183,7 @@ class Sweep:
         hasher.update("\0".join((*data.header.groups, *data.header.classes)).encode())
         return {
             "spec": to_dict(self.spec),
-            "grid": [point for point, _ in self.points],
+            "grid": [point.changes for point in self.points],
             "cache": data.file.meta["fingerprint"],
             "data": hasher.hexdigest(),
             "weights": data.file.meta["tower_sha256"],
@@ -259,18 +244,20 @@ class Sweep:
                     return path
         return None
 
-    def _about(self) -> dict[str, str]:
+    def _about(self) -> dict[str, Any]:
         """What the list of runs shows of an unfinished one, beside its plan."""
         meta = self.data.file.meta
         return {
             "data": str(meta["dataset"]["name"]),
             "weights": str(meta["weights"]),
             "cache": str(self.data.file.path),
+            "grid": list(self.options.grid),
+            "trials": self.options.trials,
         }
 
     def _expect(self) -> EpochTimes:
         """Expect the time of each epoch; all alike where this machine lacks the device."""
-        spec, trains = self.spec, [train for _, train in self.points]
+        spec, trains = self.spec, [point.train for point in self.points]
         if self.device.type != self.trained_on:
             again = spec.retrain_head != "none"
             return unknown_times(len(trains), spec.epochs[-1], spec.folds, refit=self._with_refit, retrained=again)
@@ -314,16 +301,19 @@ class Sweep:
         self, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool], began: float
     ) -> dict[str, Any]:
         configurations: list[Trained] = []
-        for number, (changes, train) in enumerate(self.points):
-            configurations.append(self.search.run(number, changes, train, journal, on_epoch=on_epoch, stop=stop))
-            chosen = max(configurations, key=lambda trained: trained.best_mean)  # the first of equals
+        for number, point in enumerate(self.points):
+            configurations.append(self.search.run(number, point, journal, on_epoch=on_epoch, stop=stop))
+            if self.points[number + 1 : number + 2] and self.points[number + 1].group == point.group:
+                continue  # a point is judged when all its seeds are trained
+            chosen = choose_configuration(configurations)
             for other in configurations:
-                if other is not chosen:
+                if other is not chosen.trained:
                     journal.forget(f"config{other.number}")
-        finals = FinalModels(self.search, chosen, journal)
+        trained = chosen.trained
+        finals = FinalModels(self.search, trained, journal, chosen.budget)
         if self._with_refit and self.trainer is not None:
             epochs = finals.refit_epochs()
-            self.trainer.refit(chosen.number, epochs, chosen.rates(epochs), journal, on_epoch, stop)
+            self.trainer.refit(trained.number, epochs, trained.rates(epochs), journal, on_epoch, stop)
         elif self._with_refit:
             finals.refit(on_epoch, stop)
         if self.spec.retrain_head != "none":
@@ -334,17 +324,19 @@ class Sweep:
             folder.mkdir()
             setup = Setup(
                 labels_from=self.labels_from,
-                precision=self.kinds[chosen.number],
+                precision=self.kinds[trained.number],
                 device=self.gpu,
-                trainable=self.trainable[chosen.number],
+                trainable=self.trainable[trained.number],
                 with_refit=self._with_refit,
+                grid=self.options.grid,
+                trials=self.options.trials,
             )
-            record = finish(folder, configurations, finals, setup)
+            record = finish(folder, configurations, chosen, finals, setup)
             record.cluster = msgspec.UNSET if self.trainer is None else self.trainer.describe()
             record.request_sha256 = _digest(self.request())
             record.seconds = time.perf_counter() - began
             run = record.to_dict()
-            run_record.write_run(folder, run, configurations)
+            run_record.write_run(folder, run, configurations, self.search.assignments)
         return run
 
 

@@ -27,7 +27,8 @@ from cxr_fast import __version__
 from cxr_fast.activations import encoder
 from cxr_fast.activations import file as store
 from cxr_fast.bench import results as benchmark_record
-from cxr_fast.cli import console, data, training
+from cxr_fast.cli import console, data
+from cxr_fast.cli.describe.sweep import faster_first
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepSpec
 from cxr_fast.inference import runtime
@@ -808,7 +809,7 @@ def plan(**changed: Any) -> Any:
     ],
 )
 def test_a_sweep_of_hours_names_a_faster_first_try(found: Any, recipe: str, epochs: int, said: str) -> None:
-    notes = training.faster_first(found, SweepSpec(epochs=(epochs,)), recipe)
+    notes = faster_first(found, SweepSpec(epochs=(epochs,)), recipe)
     assert notes == ([f"a faster first try from the same cache: {said}"] if said else [])
 
 

@@ -36,14 +36,6 @@ def test_folds_with_the_best_marked_and_the_budgets_in_the_foot() -> None:
     assert tables.budget_table(RUN).chosen == [1]
 
 
-def test_a_grid_shows_what_was_varied() -> None:
-    row = {"config": 1, "lr": 0.1, "epochs": 8, "mean_auc": 0.7, "std_auc": 0.1, "seconds": 75, "chosen": True}
-    table = tables.grid_table({"grid": [row]})
-    assert table.columns == ["configuration", "lr", "epochs", "mean AUC", "std", "time"]
-    assert list(table.texts()) == [["2", "0.1", "8", "0.700", "0.100", "1 min 15 s"]]
-    assert table.rows[0][-1].value == 75  # type: ignore[union-attr]
-
-
 def test_positives_of_each_fold_count_folds_from_one() -> None:
     rows = [
         {"class": "(images)", "fold_0": 10, "holdout": 5},

@@ -16,7 +16,8 @@ from cxr_fast.cli.main import main
 from cxr_fast.config import SweepSpec, TrainSpec, to_dict
 from cxr_fast.data.tables.corrections import describe_source
 from cxr_fast.errors import InputError
-from cxr_fast.recipes import grid, sweep_spec
+from cxr_fast.grid.points import make_points
+from cxr_fast.recipes import sweep_spec
 from cxr_fast.runs.request import describe_changes, grid_flags, lacking_labels, read_request
 from tests.helpers.runs import arrays
 
@@ -37,8 +38,8 @@ def info(run: Path) -> dict[str, Any]:
 )
 @settings(max_examples=40)
 def test_a_grid_is_read_back_as_it_was_asked_for(flags: list[str]) -> None:
-    points = grid(TrainSpec(), flags)
-    again = grid(TrainSpec(), grid_flags([point for point, _ in points]))
+    points = make_points(TrainSpec(), flags)
+    again = make_points(TrainSpec(), grid_flags([point.changes for point in points]))
     assert again == points
 
 
@@ -67,12 +68,40 @@ def test_a_grid_and_a_given_hold_out_come_back(toy_cache: Path, toy_run: Path, t
     first = sweep(toy_cache, *flags, "--grid", "lr=1e-4,1e-3", "--split-from", toy_run, "--out", tmp_path / "one")
     assert first.exit_code == 0, first.output
     request = read_request(tmp_path / "one")
-    assert request.grid == ("lr=0.0001,0.001",)
+    assert request.grid == ("lr=1e-4,1e-3",)
     assert request.split_from == tmp_path / "one"
     again = sweep("--from", tmp_path / "one", "--out", tmp_path / "two")
     assert again.exit_code == 0, again.output
     one, two = arrays(tmp_path / "one"), arrays(tmp_path / "two")
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
+
+
+def test_draws_and_seeds_come_back(toy_cache: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--folds", "2", "--train-blocks", "0", "--trials", "2", "--seed", "3"]
+    grid = ["--grid", "lr=1e-4..1e-2:log", "--grid", "seed=0..1"]
+    first = sweep(toy_cache, *flags, *grid, "--out", tmp_path / "one")
+    assert first.exit_code == 0, first.output
+    request = read_request(tmp_path / "one")
+    assert (request.grid, request.trials) == (("lr=1e-4..1e-2:log", "seed=0..1"), 2)
+    planned = sweep("--from", tmp_path / "one", "--out", tmp_path / "two", "--dry-run", "--trials", "3")
+    assert "but trials 3 instead of 2" in planned.output
+    assert "Configurations to train" in planned.output
+    again = sweep("--from", tmp_path / "one", "--out", tmp_path / "two")
+    assert again.exit_code == 0, again.output
+    assert ", all of them" in again.output
+    one, two = arrays(tmp_path / "one"), arrays(tmp_path / "two")
+    assert all(one[key].tobytes() == two[key].tobytes() for key in one)
+
+
+def test_an_unfinished_run_of_draws_says_how_they_are_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "half.partial"
+    folder.mkdir()
+    plan = {"spec": to_dict(sweep_spec("tuned")), "grid": [{"lr": 1e-4}, {"lr": 1e-5}]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    about = {"cache": str(tmp_path / "c.h5"), "grid": ["lr=1e-5..1e-3:log"], "trials": 2}
+    (folder / "about.json").write_text(json.dumps(about))
+    request = read_request(folder)
+    assert (request.grid, request.trials, request.cache) == (("lr=1e-5..1e-3:log",), 2, tmp_path / "c.h5")
 
 
 def test_an_unfinished_run_goes_on_under_its_own_name(toy_run: Path, tmp_path: Path) -> None:
@@ -93,14 +122,14 @@ def test_an_unfinished_run_goes_on_under_its_own_name(toy_run: Path, tmp_path: P
 
 def test_changes_are_named() -> None:
     before = read_request_of(SweepSpec())
-    assert describe_changes(before, SweepSpec(), ()) == []
-    assert describe_changes(before, SweepSpec(seed=2), ()) == ["seed 2 instead of 0"]
+    assert describe_changes(before, SweepSpec(), (), None) == []
+    assert describe_changes(before, SweepSpec(seed=2), (), None) == ["seed 2 instead of 0"]
 
 
 def read_request_of(spec: SweepSpec) -> Any:
     from cxr_fast.runs.request import SweepRequest
 
-    return SweepRequest(source=Path("run"), spec=spec, points=({},), cache=None)
+    return SweepRequest(source=Path("run"), spec=spec, grid=(), cache=None)
 
 
 def test_what_no_flag_can_ask_for_is_refused(toy_run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import click
 from ...config import CacheSpec, SweepSpec
 from ...errors import CxrFastError, InputError
 from ...models import device as cpu
-from ...recipes import grid
 from ..console import echo_notes, show, show_plan, took
 from ..data import cache, open_cache_work, prepare, read_cache_flags, run_cache_work, verify
 from ..dataset import choose_columns, describe_manifest
@@ -100,12 +99,14 @@ class FitRequest:
     cache_spec: CacheSpec
     sweep: dict[str, Any]
     sweep_spec: SweepSpec
+    configurations: int
     before: Any  # the run of --from
     variants: list[str]
 
 
 def _read_asked(ctx: click.Context) -> FitRequest:
     """The flags of all parts, checked as far as they can be before anything long."""
+    from ...grid.points import make_points
     from ...inference.model_file import split_variants
 
     own = dict(ctx.params)
@@ -116,7 +117,7 @@ def _read_asked(ctx: click.Context) -> FitRequest:
         told = part_context(ctx, sweep, "sweep", cache=None, name=None)
         spec, before = read_sweep_flags(told, told.params["recipe"], told.params)
         sweep_flags = told.params
-        grid(spec.train, sweep_flags["grid"])
+        points = make_points(spec.train, sweep_flags["grid"], seed=spec.seed, trials=sweep_flags["trials"])
     with stage(ctx, "export"):
         variants = split_variants(own["export_variants"])
     for part, flags in (("cache", cache_flags), ("sweep", sweep_flags)):
@@ -132,6 +133,7 @@ def _read_asked(ctx: click.Context) -> FitRequest:
         cache_spec=cache_spec,
         sweep=sweep_flags,
         sweep_spec=spec,
+        configurations=len(points),
         before=before,
         variants=variants,
     )
@@ -143,7 +145,7 @@ def _make_cache(asked: FitRequest, manifest: Any) -> tuple[Path | None, int]:
     with stage(ctx, "cache", "2 of 5"), open_cache_work(manifest, flags["out"], asked.cache_spec, flags) as work:
         path: Path = work.job.out
         click.echo()
-        show_plan(describe_fit(work, asked.sweep_spec, asked.sweep["grid"], asked.out, asked.variants))
+        show_plan(describe_fit(work, asked.sweep_spec, asked.configurations, asked.out, asked.variants))
         if ctx.params["dry_run"]:
             return (path if path.exists() else None), 0
         click.echo("\ncache, 2 of 5")
@@ -166,7 +168,7 @@ def _make_run(asked: FitRequest, path: Path) -> Path:
             return found
         if taken and not overwrite:
             raise InputError(f"--out: {out} is a run of other settings or films; give another --out, or --overwrite.")
-        plan = show_sweep_plan(job, asked.sweep["recipe"], asked.before, asked.sweep["grid"])
+        plan = show_sweep_plan(job, asked.sweep["recipe"], asked.before)
         if not asked.ctx.params["dry_run"]:
             run_sweep(job, plan, asked.sweep)
         made: Path = job.out

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ...config import SweepSpec
-from ...recipes import grid
 from ...system.text import gigabytes
 from ..dataset import describe_cache_plan
 
@@ -18,13 +17,11 @@ TOWER, TRAINED, MOMENTS = 4 + 4 + 2 + 1, 4, 8
 PAGES = 8 << 20  # report and pictures; 550 films and 14 classes took 6 MB
 
 
-def describe_fit(
-    work: Any, spec: SweepSpec, grid_flags: Sequence[str], out: Path | None, variants: Sequence[str]
-) -> str:
+def describe_fit(work: Any, spec: SweepSpec, configurations: int, out: Path | None, variants: Sequence[str]) -> str:
     """The plan of a fit, a line for each part."""
-    job, points = work.job, grid(spec.train, grid_flags)
+    job = work.job
     manifest = job.manifest
-    many = f"{len(points)} configurations, " if len(points) > 1 else ""
+    many = f"{configurations:,} configurations, " if configurations > 1 else ""
     known = "its plan follows" if job.out.exists() else "expected time unknown until the cache exists"
     named = out or Path("exports") / job.out.stem
     random = ", RANDOM weights" if job.backbone.random else ""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cxr_fast.activations.loader import (
     Activations,
 )
-from cxr_fast.cli import training
+from cxr_fast.cli.describe.sweep import streaming_notes
 from cxr_fast.cli.main import (
     main,
 )
@@ -164,7 +164,7 @@ def test_the_plan_hints_at_block_shuffle_where_a_disk_would_suffer(
     residency: str, size: int, shuffles: set[str], said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "memory_available", lambda: 1000.0)
-    notes = training.streaming_notes(residency, size, shuffles)
+    notes = streaming_notes(residency, size, shuffles)
     assert bool(notes) is said
     assert all("--shuffle block" in note and "\n" not in note for note in notes)
 
