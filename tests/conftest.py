@@ -158,10 +158,10 @@ def toy_run_average(toy_cache_average: Path, tmp_path_factory: pytest.TempPathFa
 
 def _run(cache: Path, out: Path) -> Path:
     from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
-    from cxr_fast.training.sweep import Sweep
+    from cxr_fast.training.sweep import SweepJob
 
     spec = SweepSpec(epochs=(4, 5, 6), folds=3, train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(cache, out, spec, SweepOptions(device="cpu")).run()
+    SweepJob(cache, out, spec, SweepOptions(device="cpu")).run()
     return out
 
 

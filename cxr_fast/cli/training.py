@@ -135,10 +135,10 @@ def read_sweep_flags(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def open_sweep(cache: Path, out: Path | None, spec: SweepSpec, flags: Mapping[str, Any]) -> Iterator[Any]:
-    """Read the cache, join the cluster if one is named, and make a `Sweep`; nothing is written."""
+    """Read the cache, join the cluster if one is named, and make a `SweepJob`; nothing is written."""
     from ..activations.cache import open_cache
     from ..cluster.search import ClusterTrainers
-    from ..training.sweep import Sweep
+    from ..training.sweep import SweepJob
 
     if flags["recipe"] == "reference":
         require_reference_cache(open_cache(cache, partial=True).meta["spec"]["normalize"])
@@ -146,7 +146,7 @@ def open_sweep(cache: Path, out: Path | None, spec: SweepSpec, flags: Mapping[st
     labels = _other_labels(flags["manifest"])
     cluster = flags["cluster"]
     with contextlib.nullcontext() if cluster is None else connection.connect(cluster) as joined:
-        yield Sweep(
+        yield SweepJob(
             cache,
             out,
             spec,

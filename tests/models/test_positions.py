@@ -36,7 +36,7 @@ from cxr_fast.models import backbone, positions
 from cxr_fast.models.tail import Tail
 from cxr_fast.report import settings
 from cxr_fast.training.run_folder import read_run
-from cxr_fast.training.sweep import Sweep, backbone_for
+from cxr_fast.training.sweep import SweepJob, backbone_for
 from tests.conftest import TOY, TOY_AVERAGE
 
 SIDES = st.integers(1, 9)
@@ -239,7 +239,7 @@ def cache(toy_data: Path, lively_weights: Path, tmp_path_factory: pytest.TempPat
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sizes") / "run"
     spec = SweepSpec(epochs=(2,), folds=2, train=TrainSpec(lr=1e-3, batch_size=8))
-    Sweep(cache, out, spec, SweepOptions(device="cpu")).run()
+    SweepJob(cache, out, spec, SweepOptions(device="cpu")).run()
     return out
 
 

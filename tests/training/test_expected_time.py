@@ -14,7 +14,7 @@ from cxr_fast.system.time_left import TimeLeft
 from cxr_fast.training import expected_time
 from cxr_fast.training.expected_time import EpochTimes, Pace, unknown_times
 from cxr_fast.training.search import Search
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 SPEC = SweepSpec(epochs=(4,), folds=2, train=TrainSpec(batch_size=8))
 
@@ -104,7 +104,7 @@ def test_the_times_follow_from_a_few_steps(toy_cache: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(expected_time, "_measure", measure)
     options = SweepOptions(device="cpu", grid=("head_first=0,3",))
-    job = Sweep(toy_cache, tmp_path / "run", SPEC, options)
+    job = SweepJob(toy_cache, tmp_path / "run", SPEC, options)
     plan, data, depth = job.plan(), job.data, job.unfreeze_blocks
     trained, scored = (np.mean([len(part(k)) for k in range(2)]) for part in (data.train, data.valid))
     assert depth > 0
@@ -115,9 +115,9 @@ def test_the_times_follow_from_a_few_steps(toy_cache: Path, tmp_path: Path, monk
     assert plan.seconds == pytest.approx(plan.times.total)
     assert plan.times.in_turn
     assert not plan.times.retrained.any()
-    again = Sweep(toy_cache, tmp_path / "again", replace(SPEC, retrain_head="balanced"), SweepOptions(device="cpu"))
+    again = SweepJob(toy_cache, tmp_path / "again", replace(SPEC, retrain_head="balanced"), SweepOptions(device="cpu"))
     assert again.plan().times.retrained.sum() == pytest.approx(0.5 * len(data.rows) * again.activations.views)
-    heads = Sweep(
+    heads = SweepJob(
         toy_cache, tmp_path / "head", replace(SPEC, train=TrainSpec(train_blocks=0)), SweepOptions(device="cpu")
     )
     assert not heads.plan().times.in_turn, "heads train side by side"

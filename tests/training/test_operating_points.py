@@ -30,7 +30,7 @@ from cxr_fast.report.writer import write_report
 from cxr_fast.training import operating_points
 from cxr_fast.training.operating_points import OperatingPoint, choose_thresholds, describe_target, read_target
 from cxr_fast.training.run_folder import read_info, read_run, read_run_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers import made
 from tests.helpers.runs import arrays
 
@@ -43,7 +43,7 @@ FOLLOWS = ("thresholds", "calibration", "decisions", "finals", "metrics", "per_c
 
 
 def sweep(cache: Path, out: Path, **changes: Any) -> Path:
-    Sweep(cache, out, dataclasses.replace(SPEC, **changes), ON_CPU).run()
+    SweepJob(cache, out, dataclasses.replace(SPEC, **changes), ON_CPU).run()
     return out
 
 
