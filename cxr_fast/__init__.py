@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .report.comparison import compare_runs as compare_runs
     from .report.evaluation import evaluate as evaluate
     from .report.writer import write_report as write_report
+    from .runs.sweep import Sweep as Sweep
     from .training.operating_points import OperatingPoint as OperatingPoint
     from .training.run_folder import read_run as read_run
     from .training.run_record import RunRecord as RunRecord, read_record as read_record
-    from .training.sweep import Sweep as Sweep
     # isort: on
 
 __version__ = "0.1.0"
@@ -51,7 +51,7 @@ _MODULE = {
     "OperatingPoint": "training.operating_points",
     "read_run": "training.run_folder",
     **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
-    "Sweep": "training.sweep",
+    "Sweep": "runs.sweep",
     "write_report": "report.writer",
 }
 __all__ = sorted(_MODULE)
