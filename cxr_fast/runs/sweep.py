@@ -48,6 +48,4 @@ class Sweep(SweepJob):
         try:
             return writer.write_report(self.out)
         except InputError as error:
-            raise InputError(
-                f"{error} The run is complete; `cxrfast report {self.out}` writes its report."
-            ) from error
+            raise InputError(f"{error} The run is complete; `cxrfast report {self.out}` writes its report.") from error

@@ -14,10 +14,11 @@ from ...config import CacheSpec, SweepSpec
 from ...errors import CxrFastError, InputError
 from ...models import device as cpu
 from ...recipes import grid
+from ..cache.command import cache, open_cache_work, read_cache_flags, run_cache_work
 from ..console import echo_notes, show, show_plan, took
-from ..data import cache, open_cache_work, prepare, read_cache_flags, run_cache_work, verify
+from ..data import prepare, verify
 from ..dataset import choose_columns, describe_manifest
-from ..models import export
+from ..models.export import export
 from ..options import PATH, device_option, read_prepared, recipe_option, source_argument, threads_option
 from ..training import open_sweep, read_sweep_flags, run_sweep, show_sweep_plan, sweep
 from .flags import exit_code, part_context, part_options, stage
