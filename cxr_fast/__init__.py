@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
     from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
     from .errors import SchemaError as SchemaError
-    from .export.variants import ExportSpec as ExportSpec, export_run as export_run
+    from .export.entries.settings import ExportSpec as ExportSpec
+    from .export.variants import export_run as export_run
     from .inference.predictor import Predictor as Predictor, Result as Result
     from .report.comparison import compare_runs as compare_runs
     from .report.evaluation import evaluate as evaluate
@@ -47,7 +48,8 @@ _MODULE = {
     "build_cache": "activations.build",
     "compare_runs": "report.comparison",
     "evaluate": "report.evaluation",
-    **dict.fromkeys(("ExportSpec", "export_run"), "export.variants"),
+    "ExportSpec": "export.entries.settings",
+    "export_run": "export.variants",
     "OperatingPoint": "training.operating_points",
     "read_run": "training.run_folder",
     **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),

@@ -168,6 +168,7 @@ def _run(cache: Path, out: Path) -> Path:
 @pytest.fixture(scope="session")
 def toy_model(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`toy_run` as an ONNX file; do not write into it."""
-    from cxr_fast.export.variants import ExportSpec, export_run
+    from cxr_fast.export.entries.settings import ExportSpec
+    from cxr_fast.export.variants import export_run
 
     return export_run(toy_run, ExportSpec(out=tmp_path_factory.mktemp("toy") / "toy.onnx"))[0].path

@@ -186,7 +186,7 @@ def test_every_flag_of_the_parts_is_offered() -> None:
     own = {str(param.name): param for param in fit.params if isinstance(param, click.Option)}
     left_out = {
         "prepare": {"out", "labels_only"},
-        "cache": {"earlier", *SOURCE_FLAGS},
+        "cache": {"earlier", "dry_run", *SOURCE_FLAGS},
         "sweep": {"out", "name", "earlier", "dry_run"},
         "export": set(),
         "verify": set(CACHE_ONLY),
@@ -210,7 +210,7 @@ def test_a_part_sees_what_was_given() -> None:
     assert (told.params["folds"], told.params["recipe"], told.params["device"]) == (3, "tuned", "auto")
     assert told.get_parameter_source("folds") == told.get_parameter_source("recipe") == given
     assert told.get_parameter_source("epochs") != given
-    assert part_context(ctx, main.commands["cache"], "cache").params["device"] == "cpu"
+    assert part_context(ctx, main.commands["cache"], "cache", dry_run=False).params["device"] == "cpu"
     assert set(told.params) == {param.name for param in main.commands["sweep"].params}
     text = "--lr: too high; --lr-like --out X, `cxrfast sweep --lr 1` and --no-lr stay"
     assert rename_flags(ctx, "sweep", text) == text.replace("--lr:", "--sweep-lr:")

@@ -29,10 +29,10 @@ from cxr_fast.data.images import decode_grey, read_bytes, resize, self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import film_changes, graph, int8, variants
 from cxr_fast.export import parity as checks
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.nodes import all_nodes
 from cxr_fast.export.rotate import rotated
 from cxr_fast.export.summary import describe_export
-from cxr_fast.export.variants import ExportSpec
 from cxr_fast.inference import predictor
 from cxr_fast.inference.model_file import content_sha256
 from cxr_fast.inference.predictor import Predictor

@@ -16,9 +16,10 @@ from cxr_fast.activations.forward import predict, probabilities, sigmoid
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.graph import build
 from cxr_fast.export.parity import check_images, torch_probabilities
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import operations
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.inference.protobuf import NotOnnx

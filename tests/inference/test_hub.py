@@ -42,7 +42,8 @@ def patient_run(tmp_path_factory: pytest.TempPathFactory, lively_weights: Path, 
     from cxr_fast.activations.job import CacheJob
     from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
     from cxr_fast.data.manifest import read_dataset
-    from cxr_fast.export.variants import ExportSpec, export_run
+    from cxr_fast.export.entries.settings import ExportSpec
+    from cxr_fast.export.variants import export_run
     from cxr_fast.models import backbone
     from cxr_fast.report.writer import write_report
     from cxr_fast.training.sweep import SweepJob

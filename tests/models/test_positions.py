@@ -30,7 +30,8 @@ from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError
 from cxr_fast.export import graph, heatmaps, parity
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import model_file, verify
 from cxr_fast.models import backbone, positions
 from cxr_fast.models.tail import Tail

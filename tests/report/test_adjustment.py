@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.parity import check_images
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics.calibration import logit, prior_log_odds
 from cxr_fast.report.evaluation import evaluate

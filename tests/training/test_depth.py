@@ -19,7 +19,8 @@ from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.models import backbone
 from cxr_fast.training.run_folder import read_run
 from cxr_fast.training.sweep import SweepJob

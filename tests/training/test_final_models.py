@@ -16,7 +16,8 @@ from cxr_fast.activations.forward import probabilities, run_blocks
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.metrics import figures
 from cxr_fast.report.evaluation import evaluate
 from cxr_fast.report.writer import write_report

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec, parse_target
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.parity import check_images
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics import figures

@@ -32,6 +32,7 @@ from ..options import (
 )
 from .earlier import as_in_cache
 from .outcome import CacheProgress, echo_outcome
+from .reuse import echo_others
 
 
 @click.command()
@@ -56,6 +57,13 @@ from .outcome import CacheProgress, echo_outcome
     type=click.IntRange(1, 9999),
     help="Write K activation files and an index (NAME.shards.json), read like one.  [default: one file]",
 )
+@click.option(
+    "--reuse",
+    type=PATH,
+    multiple=True,
+    metavar="CACHE",
+    help="Copy rows of the same image bytes from this cache, if it was encoded in the same way; may be given again.",
+)
 @cluster_option
 @click.option("--gather", is_flag=True, help="With --cluster: bring the shards here, where nodes share no disk.")
 @click.option(
@@ -66,6 +74,7 @@ from .outcome import CacheProgress, echo_outcome
     help="What an image that cannot be read does; it is never trained on.",
 )
 @strict_option
+@click.option("--dry-run", is_flag=True, help="Print the plan, and which caches hold rows of these images, and stop.")
 @click.option("--repair", is_flag=True, help="Also encode rows again whose bytes fail their checksum.")
 @split_option
 @dataset_options
@@ -79,13 +88,17 @@ def cache(ctx: click.Context, source: Path, out: Path | None, recipe: str, **fla
     manifest = read_source(source, flags, limit=flags["limit"])
     with open_cache_work(manifest, out, spec, flags) as work:
         show_cache_plan(work.plan, manifest, work.job.out, work.shards)
-        run_cache_work(work)
+        echo_others(ctx, work)
+        if not flags["dry_run"]:
+            run_cache_work(work)
 
 
 def read_cache_flags(ctx: click.Context, recipe: str, flags: dict[str, Any]) -> tuple[dict[str, Any], CacheSpec]:
     """The flags of `cache`, with what --recipe or --from says where none is given, and how films are to be encoded."""
     if flags["gather"] and not flags["cluster"]:
         raise InputError("--gather is for --cluster: without it every shard is made here.")
+    if flags["reuse"] and flags["cluster"]:
+        raise InputError("--reuse is for a cache that is made here; leave it out with --cluster.")
     flags = with_recipe(ctx, recipe, flags) if flags["earlier"] is None else as_in_cache(ctx, flags)
     return flags, spec_from(CacheSpec, flags, preprocess=spec_from(PreprocessSpec, flags))
 
@@ -123,6 +136,7 @@ def open_cache_work(manifest: Any, out: Path | None, spec: CacheSpec, flags: Map
         spec=with_size(spec, tower),
         out=_cache_path(out, manifest.name, flags),
         stop_on_error=flags["on_error"] == "stop",
+        reuse=tuple(flags["reuse"]),
         **{name: flags[name] for name in ("shards", "device", "batch_size", "workers", "repair", "strict")},
     )
     with contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from ...errors import CxrFastError, InputError
 from ...models import device as cpu
 from ...recipes import grid
 from ..cache.command import cache, open_cache_work, read_cache_flags, run_cache_work
+from ..cache.reuse import echo_others
 from ..console import echo_notes, show, show_plan, took
 from ..data import prepare, verify
 from ..dataset import choose_columns, describe_manifest
@@ -83,7 +84,7 @@ def fit(ctx: click.Context, source: Path, dry_run: bool, **_: Any) -> None:
 
 fit.params += [
     *part_options(prepare, "", "out", "labels_only"),
-    *part_options(cache, "cache", "earlier", *SOURCE_FLAGS),
+    *part_options(cache, "cache", "earlier", "dry_run", *SOURCE_FLAGS),
     *part_options(sweep, "sweep", "out", "name", "earlier", "dry_run"),
     *part_options(export, "export"),
     *part_options(verify, "verify", *CACHE_ONLY),
@@ -111,7 +112,7 @@ def _read_asked(ctx: click.Context) -> FitRequest:
 
     own = dict(ctx.params)
     with stage(ctx, "cache"):
-        told = part_context(ctx, cache, "cache")
+        told = part_context(ctx, cache, "cache", dry_run=ctx.params["dry_run"])
         cache_flags, cache_spec = read_cache_flags(told, told.params["recipe"], told.params)
     with stage(ctx, "sweep"):
         told = part_context(ctx, sweep, "sweep", cache=None, name=None)
@@ -145,6 +146,7 @@ def _make_cache(asked: FitRequest, manifest: Any) -> tuple[Path | None, int]:
         path: Path = work.job.out
         click.echo()
         show_plan(describe_fit(work, asked.sweep_spec, asked.sweep["grid"], asked.out, asked.variants))
+        echo_others(ctx, work, "--cache-reuse")
         if ctx.params["dry_run"]:
             return (path if path.exists() else None), 0
         click.echo("\ncache, 2 of 5")

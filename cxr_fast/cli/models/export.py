@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...errors import InputError
-from ..console import ProgressBar, StageProgress, show
-from ..options import (
-    PATH,
-    adjustment_option,
-    images_option,
-    point_options,
-)
+from ..console import ProgressBar, StageProgress, echo_notes, show
+from ..options import PATH, adjustment_option, images_option, point_options
+
+if TYPE_CHECKING:
+    from ...export.entries.settings import EarlierExport
 
 
 @click.command()
@@ -38,8 +36,8 @@ from ..options import (
 )
 @adjustment_option
 @point_options
-@click.option("--embedding", is_flag=True, help="Also put out the L2-normalised embedding.")
-@click.option("--allow-drift", is_flag=True, help="Keep fp16 and int8 files over their limits.")
+@click.option("--embedding/--no-embedding", help="Also put out the L2-normalised embedding.")
+@click.option("--allow-drift/--no-allow-drift", help="Keep fp16 and int8 files over their limits.")
 @click.option(
     "--check",
     type=click.IntRange(1),
@@ -48,7 +46,15 @@ from ..options import (
     help="Cached images that each variant is checked on, hold-out first.",
 )
 @images_option
-def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
+@click.option(
+    "--from",
+    "earlier",
+    type=PATH,
+    metavar="RUN|MODEL",
+    help="Export as this was: a run folder, or one of its model files; flags go before its settings.",
+)
+@click.pass_context
+def export(ctx: click.Context, run: Path, **flags: Any) -> None:
     """Write ONNX files, each kept only if it agrees with torch.
 
     Each file describes itself, and is compared on real cached images. fp16 and int8 may change as many decisions as the
@@ -57,19 +63,47 @@ def export(run: Path, variants: str | None, check: int, **flags: Any) -> None:
     """
     from ...inference.model_file import split_variants
 
-    names = split_variants(variants)
-    out = flags["out"]
+    before = take_earlier(ctx, flags)
+    names, check, out = split_variants(flags.pop("variants")), flags.pop("check"), flags["out"]
     if out is not None and not (above := next(p for p in Path(out).absolute().parents if p.exists())).is_dir():
         raise InputError(f"--out: cannot write {out}: {above} is a file.")
     if sys.stderr.isatty():  # somebody waits; scripts get what comes of it
         click.echo(f"exporting {', '.join(names)} of {run}; each is checked on up to {check:,} cached images", err=True)
+    from ...export.entries.settings import ExportSpec
     from ...export.summary import describe_export
-    from ...export.variants import ExportSpec, export_run
+    from ...export.variants import export_run
 
     spec = ExportSpec(variants=names, count=check, **flags)
+    if before is not None:
+        show_earlier(before, spec)
     found = export_run(run, spec, on_progress=StageProgress().show)
     ProgressBar.close()
     show(describe_export(found))
     if out is None and any(one.kept for one in found):
         click.echo(f"`cxrfast report {run}` puts these files onto its page and its model card")
-    sys.exit(0 if variants is None or all(one.kept for one in found) else 1)
+    sys.exit(0 if not _is_given(ctx, "variants") or all(one.kept for one in found) else 1)
+
+
+def take_earlier(ctx: click.Context, flags: dict[str, Any]) -> EarlierExport | None:
+    """Put the settings of the export of --from into the flags that were not given; that export, None without --from."""
+    from ...export.entries.settings import read_export
+
+    path = flags.pop("earlier")
+    if path is None:
+        return None
+    before = read_export(path)
+    flags.update({name: value for name, value in before.record.flags().items() if not _is_given(ctx, name)})
+    return before
+
+
+def show_earlier(before: EarlierExport, spec: Any) -> None:
+    """Say what differs from the export of --from, and what is not taken from it."""
+    from ...export.entries.settings import describe_changes, record_export
+
+    changes = describe_changes(before.record, record_export(spec))
+    click.echo(f"settings of {before.source}" + (f", but {'; '.join(changes)}" if changes else ", all of them"))
+    echo_notes(before.notes)
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
