@@ -188,7 +188,7 @@ def test_every_flag_of_the_parts_is_offered() -> None:
         "prepare": {"out", "labels_only"},
         "cache": {"earlier", "dry_run", *SOURCE_FLAGS},
         "sweep": {"out", "name", "earlier", "dry_run"},
-        "export": set(),
+        "export": {"earlier"},
         "verify": set(CACHE_ONLY),
     }
     for part, absent in left_out.items():

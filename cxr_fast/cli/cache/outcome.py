@@ -23,11 +23,12 @@ class CacheProgress:
     def compare(self, more: int, rows: int) -> None:
         """Show that `more` images were read and compared with the `rows` that the cache holds."""
         self.compared += more
-        total = max(rows, self.compared)
+        total, self.bar.whole = max(rows, self.compared), False
         self.bar.show(self.compared, total, f"{self.compared:,} of {total:,} images compared with their rows")
 
     def show(self, p: Any) -> None:
         """Show a `BuildProgress`."""
+        self.bar.whole = True
         rate = p.encoded / max(self.bar.seconds if self.many else p.seconds, 1e-9)
         text = f"{p.done:,} of {p.total:,} images, {rate:.1f} images/s, waiting for {p.bottleneck}"
         # Not `done`, which counts a block once it is on the disk, while the next one is encoded.
