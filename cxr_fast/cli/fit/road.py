@@ -40,8 +40,8 @@ class Road:
 
 
 def describe_sum(seconds: float, parts: Mapping[str, float], of: str) -> str:
-    """Add up what is known: `about 3 min 10 s of all but the sweep`."""
+    """Add up what is known: `about 3 min 10 s of all without the sweep`."""
     known = sum(each for each in parts.values() if not math.isnan(each))
     unknown = [f"the {part}" for part, each in parts.items() if math.isnan(each)]
-    lacking = f"but {' and '.join(unknown)}" if unknown else ""
+    lacking = f"without {' and '.join(unknown)}" if unknown else ""
     return " ".join(filter(None, [f"about {duration(seconds + known)}", of, lacking]))
