@@ -20,7 +20,7 @@ from cxr_fast.data.phantom.dataset import write_dataset
 from cxr_fast.export.variants import Exported, ExportSpec, export_run
 from cxr_fast.models import backbone
 from cxr_fast.training.folds.fold import Fold, FoldData
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 
 def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Exported]:
@@ -33,7 +33,7 @@ def exported(folder: Path, weights: str, variants: tuple[str, ...]) -> list[Expo
     spec = with_size(CacheSpec(weights=weights), tower)
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=folder / "c.h5", device="cpu"))
     short = SweepSpec(epochs=(1,), folds=2, holdout=0.0, train=TrainSpec(lr=1e-4, precision="float32"))
-    Sweep(folder / "c.h5", folder / "run", short, SweepOptions(device="cpu")).run()
+    SweepJob(folder / "c.h5", folder / "run", short, SweepOptions(device="cpu")).run()
     return export_run(folder / "run", ExportSpec(variants=variants, allow_drift=True, count=8))
 
 

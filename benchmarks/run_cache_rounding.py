@@ -32,7 +32,7 @@ from cxr_fast.models.tail import Tail
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.operating_points import choose_thresholds
 from cxr_fast.training.run_folder import read_info
-from cxr_fast.training.sweep import Sweep, backbone_for
+from cxr_fast.training.sweep import SweepJob, backbone_for
 
 KINDS = ("float32", "float16")
 TWO_RATES = {"lr": 1e-5, "head_lr": 1e-3, "loss": "bce"}
@@ -82,13 +82,13 @@ def rounding(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def trained(
-    args: argparse.Namespace, kind: str, blocks: int, seed: int, made: dict[tuple[str, int], Sweep]
+    args: argparse.Namespace, kind: str, blocks: int, seed: int, made: dict[tuple[str, int], SweepJob]
 ) -> dict[str, Any]:
     """What the folds of a sweep from one of the caches answer to their validation films; all seeds share folds."""
     out, (epochs, folds) = args.work / f"{kind}-{blocks}-{seed}", (10, 5) if blocks == 0 else (args.epochs, args.folds)
     train = replace(TrainSpec(), train_blocks=blocks, **TWO_RATES)
     spec = replace(SweepSpec(), train=train, epochs=(epochs,), folds=folds)
-    sweep = Sweep(args.cache if kind == "float16" else args.float32, out, spec, SweepOptions(device="cpu"))
+    sweep = SweepJob(args.cache if kind == "float16" else args.float32, out, spec, SweepOptions(device="cpu"))
     search, data = sweep.search, sweep.data
     search.seed = seed  # draws and initialisation; the folds are drawn already
     # The frozen blocks answer alike for every seed, so they run once for each cache.
@@ -104,7 +104,7 @@ def trained(
 
 def training(args: argparse.Namespace, blocks: int, seeds: int) -> dict[str, list[dict[str, float]]]:
     """Training from both caches with the same seed, and with two seeds from the same cache."""
-    made: dict[tuple[str, int], Sweep] = {}
+    made: dict[tuple[str, int], SweepJob] = {}
     runs = {(kind, seed): trained(args, kind, blocks, seed, made) for seed in range(seeds) for kind in KINDS[::-1]}
     assert all(np.array_equal(run["fold"], runs["float16", 0]["fold"]) for run in runs.values())
 

@@ -29,7 +29,7 @@ from cxr_fast.review import neighbours
 from cxr_fast.review.suspects import NEIGHBOURS, own_probabilities, positive_shares, suspicion
 from cxr_fast.training import predictions
 from cxr_fast.training.run_folder import read_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 FIRST, FEWEST = 50, 10  # suspects looked at; positives of a class that is taken by itself
 RATE = 1e-3
@@ -60,7 +60,7 @@ def trial(args: argparse.Namespace, cache: Cache, name: str, seed: int, work: Pa
     train = TrainSpec(train_blocks=0, lr=RATE, loss=args.loss)
     spec = SweepSpec(epochs=(args.epochs,), folds=args.folds, seed=seed, train=train)
     options = SweepOptions(device="cpu", corrections=str(work / "flips.csv"))
-    Sweep(args.pooled or args.cache, work / "run", spec, options).run()
+    SweepJob(args.pooled or args.cache, work / "run", spec, options).run()
     saved = predictions.read(work / "run", read_info(work / "run"))
     place = neighbours.match_rows(saved, cache)
     c, flipped = saved.run["classes"].index(name), np.isin(place, rows)

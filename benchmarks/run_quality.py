@@ -31,7 +31,7 @@ from cxr_fast.models import device
 from cxr_fast.recipes import sweep_spec
 from cxr_fast.training import predictions
 from cxr_fast.training.run_folder import read_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 PUBLISHED, DEFAULT, PROBE, TUNED = "published as its code trains", "default", "linear probe", "tuned"
 KEYS = ("macro_auc", "map", "pooled_brier")
@@ -85,7 +85,7 @@ def trained(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     folder = args.work / f"{(ARMS[name].of or name).replace(', ', '-').replace(' ', '_')}-{seed}"
     if not (folder / "run.json").is_file():
         print(f"{time.strftime('%H:%M')} {name}, seed {seed}", flush=True)
-        Sweep(args.cache, folder, spec_of(arm, seed, args.folds), SweepOptions(device=args.device)).run()
+        SweepJob(args.cache, folder, spec_of(arm, seed, args.folds), SweepOptions(device=args.device)).run()
     run = read_info(folder)
     saved = predictions.read(folder, run).arrays
     dev, held = saved["fold"] >= 0, saved["fold"] == -1

@@ -23,15 +23,16 @@ if TYPE_CHECKING:  # what _MODULE says, for type checkers and editors; a test co
     from .errors import CxrFastError as CxrFastError, DeviceError as DeviceError, ImageError as ImageError
     from .errors import InputError as InputError, Interrupted as Interrupted, ParityError as ParityError
     from .errors import SchemaError as SchemaError
-    from .export.variants import ExportSpec as ExportSpec, export_run as export_run
+    from .export.entries.settings import ExportSpec as ExportSpec
+    from .export.variants import export_run as export_run
     from .inference.predictor import Predictor as Predictor, Result as Result
     from .report.comparison import compare_runs as compare_runs
     from .report.evaluation import evaluate as evaluate
     from .report.writer import write_report as write_report
+    from .runs.sweep import Sweep as Sweep
     from .training.operating_points import OperatingPoint as OperatingPoint
     from .training.run_folder import read_run as read_run
     from .training.run_record import RunRecord as RunRecord, read_record as read_record
-    from .training.sweep import Sweep as Sweep
     # isort: on
 
 __version__ = "0.1.0"
@@ -47,11 +48,12 @@ _MODULE = {
     "build_cache": "activations.build",
     "compare_runs": "report.comparison",
     "evaluate": "report.evaluation",
-    **dict.fromkeys(("ExportSpec", "export_run"), "export.variants"),
+    "ExportSpec": "export.entries.settings",
+    "export_run": "export.variants",
     "OperatingPoint": "training.operating_points",
     "read_run": "training.run_folder",
     **dict.fromkeys(("RunRecord", "read_record"), "training.run_record"),
-    "Sweep": "training.sweep",
+    "Sweep": "runs.sweep",
     "write_report": "report.writer",
 }
 __all__ = sorted(_MODULE)

@@ -158,16 +158,17 @@ def toy_run_average(toy_cache_average: Path, tmp_path_factory: pytest.TempPathFa
 
 def _run(cache: Path, out: Path) -> Path:
     from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
-    from cxr_fast.training.sweep import Sweep
+    from cxr_fast.training.sweep import SweepJob
 
     spec = SweepSpec(epochs=(4, 5, 6), folds=3, train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(cache, out, spec, SweepOptions(device="cpu")).run()
+    SweepJob(cache, out, spec, SweepOptions(device="cpu")).run()
     return out
 
 
 @pytest.fixture(scope="session")
 def toy_model(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`toy_run` as an ONNX file; do not write into it."""
-    from cxr_fast.export.variants import ExportSpec, export_run
+    from cxr_fast.export.entries.settings import ExportSpec
+    from cxr_fast.export.variants import export_run
 
     return export_run(toy_run, ExportSpec(out=tmp_path_factory.mktemp("toy") / "toy.onnx"))[0].path

@@ -244,7 +244,7 @@ def test_torch_and_ray_stay_in_their_rooms() -> None:
 # The head's training loop: one linear pass over a step, 1.8 to 2.2 times faster than the stacked one on a CPU.
 LONG = {"training.folds.head_fold:_steps"}
 # The public class: a user's head and loss stand in its signature by name.
-MANY = LONG | {"training.sweep:Sweep.__init__"}
+MANY = LONG | {"training.sweep:SweepJob.__init__"}
 
 
 def test_rooms_and_functions_stay_small() -> None:

@@ -38,7 +38,7 @@ LEFT_OUT = {
     "docs/how-to/other_films.md": 1,
     "docs/how-to/own_tables.md": 2,
     "docs/how-to/review.md": 1,
-    "docs/how-to/runs.md": 2,
+    "docs/how-to/runs.md": 1,
     "docs/how-to/search.md": 1,
     "docs/recipes.md": 1,
     "docs/reference/run_folder.md": 1,

@@ -18,7 +18,7 @@ import pytest
 
 import cxr_fast
 
-TORCH = {"ExportSpec", "Sweep", "build_cache", "export_run"}  # names whose module loads torch; all others must not
+TORCH = {"Sweep", "build_cache", "export_run"}  # names whose module loads torch; all others must not
 UNDOCUMENTED = {"Cache"}  # open_cache shows one
 EXAMPLES = sorted(
     name
@@ -141,3 +141,34 @@ def test_the_example_of_a_name_runs(name: str, desk: Path) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     runner.run(example, out=said.append)
     assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+@pytest.mark.usefixtures("sketched")
+def test_the_library_prints_nothing(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each public call that does work, and its progress callback; on both streams, C libraries included."""
+    from cxr_fast import ExportSpec, SweepSpec, TrainSpec
+
+    told: list[tuple[object, ...]] = []
+
+    def tell(*values: object) -> None:
+        told.append(values)
+
+    films = cxr_fast.read_dataset("indiana", limit=6)
+    cxr_fast.write_manifest(films, "films.csv")
+    spec = cxr_fast.CacheSpec(weights="random:0:test_vit")
+    cxr_fast.build_cache(films, "cache/few.h5", spec, device="cpu", on_progress=tell)
+    cache = cxr_fast.open_cache("cache/indiana.h5")
+    assert len(cache.dataset()) == cache.ok.sum()
+    search = SweepSpec(epochs=(1,), folds=2, train=TrainSpec(lr=1e-3, batch_size=8))
+    sweep = cxr_fast.Sweep(cache.path, "exports/quiet", search, cxr_fast.SweepOptions(device="cpu"))
+    assert sweep.plan().seconds > 0
+    sweep.run(tell)
+    cxr_fast.read_run(sweep.out).module()
+    cxr_fast.read_record(sweep.out)
+    (one,) = cxr_fast.export_run(sweep.out, ExportSpec(count=8), on_progress=tell)
+    cxr_fast.write_report(sweep.out, resamples=10)
+    cxr_fast.evaluate(sweep.out, resamples=10)
+    cxr_fast.compare_runs("exports/indiana", sweep.out, resamples=10, part="out_of_fold")
+    cxr_fast.Predictor(one.path, device="cpu")("film.png")
+    assert len({len(values) for values in told}) > 1, "progress of several kinds"
+    assert capfd.readouterr() == ("", "")

@@ -38,7 +38,7 @@ NOTHING_YET = "stopped before anything was encoded; run the same command again t
 class BuildPlan:
     """What a cache run will do, known before it starts; `seconds` from one image decoded and one block encoded.
 
-    `size` is what the tower sees, pixels a side.
+    `size` is what the tower sees, pixels a side; `rows_copied` are expected to come out of the caches of `reuse`.
     """
 
     images: int
@@ -52,6 +52,7 @@ class BuildPlan:
     rows_dropped: int
     device: str
     seconds: float
+    rows_copied: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ def plan(job: CacheJob) -> BuildPlan:
     files = reuse.find_files(job.out, sharded=job.shards is not None)
     done = reuse.count_reusable(header, files)
     folder = next(parent for parent in job.out.resolve().parents if parent.exists())
+    copied = _count_copied(job, header, files)
     return BuildPlan(
         images=header.shape[0],
         size=job.backbone.image_size,
@@ -113,8 +115,19 @@ def plan(job: CacheJob) -> BuildPlan:
         rows_done=done,
         rows_dropped=reuse.count_dropped(header, files),
         device=str(pick_device(job.device)),
-        seconds=_expected_seconds(job, header.shape[0] - done),
+        seconds=_expected_seconds(job, max(header.shape[0] - done - copied, 0)),
+        rows_copied=copied,
     )
+
+
+def _count_copied(job: CacheJob, header: store.Header, files: Sequence[Path]) -> int:
+    """Count the images whose rows the caches of `reuse` seem to hold, beside those that are encoded in `files`."""
+    have: set[str] = set()
+    for path in files:
+        file = store.ActivationFile(path, partial=True)
+        have.update(image for image, ok in zip(file.header.images, file.ok, strict=True) if ok)
+    sources = reuse.open_sources(job.reuse, header)
+    return max((reuse.count_same_images(other, job.manifest, have) for other in sources), default=0)
 
 
 def _expected_seconds(job: CacheJob, images: int) -> float:
@@ -212,7 +225,7 @@ def _run_shards(
 
     with FileLock(job.out), graceful() as stopped:
         also = reuse.set_aside_others({file.path: file.header for file in job.files}, job.out)
-        files = [replace(file, also=also) for file in job.files]
+        files = [replace(file, also=(*file.also, *also)) for file in job.files]
         if stopped.is_set():
             raise Interrupted(NOTHING_YET.format(job.out))
         outcomes = (runner or here)(files, TotalProgress(files, on_progress, stopped.is_set))

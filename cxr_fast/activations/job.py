@@ -31,7 +31,8 @@ class CacheJob:
     `shards` None is one activation file at `out`; K is K files beside `out`, which becomes their index. `batch_size`
     images are one call of the model (default: 8 on a CPU, 64 on a GPU), `workers` threads decode (default: the usable
     cores). `repair` also encodes rows again whose bytes fail their checksum; `stop_on_error` ends the run at the first
-    image that fails; with `strict` an image fails whose DICOM header names another modality or body part.
+    image that fails; with `strict` an image fails whose DICOM header names another modality or body part. `reuse` are
+    other caches made in the same way, whose rows of the same image bytes are copied.
     """
 
     manifest: Manifest
@@ -45,6 +46,7 @@ class CacheJob:
     repair: bool = False
     stop_on_error: bool = False
     strict: bool = False
+    reuse: tuple[Path, ...] = ()
 
     @property
     def block(self) -> int:
@@ -73,13 +75,22 @@ class CacheJob:
         """The activation files to make, in order. Raises InputError for more shards than blocks."""
         count, n = self.shards, len(self.manifest)
         if count is None:
-            return (FileJob(path=self.out, manifest=self.manifest, header=make_header(self, self.manifest)),)
+            header = make_header(self, self.manifest)
+            return (FileJob(path=self.out, manifest=self.manifest, header=header, also=self._sources(header)),)
         parts = [select_rows(self.manifest, rows) for rows in shard_ranges(n, count, self.block)]
         paths = [cache.shard_path(self.out, number, count) for number in range(1, count + 1)]
+        headers = [make_header(self, part) for part in parts]
+        also = self._sources(headers[0])
         return tuple(
-            FileJob(path=path, manifest=part, header=make_header(self, part))
-            for path, part in zip(paths, parts, strict=True)
+            FileJob(path=path, manifest=part, header=header, also=also)
+            for path, part, header in zip(paths, parts, headers, strict=True)
         )
+
+    def _sources(self, header: store.Header) -> tuple[Path, ...]:
+        """The activation files of the caches of `reuse`. Raises InputError for the cache itself."""
+        if twice := [path for path in self.reuse if path.resolve() == self.out.resolve()]:
+            raise InputError(f"--reuse: {twice[0]} is the cache to be made, whose rows are kept anyway; leave it out.")
+        return tuple(file.path for other in reuse.open_sources(self.reuse, header) for file in other.files)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import PARTIAL
+from ..config import PARTIAL, SHARDS
 from ..data.formats.dicom import other_subject
 from ..data.images import read_bytes
-from ..errors import ImageError, InputError
+from ..data.manifest import Manifest
+from ..errors import CxrFastError, ImageError, InputError
 from . import cache
 from . import file as store
 
@@ -25,6 +28,7 @@ PIXEL_CHECK = "pixel_check"  # the part of the fingerprint that says what Pillow
 # What may differ between a file and a run that continues it.
 NO_IDENTITY = ("block", "pillow")
 CHUNK, AT_ONCE = 64, 256
+SAMPLES = 8  # files that are hashed to see whether images of the same names are the same
 
 
 @dataclass(frozen=True)
@@ -156,20 +160,83 @@ def count_dropped(header: store.Header, files: Iterable[Path]) -> int:
     return count
 
 
-def refuse_other(old: store.Header, new: store.Header, path: Path) -> None:
+def find_others(header: store.Header, manifest: Manifest, out: Path) -> list[tuple[Path, int]]:
+    """Find complete caches beside `out` that were made in the same way and seem to hold rows of these images.
+
+    Each with how many images it adds to what `out` has, as `count_same_images` counts them; the largest number first.
+    """
+    own = {path.resolve() for path in (out, *find_files(out), *find_files(out, sharded=True))}
+    have: set[str] = set()
+    for path in own - {out.resolve()} if cache.is_index(out) else own:
+        with contextlib.suppress(CxrFastError):
+            file = store.ActivationFile(path, partial=True)
+            have.update(image for image, ok in zip(file.header.images, file.ok, strict=True) if ok)
+    found = []
+    for path in sorted([*out.parent.glob("*.h5"), *out.parent.glob(f"*{SHARDS}")]):
+        if path.resolve() in own or cache.SHARD_NAME.search(path.name):
+            continue
+        with contextlib.suppress(CxrFastError):  # of another kind, of another version, damaged, or being written
+            other = cache.open_cache(path)
+            if other.meta["fingerprint"] == header.meta["fingerprint"]:
+                found.append((path, count_same_images(other, manifest, have)))
+    return sorted((each for each in found if each[1]), key=lambda each: -each[1])
+
+
+def count_same_images(other: cache.Cache, manifest: Manifest, without: Collection[str] = ()) -> int:
+    """Count the images of a manifest, `without` those named, that another cache seems to hold; few files are read.
+
+    The same file counts. So does a file of the same name, where SAMPLES of those have the recorded bytes; the copy
+    itself compares the bytes of every image.
+    """
+    wanted = [row for row, image in enumerate(manifest.images) if image not in without]
+    encoded = np.flatnonzero(other.ok).tolist()
+    root = os.path.realpath(str(other.meta["dataset"]["root"]))
+    own = os.path.realpath(manifest.root)
+    there = {os.path.normpath(os.path.join(root, other.header.images[row])): row for row in encoded}
+    same = {row for row in wanted if os.path.normpath(os.path.join(own, manifest.images[row])) in there}
+    rest = [row for row in wanted if row not in same]
+    names = Counter(os.path.basename(other.header.images[row]) for row in encoded)
+    by_name = {os.path.basename(other.header.images[row]): row for row in encoded}
+    named = [row for row in rest if names[os.path.basename(manifest.images[row])] == 1]
+    few = [named[i] for i in np.unique(np.linspace(0, len(named) - 1, min(SAMPLES, len(named))).round().astype(int))]
+    alike = all(
+        hash_image(manifest.path(row)) == other.sha256[by_name[os.path.basename(manifest.images[row])]] for row in few
+    )
+    return len(same) + (len(named) if alike else 0)
+
+
+def open_sources(paths: Iterable[Path], header: store.Header) -> list[cache.Cache]:
+    """Open the caches of --reuse. Raises InputError for one that cannot be read, or was made in another way."""
+    found = []
+    for path in paths:
+        try:
+            other = cache.open_cache(path)
+        except CxrFastError as error:
+            raise type(error)(f"--reuse: {error}") from error
+        refuse_other(other.header, header, path, "--reuse", "leave it out: its rows cannot be copied.")
+        found.append(other)
+    return found
+
+
+def refuse_other(
+    old: store.Header,
+    new: store.Header,
+    path: Path,
+    flag: str = "--out",
+    mend: str = "give another --out, or remove the file.",
+) -> None:
     """Raise InputError, naming the first part of the fingerprint that differs, when two files' rows cannot be mixed."""
     here, there = new.meta["fingerprint_parts"], old.meta["fingerprint_parts"]
     if PIXEL_CHECK in here and PIXEL_CHECK not in there:
         raise InputError(
-            f"--out: {path} was made by an older cxr-fast, which did not record how Pillow decodes images; "
-            "give another --out, or remove the file."
+            f"{flag}: {path} was made by an older cxr-fast, which did not record how Pillow decodes images; {mend}"
         )
     for name in ("size", *here):  # first what changes the hash of the weights too
         if here.get(name) != there.get(name):
             said = "image size" if name == "size" else name
             raise InputError(
-                f"--out: {path} was made with {said} {_short(there.get(name))}, this run has {_short(here[name])}; "
-                f"{_pillows(old, new) if name == PIXEL_CHECK else ''}give another --out, or remove the file."
+                f"{flag}: {path} was made with {said} {_short(there.get(name))}, this run has {_short(here[name])}; "
+                f"{_pillows(old, new) if name == PIXEL_CHECK else ''}{mend}"
             )
 
 

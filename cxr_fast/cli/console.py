@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -101,12 +101,15 @@ class ProgressBar:
 
     _open: ProgressBar | None = None  # rich draws one at a time
     stage = ""  # of a command of several parts, before each text
+    # Of such a command: what is left of all, from what is left of the work reported and whether that is a whole part.
+    road: Callable[[float | None, bool], str] | None = None
 
     def __init__(self, every: float = 20.0) -> None:
         self.live = sys.stderr.isatty()
         self.every = 0.1 if self.live else every
         self.began = self.last = time.monotonic()
         self.drawn: Any = None
+        self.whole = True  # the work is all of a part of such a command
         self.pace, self.work = TimeLeft(self.began, 0), (0.0, 0.0, False)
 
     def show(
@@ -134,6 +137,8 @@ class ProgressBar:
         self.last = now
         left = self.left
         said = "" if left is None else f"{duration(left)} left"
+        if ProgressBar.road is not None:
+            said = ", ".join(filter(None, [said, ProgressBar.road(left, self.whole)]))
         text = f"{ProgressBar.stage}{text}"
         if self.live:
             self._draw(100 * done / total, text, said)
@@ -206,6 +211,7 @@ class StageProgress:
         if begins:
             ProgressBar.close()
             self.stage, self.first, self.told, self.bar = stage, done, False, ProgressBar()
+            self.bar.whole = False
         self.last = done
         self.bar.show(done, total, stage, before=self.first, force=begins)
         if not self.told and done >= total / 10 and self.bar.left is not None:

@@ -106,6 +106,7 @@ def describe_cache_plan(plan: Any, manifest: Any, path: Path, shards: int | None
         f"({gigabytes(plan.bytes_free)} free), {plan.size} x {plan.size} pixels, cut {plan.cut}, {plan.dtype}, "
         f"on {plan.device}"
         + (f"; {plan.rows_done:,} already there" if plan.rows_done else "")
+        + (f"; the rows of {plan.rows_copied:,} from another cache" if plan.rows_copied else "")
         + (f"; {plan.rows_dropped:,} there are no longer listed and go" if plan.rows_dropped else "")
         + (f"; skipped {skipped:,} listed image(s) that are not below {root}" if skipped else "")
         + ("" if math.isnan(plan.seconds) else f"; expected time {duration(plan.seconds)}")

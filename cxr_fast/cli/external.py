@@ -12,7 +12,7 @@ import click
 from ..config import NOTICE
 from ..errors import InputError
 from .console import Part, ProgressBar, echo_notes, show
-from .models import show_batch
+from .models.predict import show_batch
 from .options import (
     PATH,
     dataset_options,

@@ -6,10 +6,15 @@ import click
 
 from .. import __version__
 from .bench import bench
-from .data import cache, info, phantom, prepare, verify
+from .cache.command import cache
+from .data import info, phantom, prepare, verify
 from .external import evaluate
 from .fit.command import fit
-from .models import doctor, explain, export, predict, push
+from .machine import doctor
+from .models.explain import explain
+from .models.export import export
+from .models.predict import predict
+from .models.push import push
 from .options import Group
 from .report import compare, report, review, runs
 from .training import sweep

@@ -141,7 +141,7 @@ def open_sweep(cache: Path, out: Path | None, spec: SweepSpec, flags: Mapping[st
     """Read the cache, join the cluster if one is named, and make a `Sweep`; nothing is written."""
     from ..activations.cache import open_cache
     from ..cluster.search import ClusterTrainers
-    from ..training.sweep import Sweep
+    from ..runs.sweep import Sweep
 
     if flags["recipe"] == "reference":
         require_reference_cache(open_cache(cache, partial=True).meta["spec"]["normalize"])
@@ -173,27 +173,23 @@ def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
             progress.show(config, fold, epoch)
             loggers.log_epoch(config, fold, epoch)
 
-        run = job.run(on_epoch)
+        run = job.run(on_epoch, report=False)
         bar.done()
-        _finish(job.out, run, flags["note"])
+        _finish(job, run, flags["note"])
         loggers.log_run(run, job.out)
 
 
-def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
+def _finish(job: Any, run: dict[str, Any], note: str | None) -> None:
     """Write note and report of a finished run, and show its figures."""
-    from ..report import writer
     from ..runs.note import write_note
 
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
     if note:
-        write_note(out, note)
+        write_note(job.out, note)
     show(describe_run(run))
-    try:
-        written = writer.write_report(out)
-    except InputError as error:
-        raise InputError(f"{error} The run is complete; `cxrfast report {out}` writes its report.") from error
-    click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
+    written = job.write_report()
+    click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 
 def show_sweep_plan(job: Any, recipe: str, before: Any) -> Any:

@@ -44,7 +44,7 @@ from .tasks import Stop, TaskSize
 
 
 class ClusterTrainers:
-    """A cluster as a place where a sweep's folds can be trained: `Sweep(..., trainers=ClusterTrainers(cluster))`."""
+    """A cluster as a place where a sweep's folds can be trained: `SweepJob(..., trainers=ClusterTrainers(cluster))`."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster

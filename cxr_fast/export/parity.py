@@ -25,11 +25,11 @@ from ..system.hardware import cpu_count
 from ..training.run_folder import Run
 from ..unlikeness.nodes import OUTPUT as UNLIKENESS
 from ..unlikeness.reference import furthest, measure_seen, watch_features
+from .entries.settings import IMAGES
 from .film_changes import CHANGES, ChangedFilm, load_changed
 from .graph import RAW
 
 BATCHES = (1, 2, 7, 64)
-IMAGES = 256
 RUNS = 9  # behind a latency
 BLOCK = 16  # films read at a time, in threads
 OnProgress = Callable[[str, int, int], None]  # stage, done, total

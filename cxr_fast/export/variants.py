@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -33,43 +34,17 @@ from ..training.run_folder import Run, clean, read_run
 from ..unlikeness.nodes import OUTPUT as UNLIKENESS
 from ..unlikeness.reference import LIMITS, describe_output
 from . import int8
+from .entries.measured import LIMIT, holdout_record, parity_record
+from .entries.settings import KEY, ExportSpec, record_export
 from .graph import build
 from .int8 import Plan
 from .nodes import all_nodes
-from .parity import IMAGES, Checks, OnProgress, OpenFile, Parity, check, checks_of, raw_name
-from .parity_record import LIMIT, holdout_record, parity_record
+from .parity import Checks, OnProgress, OpenFile, Parity, check, checks_of, raw_name
 from .rotate import rotated
 
 FEW = 16  # images on which the effect of each matrix in int8 is computed, and the yardstick's float32 graph compared
 ROUNDING = "int8 weights from training images"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSpec:
-    """What is exported and kept.
-
-    `out` is a folder, or a file for a single variant, by default the run's folder; `final` another final model than the
-    run's own; `tta` other views than the run was scored on ("none", or "flip" for the mean of plain and mirrored);
-    `logit_adjustment` is taken from the logits after training, times each class's log odds; `threshold_target` and
-    `calibration` are chosen again from the saved out-of-fold predictions, as for a sweep, the former also by a CSV file
-    of class,target;
-    `images` where the cached images are now; `count` how many of them each variant is checked on.
-
-        >>> ExportSpec(variants=("fp32", "int8")).count
-        256
-    """
-
-    out: AnyPath | None = None
-    variants: Sequence[str] = ("fp32",)
-    final: str | None = None
-    tta: str | None = None
-    logit_adjustment: float = 0.0
-    threshold_target: str | None = None
-    calibration: str | None = None
-    images: AnyPath | None = None
-    embedding: bool = False
-    allow_drift: bool = False
-    count: int = IMAGES
+AS_ASKED = ExportSpec()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +79,7 @@ class _Job:
 
 
 def export_run(
-    run_folder: AnyPath, spec: ExportSpec = ExportSpec(), *, on_progress: OnProgress | None = None
+    run_folder: AnyPath, spec: ExportSpec = AS_ASKED, *, on_progress: OnProgress | None = None
 ) -> list[Exported]:
     """Write RUN/model.VARIANT.onnx for each variant, kept only where it agrees with torch float32.
 
@@ -172,7 +147,7 @@ def _export_variant(
     built, plan = rounded or (run, None)
     model = build(built, variant, embedding=job.spec.embedding, exclude=exclude, plan=plan)
     info = metadata(run, model) | {"variant": variant, "float_matrices": sorted(exclude)}
-    info[HOLDOUT] = holdout_record(run, checks)
+    info |= {HOLDOUT: holdout_record(run, checks), KEY: msgspec.to_builtins(record_export(job.spec))}
     with _scratch(path) as scratch:
         _save(model, info, scratch)
         file = OpenFile(scratch)

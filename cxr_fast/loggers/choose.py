@@ -13,7 +13,7 @@ from .tensorboard import TensorBoardLogger
 from .wandb import WandbLogger
 
 if TYPE_CHECKING:
-    from ..training.sweep import Sweep
+    from ..training.sweep import SweepJob
 
 KINDS: dict[str, Callable[[SweepFacts, str], RunLogger]] = {
     "mlflow": MLflowLogger,
@@ -55,7 +55,7 @@ def open_loggers(words: Sequence[str], facts: SweepFacts, warn: Callable[[str], 
     return guard
 
 
-def describe_sweep(sweep: Sweep) -> SweepFacts:
+def describe_sweep(sweep: SweepJob) -> SweepFacts:
     """Describe a sweep for loggers: every setting that is one value, the grid, the cache's fingerprint and weights."""
     given = to_dict(sweep.spec)
     values: dict[str, Any] = {**given, **given.pop("train")}

@@ -1,1 +1,1 @@
-"""Run folders as a list: what each is, how far an unfinished one is, its note and its name. Loads without torch."""
+"""Run folders: the list of them, their notes and names, what they were asked for; only `sweep` loads torch."""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from ..activations.forward import predict
-from ..config import TrainSpec
+from ..activations.file import Header
+from ..activations.forward import predict, run_blocks
+from ..activations.job import CacheJob
+from ..activations.loader import Activations
+from ..config import SweepSpec, TrainSpec
+from ..data.manifest import Manifest
+from ..models.tail import Tail
+from .dataset import Data
 from .final_models import retrained_spec
-from .search import Search
+from .search import Search, require_cached
 
 SCORED = 64  # images of the timed validation
 CHUNKS, STEPS = 3, 4  # the fastest of so many timed stretches of so many steps: the first ones also compile
@@ -109,12 +117,38 @@ def unknown_times(configurations: int, epochs: int, folds: int, *, refit: bool, 
     return EpochTimes(each=each, refit=one * refit, retrained=one * retrained, folds=folds, in_turn=False)
 
 
-def expect(search: Search, trains: Sequence[TrainSpec], *, at_once: int | None, refit: bool) -> EpochTimes:
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Images of a search: that a fold trains on and is scored on (means over folds), of all folds, and of all."""
+
+    trained: float
+    scored: float
+    folds: float
+    all: float
+
+
+def count_images(search: Search) -> Counts:
+    """Count the images of a search by its data."""
+    spec, data = search.spec, search.data
+    trained, scored = (np.mean([len(part(k)) for k in range(spec.folds)]) for part in (data.train, data.valid))
+    folds = float((data.assignment >= 0).sum())
+    return Counts(trained=float(trained), scored=float(scored), folds=folds, all=len(data.rows))
+
+
+def expect(
+    search: Search,
+    trains: Sequence[TrainSpec],
+    *,
+    at_once: int | None,
+    refit: bool,
+    counts: Counts | None = None,
+) -> EpochTimes:
     """Time a few steps for each number of trained blocks, on throw-away folds.
 
-    `at_once` folds train at the same time on a cluster; None here, where the search knows.
+    `at_once` folds train at the same time on a cluster; None here, where the search knows. `counts` are those of the
+    search's own data, unless that is made up.
     """
-    spec, data = search.spec, search.data
+    spec, counts = search.spec, counts or count_images(search)
     paces: dict[tuple[int, bool], Pace] = {}
 
     def pace(train: TrainSpec, one_thread: bool = False) -> Pace:
@@ -138,22 +172,20 @@ def expect(search: Search, trains: Sequence[TrainSpec], *, at_once: int | None, 
 
     def fold(train: TrainSpec) -> np.ndarray:
         own = search.side_by_side(train)
-        trained = np.mean([len(data.train(k)) for k in range(spec.folds)])
-        scored = np.mean([len(data.valid(k)) for k in range(spec.folds)])
         # Heads side by side have a thread each; on a busy machine their refit, which has all, took 37 times as long.
-        return by_epoch(train, float(trained), float(scored), at_once is None and own > 1) / (at_once or own)
+        return by_epoch(train, counts.trained, counts.scored, at_once is None and own > 1) / (at_once or own)
 
     def retrained(train: TrainSpec) -> np.ndarray:
         if search.depth(train) == 0:
             return fold(retrained_spec(train, spec.retrain_head))
         # The blocks, once over all images of each view, take longer than a head's epochs.
-        blocks = pace(replace(train, head_first=0)).scored * len(data.rows) * search.activations.views
+        blocks = pace(replace(train, head_first=0)).scored * counts.all * search.activations.views
         return np.full(spec.epochs[-1], blocks / spec.epochs[-1])
 
-    every, none = float((data.assignment >= 0).sum()), np.zeros(spec.epochs[-1])
+    none = np.zeros(spec.epochs[-1])
     return EpochTimes(
         each=np.stack([fold(train) for train in trains]),
-        refit=by_epoch(trains[0], every, 0.0) if refit else none,
+        refit=by_epoch(trains[0], counts.folds, 0.0) if refit else none,
         retrained=retrained(trains[0]) if spec.retrain_head != "none" else none,
         folds=spec.folds,
         in_turn=at_once is None and search.in_turn(trains[0]),
@@ -192,3 +224,87 @@ def _measure(search: Search, train: TrainSpec) -> Pace:
     began = time.perf_counter()
     predict(fold.tail, inputs, few)
     return Pace(trained=step, scored=(time.perf_counter() - began) / len(few))
+
+
+# ------------------------------------------------------------------ before the cache exists
+
+
+class MadeUpSearch(Search):
+    """A search on activations of the right shape that mean nothing, to time its steps while there is no cache.
+
+    Blocks that stay frozen are not run: what lies behind them is made up too.
+    """
+
+    def __init__(self, job: CacheJob, spec: SweepSpec, trains: Sequence[TrainSpec], device: torch.device) -> None:
+        self.job = job
+        steps = (2 + CHUNKS * STEPS) * max(train.batch_size for train in trains)
+        self.count = spec.folds * max(SCORED, math.ceil(steps / (spec.folds - 1)))
+        super().__init__(
+            job.backbone,
+            Activations(self._array(job.spec.unfreeze_blocks), device),
+            self._data(spec.folds),
+            spec,
+            unfreeze_blocks=job.spec.unfreeze_blocks,
+        )
+
+    def _array(self, blocks: int) -> np.ndarray:
+        """Activations before the last `blocks` blocks, all rows alike: one row in memory."""
+        tokens, width, embedding = self.job.backbone.shape
+        row = (embedding,) if blocks == 0 else (tokens, width)
+        values = np.random.default_rng(0).standard_normal(row).astype(self.job.spec.dtype)
+        return np.broadcast_to(values, (self.count, len(self.job.spec.views), *row))
+
+    def _data(self, folds: int) -> Data:
+        """Rows in turn to each fold, and labels of which each fold has both signs."""
+        rows, classes = np.arange(self.count), self.job.manifest.classes
+        labels = ((rows[:, None] // folds + np.arange(len(classes))) % 2).astype(np.int8)
+        names = tuple(map(str, rows))
+        header = Header(
+            meta={}, shape=(self.count,), dtype=self.job.spec.dtype, images=names, groups=names, studies=names,
+            views=names, classes=classes, labels=labels,
+        )  # fmt: skip
+        return Data(file=cast(Any, None), header=header, rows=rows, labels=labels, assignment=rows % folds)
+
+    def behind(self, blocks: int, views: int) -> Activations:
+        """Made-up activations before the last `blocks` blocks, of all views."""
+        if blocks == self.unfreeze_blocks:
+            return self.activations
+        return Activations(self._array(blocks), self.activations.device)
+
+    def frozen_seconds(self, train: TrainSpec) -> float:
+        """Time the blocks that stay frozen, per image and view: they run once over all images."""
+        cuts = {self.depth(train)} | ({0} if train.head_first else set())
+        tail = Tail(self.backbone.visual, unfreeze_blocks=self.unfreeze_blocks, classes=1)
+        tail.to(self.activations.device)
+        seconds = 0.0
+        for cut in cuts - {self.unfreeze_blocks}:
+            for last in (False, True):  # the first call warms up
+                began = time.perf_counter()
+                run_blocks(tail, self.activations, cut, np.arange(SCORED), views=1)
+                seconds += (time.perf_counter() - began) / SCORED if last else 0.0
+        return seconds
+
+
+def expect_before_cache(job: CacheJob, spec: SweepSpec, trains: Sequence[TrainSpec], device: torch.device) -> float:
+    """Expect the seconds of a sweep over a cache that is not there yet: of its epochs, and of blocks that stay frozen.
+
+    Films that will fail are not known, and how groups will fall into parts is known by its shares alone. Raises
+    InputError where a configuration asks for what the cache will not hold.
+    """
+    for train in trains:
+        require_cached(train, job.spec.unfreeze_blocks, job.spec.views)
+    search = MadeUpSearch(job, spec, trains, device)
+    held = expect_holdout(job.manifest, spec)
+    folds = len(job.manifest) - held
+    counts = Counts(trained=folds * (1 - 1 / spec.folds), scored=folds / spec.folds, folds=folds, all=len(job.manifest))
+    times = expect(search, trains, at_once=None, refit=held > 0 or spec.final == "refit", counts=counts)
+    frozen = max(search.frozen_seconds(train) for train in trains)
+    return times.total + frozen * len(job.manifest) * search.activations.views
+
+
+def expect_holdout(manifest: Manifest, spec: SweepSpec) -> float:
+    """Expect how many images are held out: those that the column says, and the share of those that it leaves open."""
+    if spec.split != "drawn" and manifest.splits:
+        given = sum(word == "holdout" for word in manifest.splits)
+        return given + (0.0 if given else spec.holdout * sum(word == "" for word in manifest.splits))
+    return spec.holdout * len(manifest)

@@ -55,19 +55,13 @@ def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
     return backbone
 
 
-class Sweep:
+class SweepJob:
     """One search over one cache. `plan` says what will happen; `run` does it and writes the run folder.
 
     `out` None takes the first free name of `exports/CACHE`, `exports/CACHE-2`, ...; an unfinished run of the same
     request counts as free and is continued. `manifest` brings other labels. With `trainers` (a cluster's) folds and
-    refit are trained there and all else happens here; on CPUs the figures are a local run's to the last bit.
-
-        >>> spec = SweepSpec(epochs=(1,), folds=2)
-        >>> sweep = Sweep("cache/indiana.h5", "exports/short", spec, SweepOptions(device="cpu"))
-        >>> sweep.plan().folds
-        2
-        >>> sweep.run()["final"]["kind"]
-        'best-fold'
+    refit are trained there and all else happens here; on CPUs the figures are a local run's to the last bit. Users see
+    `cxr_fast.Sweep`, which writes the report too.
     """
 
     def __init__(

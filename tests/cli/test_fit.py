@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -121,15 +122,40 @@ def test_a_dry_run_writes_nothing_and_says_all(
     monkeypatch.chdir(tmp_path)
     done = call("fit", toy_data, *flags(lively_weights), "--dry-run")
     assert done.exit_code == 0, done.output
-    for text in (
-        "classes of",
-        "encoder ",
-        "expected time",
-        "unknown until the cache exists",
-        "2 folds, epochs 2,3",
-        "free",
+    plan = {line.partition(":")[0]: line for line in done.output.splitlines()}
+    for part, text in (
+        ("prepare", "classes of"),
+        ("cache", "encoder "),
+        ("cache", "expected time"),
+        ("sweep", "2 folds, epochs 2,3"),
+        ("sweep", "expected time"),
+        ("sweep", "timed on made-up activations"),
+        ("export", "fp32; expected time"),
+        ("verify", "expected time"),
+        ("disk", "free"),
+        ("in all", "about "),
+        ("in all", "not counted, since not known before: figures and report"),
     ):
-        assert text in done.output
+        assert text in plan[part], part
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_time_left_is_of_all_parts(desk: Any) -> None:
+    _, _, done = desk
+    lines = [line for line in done.stderr.splitlines() if "(4 of 5): " in line]
+    assert lines
+    assert all(re.search(r", about [\dhmins ]+ of all$", line) for line in lines), lines
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("from here on: about ")]
+    assert "not counted" in line
+
+
+def test_what_a_cache_will_not_hold_is_found_before_it_is_made(
+    toy_data: Path, lively_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call("fit", toy_data, *flags(lively_weights), "--sweep-train-blocks", "3")
+    assert done.exit_code == 2, done.output
+    assert "--sweep-train-blocks: 3 is more than the 2 block(s)" in done.output
     assert not list(tmp_path.iterdir())
 
 
@@ -186,9 +212,9 @@ def test_every_flag_of_the_parts_is_offered() -> None:
     own = {str(param.name): param for param in fit.params if isinstance(param, click.Option)}
     left_out = {
         "prepare": {"out", "labels_only"},
-        "cache": {"earlier", *SOURCE_FLAGS},
+        "cache": {"earlier", "dry_run", *SOURCE_FLAGS},
         "sweep": {"out", "name", "earlier", "dry_run"},
-        "export": set(),
+        "export": {"earlier"},
         "verify": set(CACHE_ONLY),
     }
     for part, absent in left_out.items():
@@ -210,7 +236,7 @@ def test_a_part_sees_what_was_given() -> None:
     assert (told.params["folds"], told.params["recipe"], told.params["device"]) == (3, "tuned", "auto")
     assert told.get_parameter_source("folds") == told.get_parameter_source("recipe") == given
     assert told.get_parameter_source("epochs") != given
-    assert part_context(ctx, main.commands["cache"], "cache").params["device"] == "cpu"
+    assert part_context(ctx, main.commands["cache"], "cache", dry_run=False).params["device"] == "cpu"
     assert set(told.params) == {param.name for param in main.commands["sweep"].params}
     text = "--lr: too high; --lr-like --out X, `cxrfast sweep --lr 1` and --no-lr stay"
     assert rename_flags(ctx, "sweep", text) == text.replace("--lr:", "--sweep-lr:")

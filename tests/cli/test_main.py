@@ -27,7 +27,8 @@ from cxr_fast import __version__
 from cxr_fast.activations import encoder
 from cxr_fast.activations import file as store
 from cxr_fast.bench import results as benchmark_record
-from cxr_fast.cli import console, data
+from cxr_fast.cli import console
+from cxr_fast.cli.cache import outcome
 from cxr_fast.cli.describe.sweep import faster_first
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepSpec
@@ -846,7 +847,7 @@ def test_another_failure_of_the_program_keeps_its_traceback(
 
 
 def test_a_cache_run_says_what_it_compares_and_then_what_it_encodes(capsys: pytest.CaptureFixture[str]) -> None:
-    line = data.CacheProgress(many=False)
+    line = outcome.CacheProgress(many=False)
     line.bar.every = 0.0
     line.compare(5, 20)
     line.compare(5, 20)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cxr_fast.activations.encoder import BuildProgress
-from cxr_fast.cli import console, data, models, training
+from cxr_fast.cli import console, training
+from cxr_fast.cli.cache import outcome
+from cxr_fast.cli.models import predict
 from cxr_fast.config import SweepSpec
 from cxr_fast.inference.batch import State
 from cxr_fast.training.expected_time import EpochTimes
@@ -64,7 +66,7 @@ def test_predict(clock: Clock, capsys: pytest.CaptureFixture[str], first: float)
 
     def show(number: int) -> None:
         state.done = 8 * (number + 1)
-        models.show_batch(bar, state)
+        predict.show_batch(bar, state)
 
     follow(clock, lasts, show)
     require_within_two(capsys, lasts, [(i + 1) / 40 for i in range(40)])
@@ -73,7 +75,7 @@ def test_predict(clock: Clock, capsys: pytest.CaptureFixture[str], first: float)
 @pytest.mark.parametrize("before", [0, 160])
 def test_cache(clock: Clock, capsys: pytest.CaptureFixture[str], before: int) -> None:
     """Rows are on the disk, and counted as done, a block after they were encoded."""
-    line, lasts, began = data.CacheProgress(many=False), [60.0, *[5.0] * 29], clock.now
+    line, lasts, began = outcome.CacheProgress(many=False), [60.0, *[5.0] * 29], clock.now
     line.bar.every = 0.0
 
     def show(number: int) -> None:

@@ -14,9 +14,9 @@ from tests.helpers import states
 # Held in the plan, or after the first epoch: says so, and waits there until the signal comes.
 HELD = """
 import sys, time
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from cxr_fast.training.folds.fold import Fold
-place, name = (Sweep, "plan") if sys.argv.pop(1) == "plan" else (Fold, "run_epoch")
+place, name = (SweepJob, "plan") if sys.argv.pop(1) == "plan" else (Fold, "run_epoch")
 own = getattr(place, name)
 def held(*args, **named):
     found = own(*args, **named)

@@ -31,7 +31,7 @@ from cxr_fast.errors import DeviceError, ImageError, InputError, Interrupted
 from cxr_fast.inference import batch as answers
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.system.files import file_sha256
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers import tasks
 from tests.helpers.ray_nodes import RayNodes, losing, three_nodes, untouched
 from tests.helpers.states import Gate, wait_until
@@ -271,7 +271,7 @@ def one_thread() -> Iterator[None]:
 def local(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one machine makes of SPEC and GRID."""
     out = tmp_path_factory.mktemp("local") / "run"
-    Sweep(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
+    SweepJob(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
     return out
 
 
@@ -284,7 +284,7 @@ def interrupted(cache: Path, out: Path, after: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        Sweep(cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run(hit)
+        SweepJob(cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run(hit)
 
 
 @pytest.mark.kill
@@ -299,7 +299,7 @@ def test_a_sweep_begun_here_that_loses_a_worker_and_a_node_ends_as_on_one_machin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted(toy_cache, tmp_path / "run", after=3)
-    job = Sweep(
+    job = SweepJob(
         toy_cache, tmp_path / "run", SPEC, SweepOptions(grid=GRID, device="cpu"), trainers=ClusterTrainers(cluster)
     )
     plan = job.plan()
@@ -368,7 +368,7 @@ def test_a_command_interrupted_then_killed_is_finished_by_one_machine(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert states.is_dir(), "it had ended"
-    Sweep(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
+    SweepJob(toy_cache, out, SPEC, SweepOptions(grid=GRID, device="cpu")).run()
     same(out, local)
 
 
@@ -394,13 +394,13 @@ def test_nodes_that_see_neither_cache_nor_run_folder_train_the_same_heads(
     cluster: Cluster, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = SweepSpec(epochs=(3, 5), folds=3, final="refit", train=FAST)
-    Sweep(embeddings, tmp_path / "local", spec, SweepOptions(device="cpu")).run()
+    SweepJob(embeddings, tmp_path / "local", spec, SweepOptions(device="cpu")).run()
     # Here the cache has another content than the nodes find under its name, and the token another name.
     monkeypatch.setattr(search, "content_mark", lambda _: "another cache")
     monkeypatch.setattr(search, "TOKEN", "another name")
     look = search.find_shared
     monkeypatch.setattr(search, "find_shared", lambda *names: (look(*names)[0], False))
-    job = Sweep(embeddings, tmp_path / "run", spec, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
+    job = SweepJob(embeddings, tmp_path / "run", spec, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
     cache, folder = job.plan().notes
     assert cache.startswith("3 node(s) do not see (")
     assert cache.endswith(") the cache; its activations go through Ray's object store, a copy a node")
@@ -419,14 +419,14 @@ def test_the_fields_of_a_recipe_are_trained_there_to_the_same_bits(
     train = dataclasses.replace(FAST, lr=1e-4, head_lr=1e-3, loss="asl", sampling="sqrt", ema=0.9, tta="flip")
     spec = dataclasses.replace(SPEC, epochs=(2,), retrain_head="balanced", final="retrained", train=train)
     options = SweepOptions(device="cpu", grid=("train_blocks=0,1", "label_smoothing=0.1"))
-    Sweep(toy_cache, tmp_path / "local", spec, options).run()
-    Sweep(toy_cache, tmp_path / "run", spec, options, trainers=ClusterTrainers(cluster)).run()
+    SweepJob(toy_cache, tmp_path / "local", spec, options).run()
+    SweepJob(toy_cache, tmp_path / "run", spec, options, trainers=ClusterTrainers(cluster)).run()
     same(tmp_path / "run", tmp_path / "local")
     first = dataclasses.replace(
         spec, retrain_head="none", final="refit", train=dataclasses.replace(train, head_first=1)
     )
-    Sweep(toy_cache, tmp_path / "local-first", first, SweepOptions(device="cpu")).run()
-    Sweep(toy_cache, tmp_path / "first", first, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster)).run()
+    SweepJob(toy_cache, tmp_path / "local-first", first, SweepOptions(device="cpu")).run()
+    SweepJob(toy_cache, tmp_path / "first", first, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster)).run()
     same(tmp_path / "first", tmp_path / "local-first")
 
 
@@ -442,7 +442,7 @@ def test_a_gpu_that_no_node_lends_is_refused(
     cluster: Cluster, toy_cache: Path, tmp_path: Path, device: str, match: str
 ) -> None:
     with pytest.raises(DeviceError, match=match):
-        Sweep(toy_cache, tmp_path / "run", SPEC, SweepOptions(device=device), trainers=ClusterTrainers(cluster))
+        SweepJob(toy_cache, tmp_path / "run", SPEC, SweepOptions(device=device), trainers=ClusterTrainers(cluster))
 
 
 @pytest.mark.ray
@@ -451,7 +451,7 @@ def test_a_fold_takes_the_cpus_that_it_computes_with(cluster: Cluster, toy_cache
 
     torch.set_num_threads(4)
     try:
-        job = Sweep(toy_cache, tmp_path / "run", SPEC, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
+        job = SweepJob(toy_cache, tmp_path / "run", SPEC, SweepOptions(device="cpu"), trainers=ClusterTrainers(cluster))
     finally:
         torch.set_num_threads(1)
     assert job.trainer is not None

@@ -27,7 +27,7 @@ from cxr_fast.metrics import calibration as calibrate
 from cxr_fast.models import backbone
 from cxr_fast.models.backbone import embed
 from cxr_fast.training.run_folder import Member, Run, read_run
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers.towers import MAPPED, TOKEN, run_of, tower
 
 CLASSES = [0, 7, 34]
@@ -242,7 +242,7 @@ def test_a_run_with_a_head_alone_is_explained(toy_data: Path, lively_weights: Pa
         )
     )
     sweep = SweepSpec(epochs=(2,), folds=2, final="ensemble", train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(tmp_path / "c.h5", tmp_path / "run", sweep, SweepOptions(device="cpu")).run()
+    SweepJob(tmp_path / "c.h5", tmp_path / "run", sweep, SweepOptions(device="cpu")).run()
     run = read_run(tmp_path / "run")
     assert len(run.members) == 2
     expected = np.mean([shares(by_timm(m, pixels(run, film), [7])) for m in run.members], axis=0)

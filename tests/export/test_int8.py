@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from torch.nn import functional
 
 from cxr_fast.export import int8, nodes, parity, variants
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.graph import IR_VERSION, OPSET, build
 from cxr_fast.export.rotate import rotated, rotation
 from cxr_fast.training.run_folder import Run, read_run
@@ -205,7 +206,7 @@ def test_a_hostile_towers_file_is_kept_or_the_matrices_are_named(
 ) -> None:
     read = variants.read_run
     monkeypatch.setattr(variants, "read_run", lambda *args, **named: change(read(*args, **named)))
-    (one,) = variants.export_run(toy_run, variants.ExportSpec(variants=("int8",), out=tmp_path, count=24))
+    (one,) = variants.export_run(toy_run, ExportSpec(variants=("int8",), out=tmp_path, count=24))
     if one.kept:
         assert not one.drift.over()
     else:

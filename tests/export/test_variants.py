@@ -29,10 +29,10 @@ from cxr_fast.data.images import decode_grey, read_bytes, resize, self_check
 from cxr_fast.errors import DeviceError, InputError, ParityError, SchemaError
 from cxr_fast.export import film_changes, graph, int8, variants
 from cxr_fast.export import parity as checks
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.nodes import all_nodes
 from cxr_fast.export.rotate import rotated
 from cxr_fast.export.summary import describe_export
-from cxr_fast.export.variants import ExportSpec
 from cxr_fast.inference import predictor
 from cxr_fast.inference.model_file import content_sha256
 from cxr_fast.inference.predictor import Predictor
@@ -42,7 +42,7 @@ from cxr_fast.metrics.drift import Drift
 from cxr_fast.models import backbone
 from cxr_fast.models.tail import Head
 from cxr_fast.training.run_folder import Member, Run, read_info, read_run
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 SIZE = 160
 CLASSES = 35
@@ -462,7 +462,7 @@ def ensemble(request: pytest.FixtureRequest, toy_cache: Path, tmp_path_factory: 
     train = TrainSpec(lr=1e-3, batch_size=4, train_norm=True)
     spec = SweepSpec(epochs=(2,), folds=3, final="ensemble", calibration=request.param, train=train)
     out = tmp_path_factory.mktemp("ensemble") / "run"
-    Sweep(toy_cache, out, spec, SweepOptions(device="cpu")).run()
+    SweepJob(toy_cache, out, spec, SweepOptions(device="cpu")).run()
     return read_run(out)
 
 

@@ -16,9 +16,10 @@ from cxr_fast.activations.forward import predict, probabilities, sigmoid
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.graph import build
 from cxr_fast.export.parity import check_images, torch_probabilities
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import operations
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.inference.protobuf import NotOnnx
@@ -27,7 +28,7 @@ from cxr_fast.report.writer import write_report
 from cxr_fast.training.checkpoints import Journal
 from cxr_fast.training.folds.fold import Snapshot
 from cxr_fast.training.run_folder import read_info, read_run
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers.runs import arrays
 
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3, batch_size=4, tta="flip"))
@@ -36,7 +37,7 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def both(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path, dict[str, Snapshot]]:
+def both(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepJob, Path, dict[str, Snapshot]]:
     """A finished run, and what its folds had learned at each budget."""
     kept: dict[str, Snapshot] = {}
     save = Journal.save_snapshot
@@ -48,7 +49,7 @@ def both(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Swe
     out = tmp_path_factory.mktemp("views") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "save_snapshot", spy)
-        job = Sweep(toy_cache, out, SPEC, ON_CPU)
+        job = SweepJob(toy_cache, out, SPEC, ON_CPU)
         job.run()
     return job, out, kept
 
@@ -57,7 +58,7 @@ def pixels_of(run: Path) -> np.ndarray:
     return check_images(read_run(run), None, most=COUNT)[0]
 
 
-def test_every_score_is_the_mean_of_both_views(both: tuple[Sweep, Path, dict[str, Snapshot]]) -> None:
+def test_every_score_is_the_mean_of_both_views(both: tuple[SweepJob, Path, dict[str, Snapshot]]) -> None:
     """A plain twin: each fold's tail over the cached plain view, over the cached flipped one, and their mean."""
     job, out, kept = both
     data, saved = job.data, arrays(out)
@@ -77,7 +78,7 @@ def test_every_score_is_the_mean_of_both_views(both: tuple[Sweep, Path, dict[str
     assert apart > 1e-3, "both views give one answer: this test shows nothing"
 
 
-def test_the_history_ranks_by_both_views_too(both: tuple[Sweep, Path, dict[str, Snapshot]]) -> None:
+def test_the_history_ranks_by_both_views_too(both: tuple[SweepJob, Path, dict[str, Snapshot]]) -> None:
     """The last epoch's line is the snapshot's own figure, whatever the training computes in."""
     out = both[1]
     lines = (out / "history.csv").read_text(encoding="utf-8").splitlines()
@@ -90,7 +91,7 @@ def test_the_history_ranks_by_both_views_too(both: tuple[Sweep, Path, dict[str, 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
 @pytest.mark.parametrize("final", ["best-fold", "ensemble"])
 def test_a_file_answers_with_the_mean_of_plain_and_mirrored(
-    variant: str, final: str, both: tuple[Sweep, Path, dict[str, Snapshot]], tmp_path: Path
+    variant: str, final: str, both: tuple[SweepJob, Path, dict[str, Snapshot]], tmp_path: Path
 ) -> None:
     """Its own answer, one film at a time and together, is that of the plain file asked twice."""
     out = both[1]
@@ -115,7 +116,7 @@ def test_a_file_answers_with_the_mean_of_plain_and_mirrored(
     np.testing.assert_allclose(mirrored, mine, atol=atol if variant == "fp32" else 0.05)
 
 
-def test_torch_answers_with_both_views_as_well(both: tuple[Sweep, Path, dict[str, Snapshot]]) -> None:
+def test_torch_answers_with_both_views_as_well(both: tuple[SweepJob, Path, dict[str, Snapshot]]) -> None:
     out = both[1]
     pixels = pixels_of(out)[:4]
     found = torch_probabilities(read_run(out), pixels)
@@ -124,7 +125,7 @@ def test_torch_answers_with_both_views_as_well(both: tuple[Sweep, Path, dict[str
     np.testing.assert_allclose(found, np.mean(views, axis=0), atol=1e-6)
 
 
-def test_other_views_than_the_run_s_say_so(both: tuple[Sweep, Path, dict[str, Snapshot]], tmp_path: Path) -> None:
+def test_other_views_than_the_run_s_say_so(both: tuple[SweepJob, Path, dict[str, Snapshot]], tmp_path: Path) -> None:
     out = both[1]
     asked = [
         "export",
@@ -158,14 +159,14 @@ def test_a_run_of_the_plain_view_can_be_exported_for_both(toy_run: Path, tmp_pat
     assert read_run(toy_run, tta="none").info == read_run(toy_run).info
 
 
-def test_an_embedding_of_two_views_is_refused(both: tuple[Sweep, Path, dict[str, Snapshot]], tmp_path: Path) -> None:
+def test_an_embedding_of_two_views_is_refused(both: tuple[SweepJob, Path, dict[str, Snapshot]], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--embedding: a model of both views has two embeddings.*--tta none"):
         export_run(both[1], ExportSpec(embedding=True, out=tmp_path / "m.onnx"))
     spec = ExportSpec(embedding=True, tta="none", out=tmp_path / "m.onnx", count=8)
     assert export_run(both[1], spec)[0].kept
 
 
-def test_the_report_says_what_was_scored(both: tuple[Sweep, Path, dict[str, Snapshot]]) -> None:
+def test_the_report_says_what_was_scored(both: tuple[SweepJob, Path, dict[str, Snapshot]]) -> None:
     out = both[1]
     written = write_report(out, resamples=0)
     assert written.whole, written.missing
@@ -181,7 +182,9 @@ def edited(model: onnx.ModelProto, *, inputs: int = 2, times: int = 1) -> bytes:
     return bytes(other.SerializeToString())
 
 
-def test_a_file_joins_two_views_and_nothing_more(both: tuple[Sweep, Path, dict[str, Snapshot]], toy_run: Path) -> None:
+def test_a_file_joins_two_views_and_nothing_more(
+    both: tuple[SweepJob, Path, dict[str, Snapshot]], toy_run: Path
+) -> None:
     """A chain of doublings would make a million images of one."""
     for variant in ("fp32", "fp16", "int8"):
         operations.check(io.BytesIO(build(read_run(both[1], "ensemble"), variant).SerializeToString()))

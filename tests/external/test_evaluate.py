@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from sklearn import metrics
 
 from cxr_fast.cli.main import main
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.external.films import RawPredictor
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor

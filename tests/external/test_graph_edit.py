@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.nodes import all_nodes
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.external.graph_edit import recalibrate_graph, varint_bytes
 from cxr_fast.inference.predictor import golden_pixels
 from cxr_fast.metrics import calibration

@@ -25,7 +25,7 @@ from cxr_fast.inference.checkpoint import Checkpoint
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.models import backbone
 from cxr_fast.training.folds.fold import Epoch
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers import states
 
 
@@ -84,7 +84,7 @@ def sweep(cache: str, out: str, spec: SweepSpec, number: int, after: int, told: 
             os.kill(os.getpid(), number)
 
     try:
-        Sweep(Path(cache), Path(out), spec, SweepOptions(device="cpu")).run(hit)
+        SweepJob(Path(cache), Path(out), spec, SweepOptions(device="cpu")).run(hit)
     except Interrupted as error:
         told.send(str(error))
         sys.exit(error.exit_code)

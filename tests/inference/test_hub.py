@@ -42,10 +42,11 @@ def patient_run(tmp_path_factory: pytest.TempPathFactory, lively_weights: Path, 
     from cxr_fast.activations.job import CacheJob
     from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
     from cxr_fast.data.manifest import read_dataset
-    from cxr_fast.export.variants import ExportSpec, export_run
+    from cxr_fast.export.entries.settings import ExportSpec
+    from cxr_fast.export.variants import export_run
     from cxr_fast.models import backbone
     from cxr_fast.report.writer import write_report
-    from cxr_fast.training.sweep import Sweep
+    from cxr_fast.training.sweep import SweepJob
 
     root = tmp_path_factory.mktemp("clinic") / "ward of Dr Winter"
     (root / "films").mkdir(parents=True)
@@ -67,7 +68,7 @@ def patient_run(tmp_path_factory: pytest.TempPathFactory, lively_weights: Path, 
     manifest, cache = read_dataset(root / "clinic.csv"), root / "clinic.h5"
     build.run(CacheJob(manifest=manifest, backbone=tower, spec=spec, out=cache, device="cpu", workers=1))
     sweep = SweepSpec(epochs=(2,), folds=2, train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(cache, root / "run", sweep, SweepOptions(device="cpu")).run()
+    SweepJob(cache, root / "run", sweep, SweepOptions(device="cpu")).run()
     export_run(root / "run", ExportSpec(variants=("fp32", "fp16"), count=8))
     write_report(root / "run", resamples=20)
     return root / "run"

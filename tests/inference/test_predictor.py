@@ -25,7 +25,8 @@ from PIL import Image
 from cxr_fast.data.images import load
 from cxr_fast.errors import ImageError, InputError, SchemaError
 from cxr_fast.export import parity
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import predictor as predict
 from cxr_fast.inference.predictor import Decoded, Predictor, Result, changed_ns
 from cxr_fast.system.files import file_sha256

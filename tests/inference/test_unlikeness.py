@@ -19,7 +19,8 @@ from PIL import Image
 from cxr_fast.cli.main import main
 from cxr_fast.data.images import load
 from cxr_fast.errors import InputError
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import checkpoint, verify
 from cxr_fast.inference.checkpoint import Asked, Checkpoint
 from cxr_fast.inference.predictor import CAUSES, Predictor, describe_unlike

@@ -18,15 +18,16 @@ from torch import nn
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.graph import build
 from cxr_fast.export.parity import check_images, torch_probabilities
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.models import heads
 from cxr_fast.report.writer import write_report
 from cxr_fast.training.folds.fold import Epoch
 from cxr_fast.training.run_folder import read_info, read_run
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers.runs import arrays, same_numbers
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -92,7 +93,7 @@ def own_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def own(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the documented head."""
     out = tmp_path_factory.mktemp("heads") / "run"
-    Sweep(toy_cache, out, SPEC, ON_CPU, head=chain).run()
+    SweepJob(toy_cache, out, SPEC, ON_CPU, head=chain).run()
     return out
 
 
@@ -120,7 +121,7 @@ def test_the_documented_example(own: Path, tmp_path: Path) -> None:
 def test_heads_of_known_layers_are_exported(make: heads.MakeHead, toy_cache: Path, tmp_path: Path) -> None:
     """From a trained run, so that every batch norm has statistics; the export itself is checked against torch."""
     train = dataclasses.replace(SPEC.train, train_blocks=0, ema=0.5)
-    Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SPEC, train=train), ON_CPU, head=make).run()
+    SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(SPEC, train=train), ON_CPU, head=make).run()
     for final in ("best-fold", "ensemble"):
         (found,) = export_run(tmp_path / "run", ExportSpec(final=final, count=16))
         assert found.kept
@@ -171,8 +172,8 @@ def test_a_stop_in_the_middle_changes_no_bit(own: Path, toy_cache: Path, tmp_pat
     with torch.random.fork_rng(devices=[]):
         for _ in range(len(left)):
             with pytest.raises(Stop):
-                Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
-        Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
+                SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
+        SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
     assert not left
     same_numbers(tmp_path / "run", own)
 
@@ -185,7 +186,7 @@ def test_dropout_of_the_head_is_drawn(own: Path, toy_cache: Path, tmp_path: Path
         head[3] = nn.Dropout(0.0)
         return head
 
-    Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=dry).run()
+    SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=dry).run()
     assert np.abs(arrays(tmp_path / "run")["out_of_fold"] - arrays(own)["out_of_fold"])[0, :3].max() != 0
 
 
@@ -197,15 +198,15 @@ def test_an_interrupted_run_of_another_head_is_not_continued(toy_cache: Path, tm
         raise Stop
 
     with pytest.raises(Stop):
-        Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
+        SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=chain).run(stop)
     for other in ({"head": one_matrix}, {"head": chain, "loss": own_bce}, {}):
         with pytest.raises(InputError, match=r"unfinished run with (head|loss)"):
-            Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, **other).run()
+            SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, **other).run()
 
 
 def test_a_layer_that_no_file_names_is_trained_and_not_exported(toy_cache: Path, tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, epochs=(1,))
-    run = Sweep(toy_cache, tmp_path / "run", spec, ON_CPU, head=foreign).run()
+    run = SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU, head=foreign).run()
     assert (run["custom"]["layers"], run["custom"]["unknown"]) == (None, "Foreign")
     assert write_report(tmp_path / "run", resamples=0).whole
     asked = ["export", str(tmp_path / "run"), "--variants", "fp32"]
@@ -234,7 +235,7 @@ def test_a_head_that_does_not_fit_is_refused(
     make: Callable[..., Any], said: str, toy_cache: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=said):
-        Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=make)
+        SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, head=make)
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +252,7 @@ def test_a_loss_that_cannot_be_trained_on_is_refused(
     loss: Callable[..., Any], said: str, toy_cache: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=said):
-        Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU, loss=loss)
+        SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU, loss=loss)
     assert not list(tmp_path.iterdir())
 
 
@@ -259,10 +260,10 @@ def test_a_loss_that_cannot_be_trained_on_is_refused(
 def test_a_loss_of_one_s_own_is_the_loss(blocks: int, toy_cache: Path, tmp_path: Path) -> None:
     """Cross entropy given in Python is `--loss bce`, whatever loss the spec names; every other field is as it was."""
     train = dataclasses.replace(SPEC.train, train_blocks=blocks)
-    run = Sweep(toy_cache, tmp_path / "own", dataclasses.replace(SPEC, train=train), ON_CPU, loss=own_bce).run()
+    run = SweepJob(toy_cache, tmp_path / "own", dataclasses.replace(SPEC, train=train), ON_CPU, loss=own_bce).run()
     named = dataclasses.replace(SPEC, train=dataclasses.replace(train, loss="bce"))
-    Sweep(toy_cache, tmp_path / "bce", named, ON_CPU).run()
-    Sweep(toy_cache, tmp_path / "focal", dataclasses.replace(SPEC, train=train), ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "bce", named, ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "focal", dataclasses.replace(SPEC, train=train), ON_CPU).run()
     one, two, focal = (arrays(tmp_path / name)["out_of_fold"] for name in ("own", "bce", "focal"))
     if blocks:
         np.testing.assert_array_equal(one, two)
@@ -278,6 +279,6 @@ def test_a_loss_of_one_s_own_is_the_loss(blocks: int, toy_cache: Path, tmp_path:
 def test_both_with_a_grid_and_retrained_heads(toy_cache: Path, tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, epochs=(1,), retrain_head="balanced", final="retrained")
     options = SweepOptions(device="cpu", grid=("train_blocks=0,1", "lr=1e-3"))
-    run = Sweep(toy_cache, tmp_path / "run", spec, options, head=chain, loss=own_bce).run()
+    run = SweepJob(toy_cache, tmp_path / "run", spec, options, head=chain, loss=own_bce).run()
     assert [row["train_blocks"] for row in sorted(run["grid"], key=lambda r: r["config"])] == [0, 1]
     assert export_run(tmp_path / "run", ExportSpec(count=16))[0].kept

@@ -30,13 +30,14 @@ from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError
 from cxr_fast.export import graph, heatmaps, parity
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import model_file, verify
 from cxr_fast.models import backbone, positions
 from cxr_fast.models.tail import Tail
 from cxr_fast.report import settings
 from cxr_fast.training.run_folder import read_run
-from cxr_fast.training.sweep import Sweep, backbone_for
+from cxr_fast.training.sweep import SweepJob, backbone_for
 from tests.conftest import TOY, TOY_AVERAGE
 
 SIDES = st.integers(1, 9)
@@ -239,7 +240,7 @@ def cache(toy_data: Path, lively_weights: Path, tmp_path_factory: pytest.TempPat
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sizes") / "run"
     spec = SweepSpec(epochs=(2,), folds=2, train=TrainSpec(lr=1e-3, batch_size=8))
-    Sweep(cache, out, spec, SweepOptions(device="cpu")).run()
+    SweepJob(cache, out, spec, SweepOptions(device="cpu")).run()
     return out
 
 

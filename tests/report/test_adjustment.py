@@ -14,15 +14,16 @@ from click.testing import CliRunner
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.parity import check_images
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics.calibration import logit, prior_log_odds
 from cxr_fast.report.evaluation import evaluate
 from cxr_fast.report.writer import write_report
 from cxr_fast.training import predictions
 from cxr_fast.training.run_folder import read_info, read_run, read_run_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 # Of ranking and of decisions at the thresholds; Brier score and calibration error follow the probabilities.
 KEPT = ("macro_auc", "map", "label_accuracy", "macro_f1", "micro_f1", "sample_jaccard")
@@ -53,7 +54,7 @@ def test_the_figures_of_a_report(toy_run: Path) -> None:
 
 def test_the_page_says_so_and_a_second_report_takes_it_back(toy_cache: Path, tmp_path: Path) -> None:
     spec = SweepSpec(epochs=(1,), folds=2, train=TrainSpec(lr=1e-3, batch_size=4))
-    Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
+    SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
     before = (tmp_path / "run" / "run.json").read_bytes()
     write_report(tmp_path / "run", resamples=0)
     page = tmp_path / "run" / "report.html"
@@ -100,7 +101,7 @@ def test_the_export_says_so(toy_run: Path, tmp_path: Path) -> None:
 def test_a_calibrated_run_is_refused(toy_cache: Path, tmp_path: Path) -> None:
     train = TrainSpec(lr=1e-3, batch_size=4, train_blocks=0)
     spec = SweepSpec(epochs=(1,), folds=2, calibration="platt", train=train)
-    Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
+    SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
     for call in (
         lambda: export_run(tmp_path / "run", ExportSpec(logit_adjustment=1.0)),
         lambda: write_report(tmp_path / "run", resamples=0, logit_adjustment=1.0),

@@ -18,7 +18,7 @@ from cxr_fast.runs.progress import read_progress
 from cxr_fast.system.locks import FileLock
 from cxr_fast.training.folds.fold import Epoch
 from cxr_fast.training.run_folder import ABOUT
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def stopped(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        Sweep(toy_cache, out, spec, SweepOptions(device="cpu")).run(end)
+        SweepJob(toy_cache, out, spec, SweepOptions(device="cpu")).run(end)
     return out.with_name("run.partial")
 
 

@@ -19,10 +19,11 @@ from cxr_fast.cli.main import main
 from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.data.manifest import read_dataset
 from cxr_fast.errors import InputError
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.models import backbone
 from cxr_fast.training.run_folder import read_run
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers.runs import arrays
 
 FAST = TrainSpec(lr=1e-3, batch_size=4)
@@ -52,7 +53,7 @@ def change(**fields: Any) -> SweepSpec:
 
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_a_shallower_run_is_that_of_a_cache_cut_there(blocks: int, cuts: dict[int, Path], tmp_path: Path) -> None:
-    job = Sweep(cuts[2], tmp_path / "deep", change(train_blocks=blocks), ON_CPU)
+    job = SweepJob(cuts[2], tmp_path / "deep", change(train_blocks=blocks), ON_CPU)
     rows = job.data.rows
     inner = job.search.inputs(job.spec.train).array
     stored = open_cache(cuts[blocks]).activations
@@ -60,7 +61,7 @@ def test_a_shallower_run_is_that_of_a_cache_cut_there(blocks: int, cuts: dict[in
     scale = float(np.abs(stored).max())
     np.testing.assert_allclose(np.asarray(inner)[rows], np.asarray(stored)[rows], atol=2e-5 * scale)
     deep = job.run()
-    other = Sweep(cuts[blocks], tmp_path / "cut", SPEC, ON_CPU).run()
+    other = SweepJob(cuts[blocks], tmp_path / "cut", SPEC, ON_CPU).run()
     assert deep["trainable"] == other["trainable"]
     assert deep["unfreeze_blocks"] == blocks
     assert deep["precision"] == other["precision"]
@@ -75,7 +76,7 @@ def test_a_shallower_run_is_that_of_a_cache_cut_there(blocks: int, cuts: dict[in
 
 def test_all_the_blocks_by_name_are_the_default(cuts: dict[int, Path], tmp_path: Path) -> None:
     for name, spec in (("named", change(train_blocks=2)), ("default", SPEC)):
-        Sweep(cuts[2], tmp_path / name, dataclasses.replace(spec, epochs=(1,)), ON_CPU).run()
+        SweepJob(cuts[2], tmp_path / name, dataclasses.replace(spec, epochs=(1,)), ON_CPU).run()
     one, two = arrays(tmp_path / "named"), arrays(tmp_path / "default")
     for key in ("out_of_fold", "final", "probe"):
         np.testing.assert_array_equal(one[key], two[key])
@@ -83,12 +84,12 @@ def test_all_the_blocks_by_name_are_the_default(cuts: dict[int, Path], tmp_path:
 
 def test_a_grid_over_depths_is_each_depth_alone(toy_cache: Path, tmp_path: Path) -> None:
     options = SweepOptions(device="cpu", grid=("train_blocks=0,1,2",))
-    run = Sweep(toy_cache, tmp_path / "grid", dataclasses.replace(SPEC, epochs=(1,)), options).run()
+    run = SweepJob(toy_cache, tmp_path / "grid", dataclasses.replace(SPEC, epochs=(1,)), options).run()
     with np.load(tmp_path / "grid" / "grid.npz") as file:
         kept = file["out_of_fold"]
     for blocks in (0, 1, 2):
         spec = dataclasses.replace(change(train_blocks=blocks), epochs=(1,))
-        alone = Sweep(toy_cache, tmp_path / str(blocks), spec, ON_CPU).run()
+        alone = SweepJob(toy_cache, tmp_path / str(blocks), spec, ON_CPU).run()
         np.testing.assert_array_equal(kept[blocks], arrays(tmp_path / str(blocks))["out_of_fold"][0])
         row = next(r for r in run["grid"] if r["train_blocks"] == blocks)
         assert row["mean_auc"] == max(b["mean_auc"] for b in alone["budgets"])
@@ -99,7 +100,7 @@ def test_a_grid_over_depths_is_each_depth_alone(toy_cache: Path, tmp_path: Path)
 
 def test_a_shallow_run_is_read_again(toy_cache: Path, tmp_path: Path) -> None:
     """Its blocks stand in the tower from the depth that was trained, and not from the cache's cut."""
-    Sweep(toy_cache, tmp_path / "run", dataclasses.replace(change(train_blocks=1), epochs=(1,)), ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(change(train_blocks=1), epochs=(1,)), ON_CPU).run()
     run = read_run(tmp_path / "run")
     tower = backbone.load(str(run.info["cache"]["weights"])).visual.trunk.blocks
     moved = [
@@ -122,11 +123,11 @@ def test_what_the_cache_does_not_hold_is_refused(
     cut: int, fields: dict[str, Any], said: str, cuts: dict[int, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=said):
-        Sweep(cuts[cut], tmp_path / "run", change(**fields), ON_CPU)
+        SweepJob(cuts[cut], tmp_path / "run", change(**fields), ON_CPU)
     (name, value) = next(iter(fields.items()))
     asked = SweepOptions(device="cpu", grid=(f"{name}={value}",))
     with pytest.raises(InputError, match=said):
-        Sweep(cuts[cut], tmp_path / "run", SPEC, asked)
+        SweepJob(cuts[cut], tmp_path / "run", SPEC, asked)
     assert not list(tmp_path.iterdir())
 
 
@@ -136,8 +137,8 @@ def test_both_views_need_both_in_the_cache(phantoms: Path, lively_weights: Path,
     out = tmp_path / "plain.h5"
     build.run(CacheJob(manifest=read_dataset(phantoms), backbone=tower, spec=spec, out=out, device="cpu", workers=1))
     with pytest.raises(InputError, match="--tta flip: this cache has no flipped view"):
-        Sweep(out, tmp_path / "run", change(tta="flip"), ON_CPU)
-    assert Sweep(out, tmp_path / "run", SPEC, ON_CPU).run()["train"]["tta"] == "none"
+        SweepJob(out, tmp_path / "run", change(tta="flip"), ON_CPU)
+    assert SweepJob(out, tmp_path / "run", SPEC, ON_CPU).run()["train"]["tta"] == "none"
 
 
 def test_the_flag_reaches_the_run(cuts: dict[int, Path], tmp_path: Path) -> None:

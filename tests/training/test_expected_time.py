@@ -3,18 +3,33 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
+from cxr_fast.activations import build
+from cxr_fast.activations.encoder import with_size
+from cxr_fast.activations.job import CacheJob
+from cxr_fast.config import CacheSpec, SweepOptions, SweepSpec, TrainSpec
+from cxr_fast.data.manifest import read_dataset
+from cxr_fast.errors import InputError
+from cxr_fast.models.backbone import load
 from cxr_fast.system.time_left import TimeLeft
 from cxr_fast.training import expected_time
-from cxr_fast.training.expected_time import EpochTimes, Pace, unknown_times
+from cxr_fast.training.expected_time import (
+    EpochTimes,
+    MadeUpSearch,
+    Pace,
+    expect_before_cache,
+    expect_holdout,
+    unknown_times,
+)
 from cxr_fast.training.search import Search
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 SPEC = SweepSpec(epochs=(4,), folds=2, train=TrainSpec(batch_size=8))
 
@@ -104,7 +119,7 @@ def test_the_times_follow_from_a_few_steps(toy_cache: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(expected_time, "_measure", measure)
     options = SweepOptions(device="cpu", grid=("head_first=0,3",))
-    job = Sweep(toy_cache, tmp_path / "run", SPEC, options)
+    job = SweepJob(toy_cache, tmp_path / "run", SPEC, options)
     plan, data, depth = job.plan(), job.data, job.unfreeze_blocks
     trained, scored = (np.mean([len(part(k)) for k in range(2)]) for part in (data.train, data.valid))
     assert depth > 0
@@ -115,12 +130,60 @@ def test_the_times_follow_from_a_few_steps(toy_cache: Path, tmp_path: Path, monk
     assert plan.seconds == pytest.approx(plan.times.total)
     assert plan.times.in_turn
     assert not plan.times.retrained.any()
-    again = Sweep(toy_cache, tmp_path / "again", replace(SPEC, retrain_head="balanced"), SweepOptions(device="cpu"))
+    again = SweepJob(toy_cache, tmp_path / "again", replace(SPEC, retrain_head="balanced"), SweepOptions(device="cpu"))
     assert again.plan().times.retrained.sum() == pytest.approx(0.5 * len(data.rows) * again.activations.views)
-    heads = Sweep(
+    heads = SweepJob(
         toy_cache, tmp_path / "head", replace(SPEC, train=TrainSpec(train_blocks=0)), SweepOptions(device="cpu")
     )
     assert not heads.plan().times.in_turn, "heads train side by side"
+
+
+def job_of(films: Path, **spec: Any) -> CacheJob:
+    tower = load("random:0:test_vit")
+    made = with_size(CacheSpec(weights=tower.source, **spec), tower)
+    return CacheJob(manifest=read_dataset(films), backbone=tower, spec=made, out=Path("unused.h5"), device="cpu")
+
+
+def test_a_sweep_is_expected_before_its_cache_is_made(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same steps are counted as once the cache is there, but for how groups fall into parts."""
+    job = job_of(phantoms)
+    build.run(replace(job, out=tmp_path / "c.h5"))
+    monkeypatch.setattr(expected_time, "_measure", lambda search, train: Pace(trained=1.0, scored=0.5))
+    for spec in (SPEC, replace(SPEC, folds=5, holdout=0.0), replace(SPEC, final="refit", retrain_head="balanced")):
+        known = SweepJob(tmp_path / "c.h5", tmp_path / "run", spec, SweepOptions(device="cpu")).plan().seconds
+        expected = expect_before_cache(job, spec, [spec.train], torch.device("cpu"))
+        assert expected == pytest.approx(known, rel=0.1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"train_blocks": 0}, {"train_blocks": 1}, {"head_first": 1}])
+@pytest.mark.parametrize("cut", [0, 2])
+def test_steps_are_timed_on_made_up_activations(phantoms: Path, fields: dict[str, int], cut: int) -> None:
+    train = TrainSpec(batch_size=8, precision="float32", **fields)
+    job, spec = job_of(phantoms, unfreeze_blocks=cut), replace(SPEC, train=train)
+    if cut == 0 and (fields.get("train_blocks") or fields.get("head_first")):
+        with pytest.raises(InputError, match=r"--train-blocks|--head-first"):
+            expect_before_cache(job, spec, [train], torch.device("cpu"))
+        return
+    search = MadeUpSearch(job, spec, [train], torch.device("cpu"))
+    held = search.activations.array
+    assert held.shape[1:] == job.shape[1:]
+    assert held.strides[0] == 0, "one row in memory"
+    assert search.inputs(train).array.shape == (search.count, *job.shape[1:]) or search.depth(train) == 0
+    frozen = search.frozen_seconds(train)
+    assert (frozen > 0) == (search.depth(train) < cut or bool(train.head_first))
+    assert np.isfinite(expect_before_cache(job, spec, [train], torch.device("cpu")))
+
+
+def test_the_column_split_says_how_many_are_held_out(phantoms: Path) -> None:
+    films = read_dataset(phantoms, limit=10)
+    assert expect_holdout(films, SPEC) == pytest.approx(0.2 * len(films))
+    words = ("holdout",) * 3 + ("train",) * 5 + ("",) * (len(films) - 8)
+    assert expect_holdout(replace(films, splits=words), SPEC) == 3
+    assert expect_holdout(replace(films, splits=words), replace(SPEC, split="drawn")) == pytest.approx(0.2 * len(films))
+    free = ("train",) * 5 + ("",) * (len(films) - 5)
+    assert expect_holdout(replace(films, splits=free), SPEC) == pytest.approx(0.2 * (len(films) - 5))
 
 
 def test_a_device_that_is_not_here_has_epochs_of_one_length() -> None:

@@ -16,7 +16,8 @@ from cxr_fast.activations.forward import probabilities, run_blocks
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec
 from cxr_fast.errors import InputError
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.entries.settings import ExportSpec
+from cxr_fast.export.variants import export_run
 from cxr_fast.metrics import figures
 from cxr_fast.report.evaluation import evaluate
 from cxr_fast.report.writer import write_report
@@ -27,7 +28,7 @@ from cxr_fast.training.folds.fold import Epoch, Fold, FoldData, Snapshot
 from cxr_fast.training.folds.head_fold import HeadFold
 from cxr_fast.training.folds.loop import Recorder, fit
 from cxr_fast.training.run_folder import read_info, read_run, read_run_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers.runs import arrays, same_numbers
 from tests.helpers.toys import keep
 
@@ -52,7 +53,7 @@ class Kept:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Journal, "save_snapshot", spy)
-            self.job = Sweep(cache, out, spec, ON_CPU)
+            self.job = SweepJob(cache, out, spec, ON_CPU)
             self.info = self.job.run()
 
 
@@ -100,7 +101,7 @@ def test_a_retrained_head_is_a_head_trained_on_its_fold_s_embeddings(kept: Kept)
 
 def test_the_search_itself_is_as_without(kept: Kept, toy_cache: Path, tmp_path: Path) -> None:
     plain = dataclasses.replace(SPEC, retrain_head="none", final="ensemble")
-    run = Sweep(toy_cache, tmp_path / "plain", plain, ON_CPU).run()
+    run = SweepJob(toy_cache, tmp_path / "plain", plain, ON_CPU).run()
     for key in ("folds", "budgets", "chosen"):
         assert run[key] == kept.info[key], key
     one, two = arrays(tmp_path / "plain"), arrays(kept.out)
@@ -154,7 +155,7 @@ def test_export_takes_thresholds_and_figures_of_the_kind(kind: str, kept: Kept, 
 
 def test_another_final_model_takes_the_retrained_heads_too(kept: Kept, toy_cache: Path, tmp_path: Path) -> None:
     """The sweep chose the ensemble; what `--final retrained` takes is as if it had been chosen."""
-    Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SPEC, final="ensemble"), ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(SPEC, final="ensemble"), ON_CPU).run()
     info = read_run_info(tmp_path / "run", "retrained")
     for key in ("thresholds", "threshold_source", "calibration", "metrics", "model_sha256"):
         assert info[key] == json.loads(json.dumps(read_info(kept.out)[key])), key
@@ -190,7 +191,7 @@ def test_a_stop_while_heads_are_retrained_changes_no_bit(
     for stop in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Journal, "recorder", watch(stop))
-            job = Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU)
+            job = SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU)
             if stop:
                 with pytest.raises(Stop):
                     job.run()
@@ -206,7 +207,7 @@ def test_a_head_alone_and_both_views_are_retrained_too(toy_cache: Path, tmp_path
     """Without blocks the embeddings are the cache's; averaged weights and both views stay as they were asked for."""
     train = dataclasses.replace(FAST, train_blocks=0, ema=0.5, tta="flip")
     spec = dataclasses.replace(SPEC, epochs=(1,), train=train, retrain_head="sqrt")
-    run = Sweep(toy_cache, tmp_path / "run", spec, ON_CPU).run()
+    run = SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU).run()
     assert run["final"]["members"] == ["retrained0", "retrained1"]
     assert export_run(tmp_path / "run", ExportSpec(count=16))[0].kept
     assert retrained_spec(train, "sqrt") == dataclasses.replace(train, lr=1e-3, head_lr=None, sampling="sqrt")
@@ -246,5 +247,5 @@ def test_the_bar_names_the_retrained_heads(toy_cache: Path, tmp_path: Path) -> N
     """Whoever is told of each epoch can tell a fold, the refit and a retrained head apart."""
     told: list[tuple[int, int]] = []
     spec = dataclasses.replace(SPEC, epochs=(1,))
-    Sweep(toy_cache, tmp_path / "run", spec, ON_CPU).run(lambda config, fold, epoch: told.append((config, fold)))
+    SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU).run(lambda config, fold, epoch: told.append((config, fold)))
     assert told == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]

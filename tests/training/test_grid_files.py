@@ -22,7 +22,7 @@ from cxr_fast.metrics.rarity import GROUPS, group_maps
 from cxr_fast.models import probe
 from cxr_fast.report import tables
 from cxr_fast.system.text import to_plain
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3, batch_size=4))
 FLAGS = ("loss=focal,asl", "train_blocks=0,1")
@@ -49,7 +49,7 @@ def grid(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
         for blocks in (0, 1):
             train = dataclasses.replace(SPEC.train, loss=loss, train_blocks=blocks)
             alone.append(folder / f"{loss}{blocks}")
-            Sweep(toy_cache, alone[-1], dataclasses.replace(SPEC, train=train), SweepOptions(device="cpu")).run()
+            SweepJob(toy_cache, alone[-1], dataclasses.replace(SPEC, train=train), SweepOptions(device="cpu")).run()
     return Grid(folder / "run", alone, found.output)
 
 
@@ -138,7 +138,7 @@ def test_a_run_without_a_grid_has_none_of_it(grid: Grid) -> None:
 def test_the_probe_of_a_run_is_scikit_learn_s(grid: Grid, toy_cache: Path, tmp_path: Path) -> None:
     """A loop over folds and classes on the embeddings of the untrained blocks; the same whatever was trained."""
     run, saved = info(grid.out), arrays(grid.out)
-    job = Sweep(toy_cache, tmp_path / "unused", SPEC, SweepOptions(device="cpu"))
+    job = SweepJob(toy_cache, tmp_path / "unused", SPEC, SweepOptions(device="cpu"))
     tail = job.search.tail(SPEC.train).eval()
     with torch.inference_mode():
         rows = torch.from_numpy(job.data.rows)
@@ -184,7 +184,7 @@ def test_the_probe_is_printed_and_on_the_page(grid: Grid) -> None:
 def test_the_row_beside_the_probe_is_of_the_final_model(toy_cache: Path, tmp_path: Path) -> None:
     """Retrained heads have out-of-fold predictions, and so a mean over folds, of their own."""
     spec = dataclasses.replace(SPEC, epochs=(1,), retrain_head="balanced", final="retrained")
-    run = Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
+    run = SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(device="cpu")).run()
     saved = arrays(tmp_path / "run")
     found = [
         figures.macro(figures.auc(saved["labels"][fold], saved["out_of_fold_retrained"][fold]))[0]

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from cxr_fast.cli.main import main
 from cxr_fast.config import SweepOptions, SweepSpec, TrainSpec, parse_target
 from cxr_fast.errors import InputError
+from cxr_fast.export.entries.settings import ExportSpec
 from cxr_fast.export.parity import check_images
-from cxr_fast.export.variants import ExportSpec, export_run
+from cxr_fast.export.variants import export_run
 from cxr_fast.inference import model_file
 from cxr_fast.inference.predictor import Predictor
 from cxr_fast.metrics import figures
@@ -30,7 +31,7 @@ from cxr_fast.report.writer import write_report
 from cxr_fast.training import operating_points
 from cxr_fast.training.operating_points import OperatingPoint, choose_thresholds, describe_target, read_target
 from cxr_fast.training.run_folder import read_info, read_run, read_run_info
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers import made
 from tests.helpers.runs import arrays
 
@@ -43,7 +44,7 @@ FOLLOWS = ("thresholds", "calibration", "decisions", "finals", "metrics", "per_c
 
 
 def sweep(cache: Path, out: Path, **changes: Any) -> Path:
-    Sweep(cache, out, dataclasses.replace(SPEC, **changes), ON_CPU).run()
+    SweepJob(cache, out, dataclasses.replace(SPEC, **changes), ON_CPU).run()
     return out
 
 

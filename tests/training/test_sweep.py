@@ -36,7 +36,7 @@ from cxr_fast.training.final_models import choose
 from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
 from cxr_fast.training.run_folder import clean, read_run
 from cxr_fast.training.run_record import provenance
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 from tests.helpers import children
 from tests.helpers.runs import arrays
 
@@ -111,7 +111,7 @@ def test_a_failed_image_is_neither_trained_on_nor_scored(
         return gather(self, rows, views)
 
     monkeypatch.setattr(Activations, "gather", spy)
-    Sweep(own_cache, tmp_path / "again", SPEC, ON_CPU).run()
+    SweepJob(own_cache, tmp_path / "again", SPEC, ON_CPU).run()
     assert seen == set(np.flatnonzero(file.ok).tolist())
     same_numbers(tmp_path / "again", toy_run)
 
@@ -131,7 +131,7 @@ def same_numbers(a: Path, b: Path) -> None:
 def test_another_seed_gives_another_run(toy_cache: Path, tmp_path: Path) -> None:
     """Shows that `same_numbers` can fail; the same seed is compared with `toy_run` above."""
     for seed in (0, 1):
-        Sweep(toy_cache, tmp_path / str(seed), dataclasses.replace(SMALL, seed=seed), ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / str(seed), dataclasses.replace(SMALL, seed=seed), ON_CPU).run()
     with pytest.raises(AssertionError):
         same_numbers(tmp_path / "0", tmp_path / "1")
 
@@ -162,10 +162,10 @@ def test_a_search_over_three_budgets_is_three_searches(patience: int | None, toy
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "save_snapshot", spy)
-        Sweep(toy_cache, tmp_path / "all", spec, ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / "all", spec, ON_CPU).run()
         for budget in spec.epochs:
             one = dataclasses.replace(spec, epochs=(budget,))
-            Sweep(toy_cache, tmp_path / str(budget), one, ON_CPU).run()
+            SweepJob(toy_cache, tmp_path / str(budget), one, ON_CPU).run()
     whole = arrays(tmp_path / "all")["out_of_fold"]
     stopped = set()
     for i, budget in enumerate(spec.epochs):
@@ -184,7 +184,7 @@ def test_a_search_over_three_budgets_is_three_searches(patience: int | None, toy
 def test_the_three_residencies_give_the_same_run(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
     """After a plan, which `toy_run` had none of: planning changes no result."""
     for residency in ("device", "stream"):
-        job = Sweep(toy_cache, tmp_path / residency, SPEC, SweepOptions(device="cpu", residency=residency))
+        job = SweepJob(toy_cache, tmp_path / residency, SPEC, SweepOptions(device="cpu", residency=residency))
         assert job.plan().where in ("copied to cpu", "read ahead from the file")
         job.run()
         same_numbers(tmp_path / residency, toy_run)
@@ -196,12 +196,12 @@ def test_the_three_residencies_give_the_same_run(toy_cache: Path, toy_run: Path,
 def test_a_grid_tries_every_configuration_and_keeps_the_best(toy_cache: Path, tmp_path: Path) -> None:
     spec = dataclasses.replace(SMALL, epochs=(1, 2))
     flags = ["lr=1e-3,1e-5", "focal_gamma=1,2"]
-    run = Sweep(toy_cache, tmp_path / "grid", spec, SweepOptions(grid=flags, device="cpu")).run()
+    run = SweepJob(toy_cache, tmp_path / "grid", spec, SweepOptions(grid=flags, device="cpu")).run()
     alone = []
     for lr, gamma in [(1e-3, 1.0), (1e-3, 2.0), (1e-5, 1.0), (1e-5, 2.0)]:
         train = dataclasses.replace(FAST, lr=lr, focal_gamma=gamma)
         out = tmp_path / f"{lr}-{gamma}"
-        one = Sweep(toy_cache, out, dataclasses.replace(spec, train=train), ON_CPU).run()
+        one = SweepJob(toy_cache, out, dataclasses.replace(spec, train=train), ON_CPU).run()
         best = max(one["budgets"], key=lambda b: b["mean_auc"])
         alone.append((lr, gamma, best["epochs"], best["mean_auc"], best["std_auc"]))
     rows = [(r["lr"], r["focal_gamma"], r["epochs"], r["mean_auc"], r["std_auc"]) for r in run["grid"]]
@@ -217,7 +217,7 @@ def test_a_grid_tries_every_configuration_and_keeps_the_best(toy_cache: Path, tm
 
 def test_a_grid_goes_on_where_it_stopped(toy_cache: Path, tmp_path: Path) -> None:
     flags, spec = ["lr=1e-3,1e-4"], dataclasses.replace(SMALL, epochs=(1, 2))
-    Sweep(toy_cache, tmp_path / "straight", spec, SweepOptions(grid=flags, device="cpu")).run()
+    SweepJob(toy_cache, tmp_path / "straight", spec, SweepOptions(grid=flags, device="cpu")).run()
 
     class Stop(Exception):
         pass
@@ -227,9 +227,9 @@ def test_a_grid_goes_on_where_it_stopped(toy_cache: Path, tmp_path: Path) -> Non
             raise Stop
 
     with pytest.raises(Stop):
-        Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(grid=flags, device="cpu")).run(stop)
+        SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(grid=flags, device="cpu")).run(stop)
     told: list[tuple[int, int, int]] = []
-    job = Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(grid=flags, device="cpu"))
+    job = SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(grid=flags, device="cpu"))
     job.run(lambda config, fold, epoch: told.append((config, fold, epoch.epoch)))
     assert told[0] == (1, 1, 2)
     same_numbers(tmp_path / "run", tmp_path / "straight")
@@ -242,7 +242,7 @@ def test_the_three_finals_are_what_they_say(toy_cache: Path, toy_run: Path, tmp_
     """The same search whichever is asked for; the hold-out figures of all three in each; the model is the one asked."""
     base, runs = info(toy_run), {}
     for kind in ("refit", "ensemble"):
-        Sweep(toy_cache, tmp_path / kind, dataclasses.replace(SPEC, final=kind), ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / kind, dataclasses.replace(SPEC, final=kind), ON_CPU).run()
         runs[kind] = info(tmp_path / kind)
         for key in ("folds", "budgets", "chosen", "thresholds", "finals"):
             assert runs[kind][key] == base[key], (kind, key)
@@ -273,7 +273,7 @@ def test_the_refit_trains_on_all_folds_at_their_median_rates(toy_cache: Path, tm
     spec = dataclasses.replace(SPEC, epochs=(5,), train=train)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fold, "run_epoch", spy)
-        Sweep(toy_cache, tmp_path / "run", spec, ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU).run()
     history = table(tmp_path / "run", "history.csv")
     rates = [float(np.median([float(r["lr"]) for r in history if r["epoch"] == str(e)])) for e in range(1, 6)]
     assert seen["rates"] == pytest.approx(rates, rel=1e-12)
@@ -284,7 +284,7 @@ def test_the_refit_trains_on_all_folds_at_their_median_rates(toy_cache: Path, tm
 @pytest.mark.parametrize("target", ["sensitivity=0.9", "specificity=0.8"])
 def test_thresholds_reach_their_target_out_of_fold(target: str, toy_cache: Path, tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, epochs=(1, 2), train=FAST, threshold_target=target, calibration="platt")
-    Sweep(toy_cache, tmp_path / "run", spec, ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU).run()
     run, saved = info(tmp_path / "run"), arrays(tmp_path / "run")
     dev = saved["fold"] >= 0
     raw = saved["out_of_fold"][spec.epochs.index(run["chosen"]["epochs"])][dev]
@@ -315,7 +315,7 @@ def test_norm_and_projection_are_trained_counted_and_kept(
     toy_cache: Path, lively_weights: Path, tmp_path: Path
 ) -> None:
     train = dataclasses.replace(FAST, train_norm=True)
-    run = Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, train=train), ON_CPU).run()
+    run = SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, train=train), ON_CPU).run()
     assert run["trainable"]["norm"] == 2 * 64 + 64 * 512
     assert run["trainable"]["total"] == sum(run["trainable"][part] for part in ("blocks", "head", "norm"))
     tower = backbone.load(str(lively_weights)).visual.state_dict()
@@ -371,7 +371,7 @@ def test_the_hold_out_labels_change_nothing_but_the_hold_out_figures(
         h5["labels"][:] = labels
     # The split itself looks at the labels (it spreads them), so it is held where it was.
     monkeypatch.setattr(dataset, "split", lambda *_, **__: saved["fold"])
-    Sweep(own_cache, tmp_path / "run", SPEC, ON_CPU).run()
+    SweepJob(own_cache, tmp_path / "run", SPEC, ON_CPU).run()
     before, after = info(toy_run), info(tmp_path / "run")
     for key in ("chosen", "thresholds", "model_sha256", "budgets", "folds"):
         assert after[key] == before[key], key
@@ -414,7 +414,7 @@ def test_out_of_fold_probabilities_are_those_of_each_folds_snapshot(
 
     monkeypatch.setattr(Journal, "save_snapshot", spy)
     spec = dataclasses.replace(SPEC, epochs=(3, 4))
-    job = Sweep(toy_cache, tmp_path / "run", spec, ON_CPU)
+    job = SweepJob(toy_cache, tmp_path / "run", spec, ON_CPU)
     job.run()
     saved, file = arrays(tmp_path / "run"), ActivationFile(toy_cache)
     rows = np.flatnonzero(file.ok)
@@ -479,7 +479,7 @@ def test_the_run_is_the_same_from_a_cache_of_embeddings(toy_data: Path, tmp_path
     spec = with_size(CacheSpec(weights="random:0:test_vit", unfreeze_blocks=0), tower)
     images, out = manifest.read_dataset(toy_data), tmp_path / "e.h5"
     build.run(CacheJob(manifest=images, backbone=tower, spec=spec, out=out, device="cpu", workers=1))
-    run = Sweep(out, tmp_path / "run", SMALL, ON_CPU).run()
+    run = SweepJob(out, tmp_path / "run", SMALL, ON_CPU).run()
     assert run["trainable"] == {"blocks": 0, "head": 404_515, "total": 404_515}
     assert backbone.tower_sha256(read_run(tmp_path / "run").visual) == run["cache"]["tower_sha256"]
 
@@ -600,7 +600,7 @@ def test_what_is_trained_is_counted_and_stored(toy_run: Path, lively_weights: Pa
 
 
 def test_the_plan_says_what_happens(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
-    plan, run = Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU).plan(), info(toy_run)
+    plan, run = SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU).plan(), info(toy_run)
     assert (plan.images, plan.failed, plan.groups) == tuple(run["images"][k] for k in ("used", "failed", "groups"))
     assert (plan.holdout_images, plan.trainable) == (run["images"]["holdout"], run["trainable"])
     assert (plan.precision, plan.seconds > 0) == (run["precision"], True)
@@ -618,7 +618,7 @@ def test_random_weights_and_drawn_images_are_said(toy_run: Path) -> None:
 
 
 def test_without_a_hold_out(toy_cache: Path, tmp_path: Path) -> None:
-    Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, holdout=0.0), ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, holdout=0.0), ON_CPU).run()
     run, saved = info(tmp_path / "run"), arrays(tmp_path / "run")
     assert set(saved["fold"]) == {0, 1}
     assert (run["images"]["holdout"], run["metrics"]["holdout"], run["per_class"]) == (0, None, [])
@@ -638,10 +638,10 @@ def test_a_full_disk_is_one_line_and_costs_no_epoch(
     with monkeypatch.context() as patch:
         patch.setattr(finish, "save_model", fails)
         with pytest.raises(InputError, match=r"No space left on device.*same command"):
-            Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU).run()
+            SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU).run()
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
     monkeypatch.setattr(Fold, "run_epoch", lambda *_: 1 / 0)
-    Sweep(toy_cache, tmp_path / "run", SPEC, ON_CPU).run()
+    SweepJob(toy_cache, tmp_path / "run", SPEC, ON_CPU).run()
     same_numbers(tmp_path / "run", toy_run)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -712,9 +712,9 @@ def test_an_unfinished_run_of_another_request_is_named_and_kept(attempt: Any, to
     before = sorted((tmp_path / "run.partial").rglob("*"))
     other = dataclasses.replace(SPEC, train=dataclasses.replace(TOY, lr=2e-3))
     with pytest.raises(InputError, match=r"unfinished run with lr 0\.001 where this has 0\.002.*--overwrite"):
-        Sweep(toy_cache, tmp_path / "run", other, ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / "run", other, ON_CPU).run()
     assert sorted((tmp_path / "run.partial").rglob("*")) == before
-    Sweep(toy_cache, tmp_path / "run", SMALL, SweepOptions(device="cpu", overwrite=True)).run()
+    SweepJob(toy_cache, tmp_path / "run", SMALL, SweepOptions(device="cpu", overwrite=True)).run()
     assert not (tmp_path / "run.partial").exists()
 
 
@@ -722,33 +722,33 @@ def test_the_default_name_is_the_first_free_one(
     toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Sweep(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy")
+    assert SweepJob(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy")
     Path("exports/toy").mkdir(parents=True)
-    assert Sweep(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy-2")
+    assert SweepJob(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy-2")
     Path("exports/toy-2.partial").mkdir()
     Path("exports/toy-2.partial/plan.json").write_text('{"spec": {"folds": 9}}')
-    assert Sweep(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy-3"), "another request's unfinished run"
-    job = Sweep(toy_cache, None, SMALL, ON_CPU)
+    assert SweepJob(toy_cache, None, SMALL, ON_CPU).out == Path("exports/toy-3"), "another request's unfinished run"
+    job = SweepJob(toy_cache, None, SMALL, ON_CPU)
     Path("exports/toy-2.partial/plan.json").write_text(json.dumps(job.request()))
-    again = Sweep(toy_cache, None, SMALL, ON_CPU)
+    again = SweepJob(toy_cache, None, SMALL, ON_CPU)
     assert again.out == Path("exports/toy-2"), "this request's unfinished run is gone on with"
     assert again.plan().resumed
 
 
 def test_two_sweeps_to_one_folder_are_refused(toy_cache: Path, tmp_path: Path) -> None:
-    second = Sweep(toy_cache, tmp_path / "run", SMALL, ON_CPU)
+    second = SweepJob(toy_cache, tmp_path / "run", SMALL, ON_CPU)
 
     def start_another(*_: Any) -> None:
         with pytest.raises(InputError, match=f"being written by process {os.getpid()}"):
             second.run()
 
-    Sweep(toy_cache, tmp_path / "run", SMALL, ON_CPU).run(start_another)
+    SweepJob(toy_cache, tmp_path / "run", SMALL, ON_CPU).run(start_another)
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(toy_cache: Path, toy_run: Path, tmp_path: Path) -> None:
     for out in (toy_run, tmp_path):
         with pytest.raises(InputError, match=r"--out: .* exists.*--overwrite"):
-            Sweep(toy_cache, out, SMALL, ON_CPU)
+            SweepJob(toy_cache, out, SMALL, ON_CPU)
 
 
 def test_overwrite_replaces_a_run_when_the_new_one_is_complete(
@@ -757,7 +757,7 @@ def test_overwrite_replaces_a_run_when_the_new_one_is_complete(
     out = tmp_path / "run"
     shutil.copytree(toy_run, out)
     (out / "report.html").write_text("of the old run")
-    job = Sweep(toy_cache, out, SMALL, SweepOptions(device="cpu", overwrite=True))
+    job = SweepJob(toy_cache, out, SMALL, SweepOptions(device="cpu", overwrite=True))
     with monkeypatch.context() as patch:
         patch.setattr(sweep.run_record, "write_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -776,9 +776,9 @@ def test_overwrite_removes_runs_and_nothing_else(toy_cache: Path, tmp_path: Path
     (tmp_path / "notes").write_text("!")
     for out in (tmp_path / "photos", tmp_path / "notes"):
         with pytest.raises(InputError, match="not a run folder"):
-            Sweep(toy_cache, out, SMALL, SweepOptions(device="cpu", overwrite=True))
+            SweepJob(toy_cache, out, SMALL, SweepOptions(device="cpu", overwrite=True))
     (tmp_path / "empty").mkdir()
-    Sweep(toy_cache, tmp_path / "empty", SMALL, SweepOptions(device="cpu", overwrite=True)).run()
+    SweepJob(toy_cache, tmp_path / "empty", SMALL, SweepOptions(device="cpu", overwrite=True)).run()
     assert (tmp_path / "empty" / "run.json").is_file()
 
 
@@ -786,13 +786,13 @@ def test_overwrite_removes_runs_and_nothing_else(toy_cache: Path, tmp_path: Path
 def test_a_folder_that_cannot_be_written_is_named(toy_cache: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="--out: cannot write"):
-        Sweep(toy_cache, tmp_path / "run", SMALL, ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / "run", SMALL, ON_CPU).run()
 
 
 def test_a_path_below_a_file_is_named(toy_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out: cannot write"):
-        Sweep(toy_cache, tmp_path / "file" / "run", SMALL, ON_CPU).run()
+        SweepJob(toy_cache, tmp_path / "file" / "run", SMALL, ON_CPU).run()
 
 
 # ----------------------------------------------------------------------------------------- what is refused
@@ -801,12 +801,12 @@ def test_a_path_below_a_file_is_named(toy_cache: Path, tmp_path: Path) -> None:
 def test_other_weights_than_the_caches_are_refused(toy_cache: Path, tmp_path: Path) -> None:
     for other in ("random:1:test_vit", "random:0:test_vit2"):
         with pytest.raises(InputError, match=rf"--weights {other}: not the weights"):
-            Sweep(toy_cache, tmp_path / "run", SMALL, SweepOptions(device="cpu", weights=other))
+            SweepJob(toy_cache, tmp_path / "run", SMALL, SweepOptions(device="cpu", weights=other))
 
 
 def test_fewer_groups_than_folds_are_refused(toy_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--folds") as caught:
-        Sweep(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, folds=40), ON_CPU)
+        SweepJob(toy_cache, tmp_path / "run", dataclasses.replace(SMALL, folds=40), ON_CPU)
     assert caught.value.exit_code == 2
 
 
@@ -817,7 +817,7 @@ def test_a_fold_with_nothing_to_score_is_refused_by_name(own_cache: Path, tmp_pa
         h5["labels"][:] = labels
     spec = dataclasses.replace(SMALL, holdout=0)
     with pytest.raises(InputError, match=r"fold [12]: none of the 35 classes has both"):
-        Sweep(own_cache, tmp_path / "run", spec, ON_CPU).run()
+        SweepJob(own_cache, tmp_path / "run", spec, ON_CPU).run()
     assert not (tmp_path / "run").exists()
 
 
@@ -831,7 +831,7 @@ def test_an_unfinished_cache_is_refused(own_cache: Path, tmp_path: Path) -> None
     with h5py.File(own_cache, "r+") as h5:
         h5["done"][5:9] = store.PENDING
     with pytest.raises(InputError, match=r"4 of \d+ rows are not encoded yet"):
-        Sweep(own_cache, tmp_path / "run", SMALL, ON_CPU)
+        SweepJob(own_cache, tmp_path / "run", SMALL, ON_CPU)
 
 
 @pytest.mark.parametrize("damage", ["a weight", "cut short", "empty", "gone", "another run's"])

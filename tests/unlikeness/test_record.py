@@ -11,7 +11,7 @@ import pytest
 
 from cxr_fast.activations.cache import open_cache
 from cxr_fast.activations.encoder import load_recorded
-from cxr_fast.cli.data import echo_outcome
+from cxr_fast.cli.cache.outcome import echo_outcome
 from cxr_fast.config import SweepSpec
 from cxr_fast.errors import InputError
 from cxr_fast.training.dataset import read

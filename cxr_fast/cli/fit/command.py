@@ -6,22 +6,28 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...config import CacheSpec, SweepSpec
 from ...errors import CxrFastError, InputError
 from ...models import device as cpu
+from ..cache.command import cache, open_cache_work, read_cache_flags, run_cache_work
+from ..cache.reuse import echo_others
 from ..console import echo_notes, show, show_plan, took
-from ..data import cache, open_cache_work, prepare, read_cache_flags, run_cache_work, verify
+from ..data import prepare, verify
 from ..dataset import choose_columns, describe_manifest
-from ..models import export
+from ..models.export import export, take_earlier
 from ..options import PATH, device_option, read_prepared, recipe_option, source_argument, threads_option
 from ..training import open_sweep, read_sweep_flags, run_sweep, show_sweep_plan, sweep
 from .flags import exit_code, part_context, part_options, stage
 from .kept import describe_request, read_kept, write_kept
-from .plan import describe_fit
+from .plan import UNKNOWN, ExportWish, describe_fit, expect_parts
+from .road import Road
+
+if TYPE_CHECKING:
+    from ...grid.points import Point
 
 # Of `cache`, what says how SOURCE is read has no prefix; of `verify`, what is for a cache is left out.
 SOURCE_FLAGS = ("images", "unindexed", "skip_missing", "blank", "uncertain", "split")
@@ -81,9 +87,9 @@ def fit(ctx: click.Context, source: Path, dry_run: bool, **_: Any) -> None:
 
 fit.params += [
     *part_options(prepare, "", "out", "labels_only"),
-    *part_options(cache, "cache", "earlier", *SOURCE_FLAGS),
+    *part_options(cache, "cache", "earlier", "dry_run", *SOURCE_FLAGS),
     *part_options(sweep, "sweep", "out", "name", "earlier", "dry_run"),
-    *part_options(export, "export"),
+    *part_options(export, "export", "earlier"),
     *part_options(verify, "verify", *CACHE_ONLY),
 ]
 
@@ -99,19 +105,31 @@ class FitRequest:
     cache_spec: CacheSpec
     sweep: dict[str, Any]
     sweep_spec: SweepSpec
-    configurations: int
+    points: list[Point]
     before: Any  # the run of --from
-    variants: list[str]
+    export: click.Context
+    road: Road
+
+    @property
+    def wish(self) -> ExportWish:
+        """What will be exported."""
+        flags, spec = self.export.params, self.sweep_spec
+        several = (flags["final"] or spec.final) in ("ensemble", "retrained")
+        return ExportWish(
+            variants=flags["variants"].split(","),
+            films=flags["check"],
+            models=spec.folds if several else 1,
+            views=1 + ((flags["tta"] or spec.train.tta) == "flip"),
+        )
 
 
 def _read_asked(ctx: click.Context) -> FitRequest:
     """The flags of all parts, checked as far as they can be before anything long."""
     from ...grid.points import make_points
-    from ...inference.model_file import split_variants
 
     own = dict(ctx.params)
     with stage(ctx, "cache"):
-        told = part_context(ctx, cache, "cache")
+        told = part_context(ctx, cache, "cache", dry_run=ctx.params["dry_run"])
         cache_flags, cache_spec = read_cache_flags(told, told.params["recipe"], told.params)
     with stage(ctx, "sweep"):
         told = part_context(ctx, sweep, "sweep", cache=None, name=None)
@@ -119,7 +137,7 @@ def _read_asked(ctx: click.Context) -> FitRequest:
         sweep_flags = told.params
         points = make_points(spec.train, sweep_flags["grid"], seed=spec.seed, trials=sweep_flags["trials"])
     with stage(ctx, "export"):
-        variants = split_variants(own["export_variants"])
+        export_flags = _read_export_flags(ctx)
     for part, flags in (("cache", cache_flags), ("sweep", sweep_flags)):
         with stage(ctx, part):
             if not flags["cluster"]:
@@ -133,32 +151,55 @@ def _read_asked(ctx: click.Context) -> FitRequest:
         cache_spec=cache_spec,
         sweep=sweep_flags,
         sweep_spec=spec,
-        configurations=len(points),
+        points=points,
         before=before,
-        variants=variants,
+        export=export_flags,
+        road=Road({}),
     )
+
+
+def _read_export_flags(ctx: click.Context) -> click.Context:
+    """The flags of `export`; where --from names a run with model files, those that are not given are as it exported."""
+    from ...inference.model_file import split_variants
+
+    earlier: Path | None = ctx.params["earlier"]
+    if earlier is not None:
+        earlier = earlier.parent if earlier.name in ("run.json", "plan.json") else earlier
+        earlier = earlier if any(earlier.glob("model.*.onnx")) else None
+    told = part_context(ctx, export, "export", run=None, earlier=earlier)
+    try:
+        take_earlier(told, told.params)
+    except InputError as error:  # of an older version, or exported in several ways
+        echo_notes([f"the export is not as that run's: {error}"])
+    told.params |= {"earlier": None, "variants": ",".join(split_variants(told.params["variants"]))}
+    return told
 
 
 def _make_cache(asked: FitRequest, manifest: Any) -> tuple[Path | None, int]:
     """Show the plan and make the cache; where it is (None after --dry-run without one), and 1 where films failed."""
-    ctx, flags = asked.ctx, asked.cache
+    ctx, flags, spec, points = asked.ctx, asked.cache, asked.sweep_spec, asked.points
     with stage(ctx, "cache", "2 of 5"), open_cache_work(manifest, flags["out"], asked.cache_spec, flags) as work:
         path: Path = work.job.out
+        with stage(ctx, "sweep"):
+            device = None if asked.sweep["cluster"] else asked.sweep["device"]
+            asked.road.expected |= expect_parts(work, spec, points, device, asked.wish).expected
         click.echo()
-        show_plan(describe_fit(work, asked.sweep_spec, asked.configurations, asked.out, asked.variants))
+        show_plan(describe_fit(work, spec, points, asked.out, asked.wish, asked.road))
+        echo_others(ctx, work, "--cache-reuse")
         if ctx.params["dry_run"]:
             return (path if path.exists() else None), 0
         click.echo("\ncache, 2 of 5")
-        return path, exit_code(lambda: run_cache_work(work))
+        with stage(ctx, "cache", "2 of 5", asked.road):
+            return path, exit_code(lambda: run_cache_work(work))
 
 
 def _make_run(asked: FitRequest, path: Path) -> Path:
     """Train, unless a finished run of these very settings exists; the run folder."""
-    out, overwrite = asked.out, asked.sweep["overwrite"]
+    out, overwrite, road = asked.out, asked.sweep["overwrite"], asked.road
     taken = out is not None and (out / "run.json").is_file()
     click.echo("\nsweep, 3 of 5")
     with (
-        stage(asked.ctx, "sweep", "3 of 5"),
+        stage(asked.ctx, "sweep", "3 of 5", road),
         # A finished run is first compared with what is asked for; it is replaced only by the user's own flag.
         open_sweep(path, out, asked.sweep_spec, asked.sweep | {"overwrite": overwrite or taken}) as job,
     ):
@@ -169,7 +210,10 @@ def _make_run(asked: FitRequest, path: Path) -> Path:
         if taken and not overwrite:
             raise InputError(f"--out: {out} is a run of other settings or films; give another --out, or --overwrite.")
         plan = show_sweep_plan(job, asked.sweep["recipe"], asked.before)
+        road.expected["sweep"] = plan.seconds
+        click.echo(f"from here on: {'at most ' if plan.resumed else ''}{road.describe()}; {UNKNOWN}")
         if not asked.ctx.params["dry_run"]:
+            road.begin("sweep")
             run_sweep(job, plan, asked.sweep)
         made: Path = job.out
         return made
@@ -179,8 +223,9 @@ def _make_models(asked: FitRequest, run: Path) -> tuple[Path, int]:
     """Export and verify, unless files of these very settings exist and verify; where they are, and the exit code."""
     from ...report.writer import write_report
 
-    ctx, where = asked.ctx, asked.ctx.params["export_out"] or run
-    told = part_context(ctx, export, "export", run=run, out=where)
+    ctx, told = asked.ctx, asked.export
+    where = ctx.params["export_out"] or run
+    told.params |= {"run": run, "out": where}
     request = describe_request(run, told.params)
     known = read_kept(run, request)
     if known is not None:
@@ -189,7 +234,7 @@ def _make_models(asked: FitRequest, run: Path) -> tuple[Path, int]:
             return where, known
         click.echo("they are not as they were written, and are exported again")
     click.echo("\nexport, 4 of 5")
-    with stage(ctx, "export", "4 of 5"):
+    with stage(ctx, "export", "4 of 5", asked.road):
         code = exit_code(lambda: export.invoke(told))
     files = [where] if where.suffix == ".onnx" else sorted(where.glob("model.*.onnx"))
     write_report(run)
@@ -203,7 +248,7 @@ def _verify(asked: FitRequest, where: Path) -> int:
     unused = dict.fromkeys(CACHE_ONLY)
     told = part_context(asked.ctx, verify, "verify", file=where, **unused)
     try:
-        with stage(asked.ctx, "verify", "5 of 5"):
+        with stage(asked.ctx, "verify", "5 of 5", asked.road):
             return exit_code(lambda: verify.invoke(told))
     except CxrFastError as error:
         click.echo(f"error: {error}", err=True)

@@ -1,28 +1,76 @@
-"""What a fit will do, before anything long: films, encoder, cache, folds, files, and the disk that they need."""
+"""What a fit will do, before anything long: films, encoder, cache, folds, files, the time and disk that they need."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config import SweepSpec
-from ...system.text import gigabytes
+from ...models import device as cpu
+from ...system.text import duration, gigabytes
 from ..dataset import describe_cache_plan
+from .road import Road
+
+if TYPE_CHECKING:
+    from ...grid.points import Point
 
 # Bytes of run and model files for each parameter of the tower: float32 in the run folder, then float32, float16 and
 # int8 files. Of a trained parameter: float32 in each saved model, with two moments of AdamW while it is trained.
 TOWER, TRAINED, MOMENTS = 4 + 4 + 2 + 1, 4, 8
 PAGES = 8 << 20  # report and pictures; 550 films and 14 classes took 6 MB
+UNKNOWN = (
+    "not counted, since not known before: figures and report after the training, and matrices that int8 leaves in float"
+)
 
 
-def describe_fit(work: Any, spec: SweepSpec, configurations: int, out: Path | None, variants: Sequence[str]) -> str:
-    """The plan of a fit, a line for each part."""
+@dataclass(frozen=True, kw_only=True)
+class ExportWish:
+    """What a fit exports: variants, films to check on, members of the final model, and views that it answers for."""
+
+    variants: Sequence[str]
+    films: int
+    models: int
+    views: int
+
+
+def expect_parts(work: Any, spec: SweepSpec, points: Sequence[Point], device: str | None, wish: ExportWish) -> Road:
+    """Expect how long each part takes, from a few timed calls; of a sweep only where there is no whole cache yet.
+
+    `device` is where folds are trained, None for a cluster, whose time is unknown.
+    """
+    from ...export.expected_time import expect_export
+    from ...training.expected_time import expect_before_cache
+
+    job, road = work.job, Road({"cache": work.plan.seconds})
+    if device is not None and not is_whole(work):
+        trains = [point.train for point in points]
+        road.expected["sweep"] = expect_before_cache(job, spec, trains, cpu.pick_device(device))
+    films = min(wish.films, len(job.manifest))
+    times = expect_export(job.backbone, wish.variants, films, models=wish.models, views=wish.views)
+    road.expected |= {"export": times.export, "verify": times.verify}
+    return road
+
+
+def is_whole(work: Any) -> bool:
+    """Whether the cache is there and holds every image, so that a sweep can be planned from it."""
+    return bool(work.job.out.exists() and work.plan.rows_done >= work.plan.images and not work.plan.rows_dropped)
+
+
+def describe_fit(
+    work: Any, spec: SweepSpec, points: Sequence[Point], out: Path | None, wish: ExportWish, road: Road
+) -> str:
+    """The plan of a fit, a line for each part, then what all of it needs."""
     job = work.job
     manifest = job.manifest
-    many = f"{configurations:,} configurations, " if configurations > 1 else ""
-    known = "its plan follows" if job.out.exists() else "expected time unknown until the cache exists"
+    many = f"{len(points):,} configurations, " if len(points) > 1 else ""
+    whole, times = is_whole(work), {part: _time(seconds) for part, seconds in road.expected.items()}
+    known = "its plan follows" if whole else f"{times['sweep']}, timed on made-up activations"
+    if math.isnan(road.expected["sweep"]) and not whole:
+        known = "expected time unknown: a cluster trains"
     named = out or Path("exports") / job.out.stem
     random = ", RANDOM weights" if job.backbone.random else ""
     need, free = expected_size(work, spec), free_beside(named)
@@ -33,11 +81,17 @@ def describe_fit(work: Any, spec: SweepSpec, configurations: int, out: Path | No
         f"cache: encoder {job.spec.weights}{random}; {describe_cache_plan(work.plan, manifest, job.out, work.shards)}",
         f"sweep: {many}{spec.folds} folds, epochs {','.join(map(str, spec.epochs))} -> {named}"
         f"{'' if out else ' or the next free name'}; {known}",
-        f"export: {', '.join(variants)}, then verify",
+        f"export: {', '.join(wish.variants)}; {times['export']}",
+        f"verify: {times['verify']}",
         f"disk: cache {gigabytes(work.plan.bytes_needed)}, run and model files about {gigabytes(need)} "
         f"({gigabytes(free)} free){short}",
+        *([] if whole else [f"in all: {road.describe()}; {UNKNOWN}"]),
     ]
     return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"expected time {duration(seconds)}"
 
 
 def expected_size(work: Any, spec: SweepSpec) -> int:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ..config import JPEG_95
-from ..inference.shift.reference import point_digest, summarise_holdout
-from ..metrics import calibration, drift
-from ..metrics.drift import Drift, Yardstick
-from ..training import predictions
-from ..training.run_folder import Run, clean
-from ..unlikeness.reference import LIMITS
-from .parity import Checks, OpenFile, Parity
+from ...config import JPEG_95
+from ...inference.shift.reference import point_digest, summarise_holdout
+from ...metrics import calibration, drift
+from ...metrics.drift import Drift, Yardstick
+from ...training import predictions
+from ...training.run_folder import Run, clean
+from ...unlikeness.reference import LIMITS
+from ..parity import Checks, OpenFile, Parity
 
 LIMIT = 1e-5  # of a float32 file, in probability
 

@@ -1,0 +1,1 @@
+"""The commands on trained models: export, predict, explain, push."""

@@ -1,0 +1,1 @@
+"""Entries of a model file that an export writes: how it was asked for, and what was measured on films."""
