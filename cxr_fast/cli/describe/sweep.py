@@ -12,6 +12,7 @@ from ...system.text import duration, gigabytes, number
 from ..console import Part
 
 HOUR = 3600  # seconds
+GRID_ROWS = 20  # configurations printed; a page and a file have all
 
 
 def describe_plan(plan: Any, spec: SweepSpec) -> str:
@@ -71,7 +72,7 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
 
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if len(run["grid"]) > 1:
-        parts += [grid_tables.grid_table(run, 4), ""]
+        parts += [grid_tables.grid_table(run, 4, most=GRID_ROWS), ""]
     if run.get("seeds"):
         parts += [grid_tables.seed_table(run, 4), ""]
     goal = describe_target(run["spec"]["threshold_target"])

@@ -31,12 +31,16 @@ SEEDS = (
 )
 
 
-def grid_table(run: Record, digits: int = 3) -> Table:
-    """Every configuration of the grid, best first; one row where there was no grid."""
+def grid_table(run: Record, digits: int = 3, *, most: int | None = None) -> Table:
+    """The configurations of the grid, best first, at most `most`; one row where there was no grid."""
     first = run["grid"][0]
     fields = searched_fields(run)
     maps = [name for name in GRID_MAPS if name in first]  # runs of earlier versions have none
     of = {name: f"{name.removesuffix('_map')} mAP ({first[name.replace('map', 'classes')]})" for name in maps}
+    shown = [row for place, row in enumerate(run["grid"]) if most is None or place < most or row["chosen"]]
+    notes = [RARITY] if maps else []
+    if hidden := len(run["grid"]) - len(shown):
+        notes.append(f"{hidden:,} more are in grid.csv and on the page.")
     return Table(
         title="Configurations, by validation AUC",
         columns=["configuration", *fields, "epochs", "mean AUC", "std", *of.values(), "time"],
@@ -50,10 +54,10 @@ def grid_table(run: Record, digits: int = 3) -> Table:
                 *(Figure(value=row[name], digits=digits) for name in maps),
                 Label(text=duration(row["seconds"], tenths=True), value=row["seconds"]),
             ]
-            for row in run["grid"]
+            for row in shown
         ],
-        notes=[RARITY] if maps else [],
-        chosen=[place for place, row in enumerate(run["grid"]) if row["chosen"]],
+        notes=notes,
+        chosen=[place for place, row in enumerate(shown) if row["chosen"]],
         sortable=True,
     )
 

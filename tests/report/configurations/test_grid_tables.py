@@ -35,3 +35,13 @@ def test_a_table_over_seeds_has_a_row_for_each_point() -> None:
 def test_the_points_of_a_plan_are_numbered_from_one() -> None:
     table = grid_tables.points_table(make_points(TrainSpec(), ["lr=1e-5,2e-5", "head_lr=none"]))
     assert list(table.texts()) == [["1", "1e-05", "None"], ["2", "2e-05", "None"]]
+
+
+def test_a_long_grid_shows_the_best_and_the_chosen_and_says_where_the_others_are() -> None:
+    values = {"epochs": 8, "std_auc": 0.1, "seconds": 75}
+    rows = [{"config": k, "lr": 0.1, "mean_auc": 0.7, **values, "chosen": k == 7} for k in range(9)]
+    table = grid_tables.grid_table({"grid": rows}, most=3)
+    assert [row[0] for row in table.texts()] == ["1", "2", "3", "8"]
+    assert table.chosen == [3]
+    assert table.notes == ["5 more are in grid.csv and on the page."]
+    assert len(grid_tables.grid_table({"grid": rows}).rows) == 9
