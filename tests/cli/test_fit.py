@@ -92,8 +92,9 @@ def test_the_same_again_keeps_what_is_done(desk: Any, monkeypatch: pytest.Monkey
     assert [path.name for path in (folder / "exports").iterdir()] == [run.name]
     # The settings of the run are those that --from takes; nothing is left to do.
     source = words[1]
-    same = call("fit", source, "--from", f"exports/{run.name}", *prefixed("export", EXPORT), *USUAL)
+    same = call("fit", source, "--from", f"exports/{run.name}", *USUAL)
     assert "finished run of the same settings and films: kept" in same.output
+    assert "export, 4 of 5: files of the same settings exist" in same.output
     assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
     # The same folder for other settings is refused, with fit's own flag.
     other = call(*words, "--out", f"exports/{run.name}", "--sweep-seed", "1")
