@@ -86,7 +86,7 @@ def unknown_times(configurations: int, epochs: int, folds: int, *, refit: bool, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageCounts:
+class FoldSizes:
     """Images of a search: that a fold trains on and is scored on (means over folds), of all folds, and of all."""
 
     trained: float
@@ -95,12 +95,12 @@ class ImageCounts:
     all: float
 
 
-def count_images(search: Search) -> ImageCounts:
+def count_images(search: Search) -> FoldSizes:
     """Count the images of a search by its data."""
     spec, data = search.spec, search.data
     trained, scored = (np.mean([len(part(k)) for k in range(spec.folds)]) for part in (data.train, data.valid))
     folds = float((data.assignment >= 0).sum())
-    return ImageCounts(trained=float(trained), scored=float(scored), folds=folds, all=len(data.rows))
+    return FoldSizes(trained=float(trained), scored=float(scored), folds=folds, all=len(data.rows))
 
 
 def expect(
@@ -109,7 +109,7 @@ def expect(
     *,
     at_once: int | None,
     refit: bool,
-    counts: ImageCounts | None = None,
+    counts: FoldSizes | None = None,
 ) -> EpochTimes:
     """Time a few steps for each number of trained blocks, on throw-away folds.
 
@@ -264,7 +264,7 @@ def expect_before_cache(job: CacheJob, spec: SweepSpec, trains: Sequence[TrainSp
     search = MadeUpSearch(job, spec, trains, device)
     held = expect_holdout(job.manifest, spec)
     folds = len(job.manifest) - held
-    counts = ImageCounts(
+    counts = FoldSizes(
         trained=folds * (1 - 1 / spec.folds), scored=folds / spec.folds, folds=folds, all=len(job.manifest)
     )
     times = expect(search, trains, at_once=None, refit=held > 0 or spec.final == "refit", counts=counts)

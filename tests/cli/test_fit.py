@@ -150,6 +150,26 @@ def test_the_time_left_is_of_all_parts(desk: Any) -> None:
     assert "not counted" in line
 
 
+def test_a_cache_that_is_there_is_planned_from(
+    phantoms: Path, lively_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every film of it is sound, so that nothing is left to encode."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["fit", phantoms, *flags(lively_weights)]
+    clustered = call(*asked, "--dry-run", "--sweep-cluster", "auto")
+    assert clustered.exit_code == 0, clustered.output
+    assert "; expected time unknown: a cluster trains" in clustered.output
+    assert re.search(r"^in all: about [\dhmins ]+ without the sweep; ", clustered.output, re.MULTILINE)
+    assert call("cache", phantoms, "--weights", lively_weights, *USUAL).exit_code == 0
+    planned = call(*asked, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    plan = {line.partition(":")[0]: line for line in planned.output.splitlines()}
+    assert plan["sweep"].endswith("; its plan follows")
+    assert "in all" not in plan
+    assert "expected time" in planned.output.partition("sweep, 3 of 5")[2]
+    assert plan["from here on"].startswith("from here on: about ")
+
+
 def test_what_a_cache_will_not_hold_is_found_before_it_is_made(
     toy_data: Path, lively_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
