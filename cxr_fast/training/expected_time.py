@@ -118,7 +118,7 @@ def unknown_times(configurations: int, epochs: int, folds: int, *, refit: bool, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class FoldSizes:
     """Images of a search: that a fold trains on and is scored on (means over folds), of all folds, and of all."""
 
     trained: float
@@ -127,12 +127,12 @@ class Counts:
     all: float
 
 
-def count_images(search: Search) -> Counts:
+def count_images(search: Search) -> FoldSizes:
     """Count the images of a search by its data."""
     spec, data = search.spec, search.data
     trained, scored = (np.mean([len(part(k)) for k in range(spec.folds)]) for part in (data.train, data.valid))
     folds = float((data.assignment >= 0).sum())
-    return Counts(trained=float(trained), scored=float(scored), folds=folds, all=len(data.rows))
+    return FoldSizes(trained=float(trained), scored=float(scored), folds=folds, all=len(data.rows))
 
 
 def expect(
@@ -141,7 +141,7 @@ def expect(
     *,
     at_once: int | None,
     refit: bool,
-    counts: Counts | None = None,
+    counts: FoldSizes | None = None,
 ) -> EpochTimes:
     """Time a few steps for each number of trained blocks, on throw-away folds.
 
@@ -296,7 +296,9 @@ def expect_before_cache(job: CacheJob, spec: SweepSpec, trains: Sequence[TrainSp
     search = MadeUpSearch(job, spec, trains, device)
     held = expect_holdout(job.manifest, spec)
     folds = len(job.manifest) - held
-    counts = Counts(trained=folds * (1 - 1 / spec.folds), scored=folds / spec.folds, folds=folds, all=len(job.manifest))
+    counts = FoldSizes(
+        trained=folds * (1 - 1 / spec.folds), scored=folds / spec.folds, folds=folds, all=len(job.manifest)
+    )
     times = expect(search, trains, at_once=None, refit=held > 0 or spec.final == "refit", counts=counts)
     frozen = max(search.frozen_seconds(train) for train in trains)
     return times.total + frozen * len(job.manifest) * search.activations.views

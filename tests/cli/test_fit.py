@@ -92,8 +92,9 @@ def test_the_same_again_keeps_what_is_done(desk: Any, monkeypatch: pytest.Monkey
     assert [path.name for path in (folder / "exports").iterdir()] == [run.name]
     # The settings of the run are those that --from takes; nothing is left to do.
     source = words[1]
-    same = call("fit", source, "--from", f"exports/{run.name}", *prefixed("export", EXPORT), *USUAL)
+    same = call("fit", source, "--from", f"exports/{run.name}", *USUAL)
     assert "finished run of the same settings and films: kept" in same.output
+    assert "export, 4 of 5: files of the same settings exist" in same.output
     assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
     # The same folder for other settings is refused, with fit's own flag.
     other = call(*words, "--out", f"exports/{run.name}", "--sweep-seed", "1")
@@ -147,6 +148,26 @@ def test_the_time_left_is_of_all_parts(desk: Any) -> None:
     assert all(re.search(r", about [\dhmins ]+ of all$", line) for line in lines), lines
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("from here on: about ")]
     assert "not counted" in line
+
+
+def test_a_cache_that_is_there_is_planned_from(
+    phantoms: Path, lively_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every film of it is sound, so that nothing is left to encode."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["fit", phantoms, *flags(lively_weights)]
+    clustered = call(*asked, "--dry-run", "--sweep-cluster", "auto")
+    assert clustered.exit_code == 0, clustered.output
+    assert "; expected time unknown: a cluster trains" in clustered.output
+    assert re.search(r"^in all: about [\dhmins ]+ without the sweep; ", clustered.output, re.MULTILINE)
+    assert call("cache", phantoms, "--weights", lively_weights, *USUAL).exit_code == 0
+    planned = call(*asked, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    plan = {line.partition(":")[0]: line for line in planned.output.splitlines()}
+    assert plan["sweep"].endswith("; its plan follows")
+    assert "in all" not in plan
+    assert "expected time" in planned.output.partition("sweep, 3 of 5")[2]
+    assert plan["from here on"].startswith("from here on: about ")
 
 
 def test_what_a_cache_will_not_hold_is_found_before_it_is_made(

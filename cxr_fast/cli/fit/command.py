@@ -180,6 +180,7 @@ def _make_cache(asked: FitRequest, manifest: Any) -> tuple[Path | None, int]:
     ctx, flags, spec, points = asked.ctx, asked.cache, asked.sweep_spec, asked.points
     with stage(ctx, "cache", "2 of 5"), open_cache_work(manifest, flags["out"], asked.cache_spec, flags) as work:
         path: Path = work.job.out
+        click.echo("timing a few calls of each part, for the plan", err=True)
         with stage(ctx, "sweep"):
             device = None if asked.sweep["cluster"] else asked.sweep["device"]
             asked.road.expected |= expect_parts(work, spec, points, device, asked.wish).expected

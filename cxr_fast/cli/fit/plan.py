@@ -67,10 +67,13 @@ def describe_fit(
     job = work.job
     manifest = job.manifest
     many = f"{len(points):,} configurations, " if len(points) > 1 else ""
-    whole, times = is_whole(work), {part: _time(seconds) for part, seconds in road.expected.items()}
-    known = "its plan follows" if whole else f"{times['sweep']}, timed on made-up activations"
-    if math.isnan(road.expected["sweep"]) and not whole:
+    whole, seconds = is_whole(work), road.expected
+    if whole:
+        known = "its plan follows"
+    elif math.isnan(seconds["sweep"]):
         known = "expected time unknown: a cluster trains"
+    else:
+        known = f"expected time {duration(seconds['sweep'])}, timed on made-up activations"
     named = out or Path("exports") / job.out.stem
     random = ", RANDOM weights" if job.backbone.random else ""
     need, free = expected_size(work, spec), free_beside(named)
@@ -81,17 +84,13 @@ def describe_fit(
         f"cache: encoder {job.spec.weights}{random}; {describe_cache_plan(work.plan, manifest, job.out, work.shards)}",
         f"sweep: {many}{spec.folds} folds, epochs {','.join(map(str, spec.epochs))} -> {named}"
         f"{'' if out else ' or the next free name'}; {known}",
-        f"export: {', '.join(wish.variants)}; {times['export']}",
-        f"verify: {times['verify']}",
+        f"export: {', '.join(wish.variants)}; expected time {duration(seconds['export'])}",
+        f"verify: expected time {duration(seconds['verify'])}",
         f"disk: cache {gigabytes(work.plan.bytes_needed)}, run and model files about {gigabytes(need)} "
         f"({gigabytes(free)} free){short}",
         *([] if whole else [f"in all: {road.describe()}; {UNKNOWN}"]),
     ]
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    return f"expected time {duration(seconds)}"
 
 
 def expected_size(work: Any, spec: SweepSpec) -> int:

@@ -19,7 +19,7 @@ from cxr_fast.grid.points import Point
 from cxr_fast.training.configurations.choose import choose_configuration
 from cxr_fast.training.configurations.tables import seed_table
 from cxr_fast.training.search import Trained
-from cxr_fast.training.sweep import Sweep
+from cxr_fast.training.sweep import SweepJob
 
 SPEC = SweepSpec(epochs=(1, 2), folds=2, train=TrainSpec(lr=1e-3, batch_size=4, train_blocks=0))
 FLAGS = ("lr=1e-3,1e-4", "seed=0..2")
@@ -72,7 +72,7 @@ def table(run: Path, name: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def seeds(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("seeds") / "run"
-    Sweep(toy_cache, out, SPEC, SweepOptions(grid=FLAGS, device="cpu")).run()
+    SweepJob(toy_cache, out, SPEC, SweepOptions(grid=FLAGS, device="cpu")).run()
     return out
 
 
@@ -85,7 +85,7 @@ def test_every_seed_has_folds_of_its_own_and_the_same_hold_out(seeds: Path, toy_
     for one in folds:  # no group in two folds
         pairs = set(zip(saved["group"].tolist(), one.tolist(), strict=True))
         assert len(pairs) == len(set(saved["group"].tolist()))
-    Sweep(toy_cache, tmp_path / "alone", SPEC, SweepOptions(device="cpu")).run()
+    SweepJob(toy_cache, tmp_path / "alone", SPEC, SweepOptions(device="cpu")).run()
     np.testing.assert_array_equal(folds[0], arrays(tmp_path / "alone")["fold"])
 
 
@@ -148,8 +148,8 @@ def test_a_sweep_over_seeds_goes_on_where_it_stopped(seeds: Path, toy_cache: Pat
 
     options = SweepOptions(grid=FLAGS, device="cpu")
     with pytest.raises(Interrupted):
-        Sweep(toy_cache, tmp_path / "run", SPEC, options).run(stop_there)
-    Sweep(toy_cache, tmp_path / "run", SPEC, options).run()
+        SweepJob(toy_cache, tmp_path / "run", SPEC, options).run(stop_there)
+    SweepJob(toy_cache, tmp_path / "run", SPEC, options).run()
     one, two = arrays(seeds), arrays(tmp_path / "run")
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
     one, two = arrays(seeds, "grid.npz"), arrays(tmp_path / "run", "grid.npz")
@@ -158,7 +158,7 @@ def test_a_sweep_over_seeds_goes_on_where_it_stopped(seeds: Path, toy_cache: Pat
 
 def test_a_refit_takes_the_budget_and_the_rates_of_the_seed_that_is_kept(toy_cache: Path, tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, final="refit")
-    run = Sweep(toy_cache, tmp_path / "run", spec, SweepOptions(grid=FLAGS[1:], device="cpu")).run()
+    run = SweepJob(toy_cache, tmp_path / "run", spec, SweepOptions(grid=FLAGS[1:], device="cpu")).run()
     assert run["final"]["members"] == ["refit"]
     assert run["config"] == 0
     assert run["chosen"]["epochs"] == run["seeds"][0]["epochs"]
@@ -175,4 +175,4 @@ def test_a_seed_whose_folds_cannot_be_scored_is_named(toy_cache: Path, monkeypat
 
     monkeypatch.setattr(search, "redraw_folds", one_class)
     with pytest.raises(InputError, match=r"^--grid seed=1: fold 1: none of the "):
-        Sweep(toy_cache, "unused", SPEC, SweepOptions(grid=("seed=0,1",), device="cpu"))
+        SweepJob(toy_cache, "unused", SPEC, SweepOptions(grid=("seed=0,1",), device="cpu"))
