@@ -31,7 +31,7 @@ TEXTS = (
     (r"(\d+ h )?(\d+ min )?\b\d+(\.\d+)? ?(s|ms|min)\b", "<time>"),
 )
 # What is no result: locks, files without their final name, files set aside, and SQLite's log.
-UNFINISHED = re.compile(r"(\.partial(\.\d+)?(\.new)?|\.lock|\.new|\.reuse\d+|\.old\.\d+|\.resume|\.resume-(wal|journal))$")
+UNFINISHED = re.compile(r"(\.partial(\.\d+)?|\.lock|\.new|\.reuse\d+|\.old\.\d+|\.resume|-wal|-journal)$")
 LEFT = re.compile(r"(\.partial(\.\d+)?|\.lock|\.new|\.reuse\d+|\.old\.\d+|-wal|-journal)$")
 
 
@@ -105,10 +105,12 @@ def of_onnx(path: Path) -> Any:
     import onnx
 
     model = onnx.load(path)
-    says = {entry.key: without_times(json.loads(entry.value), TIMES | FILE_HASHES) for entry in model.metadata_props}
+    says = {entry.key.removeprefix("cxr."): json.loads(entry.value) for entry in model.metadata_props}
     del model.metadata_props[:]
     onnx.checker.check_model(model)
-    return says, hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return without_times(says, TIMES | FILE_HASHES), hashlib.sha256(
+        model.SerializeToString(deterministic=True)
+    ).hexdigest()
 
 
 def of_sqlite(path: Path) -> Any:

@@ -207,6 +207,13 @@ class Disk:
                 left.append(naming)
         self.pending = left
 
+    def names_unseen(self, out: Path) -> Iterator[Record]:
+        """Records for files of the real folder that have a name here unknown: a rename without libc gave it to them."""
+        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+            folder, name = self.find(str(path))
+            if name not in folder.names and path.stat().st_ino in self.inodes:
+                yield Record("open", 0, -1, 0, EXISTED, (str(path),), b"", path.stat().st_ino)
+
     # What is left.
 
     def write_live(self, out: Path) -> None:

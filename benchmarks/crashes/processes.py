@@ -27,8 +27,8 @@ os.sched_setaffinity(0, [cores[os.getpid() % len(cores)]])  # one core: the pack
 for name in ("numpy", "h5py", "scipy.stats", "sklearn.metrics", "sklearn.covariance", "matplotlib.figure", "onnx",
              "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "open_clip.timm_model", "torch",
              "safetensors.torch", "PIL.Image", "cxr_fast.cli.main", "cxr_fast.training.sweep",
-             "cxr_fast.activations.build", "cxr_fast.report.writer", "cxr_fast.review.writer", "cxr_fast.inference.batch",
-             "cxr_fast.external.writer", "cxr_fast.export.variants"):
+             "cxr_fast.activations.build", "cxr_fast.report.writer", "cxr_fast.review.writer",
+             "cxr_fast.inference.batch", "cxr_fast.external.writer", "cxr_fast.export.variants"):
     importlib.import_module(name)
 from PIL import Image
 from cxr_fast.report import charts
@@ -113,7 +113,7 @@ class Commands:
     """
 
     def __init__(self, folder: Path, said: Path, recorder: Path | None = None) -> None:
-        self.folder, self.said = folder, said
+        self.folder, self.said, self.records = folder, said, recorder is not None
         one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         plain = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1", "PYTHONHASHSEED": "0", "ORT_DISABLE_TELEMETRY": "1"}
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))

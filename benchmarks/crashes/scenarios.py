@@ -10,7 +10,8 @@ from pathlib import Path
 from .processes import Commands
 
 TOY = "random:0:test_vit"
-SWEEP = ("--folds", "3", "--epochs", "2,4", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu")
+SWEEP = ("--folds", "3", "--epochs", "2,4", "--batch-size", "4", "--device", "cpu")
+RATE = ("--lr", "1e-3")
 EVERY = 0.1  # seconds between two looks of `predict --watch`
 
 
@@ -56,16 +57,31 @@ def _predict(name: str, end: str, *more: str, watch: int = 0) -> Scenario:
     )
 
 
-CACHE = ("cache", "{in}/data", "--weights", TOY, "--batch-size", "4", "--workers", "1", "--threads", "1", "--device", "cpu")
+CACHE = (
+    "cache",
+    "{in}/data",
+    "--weights",
+    TOY,
+    "--batch-size",
+    "4",
+    "--workers",
+    "1",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+)
 ALL = (
     Scenario(name="cache", words=(*CACHE, "--out", "{out}/toy.h5")),
     Scenario(name="cache of changed films", words=(*CACHE, "--out", "{out}/toy.h5"), start="older"),
     Scenario(name="cache --shards 3", words=(*CACHE, "--out", "{out}/toy.shards.json", "--shards", "3")),
-    Scenario(name="cache, 3 shards to 2", words=(*CACHE, "--out", "{out}/toy.shards.json", "--shards", "2"), start="sharded"),
-    _sweep("sweep, head alone", "head.h5"),
-    _sweep("sweep, one block", "toy.h5", "--train-blocks", "1"),
+    Scenario(
+        name="cache, 3 shards to 2", words=(*CACHE, "--out", "{out}/toy.shards.json", "--shards", "2"), start="sharded"
+    ),
+    _sweep("sweep, head alone", "head.h5", *RATE),
+    _sweep("sweep, one block", "toy.h5", "--train-blocks", "1", *RATE),
     _sweep("sweep --grid", "head.h5", "--grid", "lr=1e-3,1e-2"),
-    _sweep("sweep --final refit --retrain-head", "toy.h5", "--final", "refit", "--retrain-head", "balanced"),
+    _sweep("sweep --final refit --retrain-head", "toy.h5", *RATE, "--final", "refit", "--retrain-head", "balanced"),
     _predict("predict to CSV", "csv", "--decide"),
     _predict("predict to Parquet, studies", "parquet", "--study-pool", "mean"),
     _predict("predict to JSON lines", "jsonl"),
@@ -113,7 +129,7 @@ def make_inputs(commands: Commands, folder: Path, say: OnStep) -> None:
     (folder / "sharded").mkdir()
     run(*inputs, "--out", folder / "sharded" / "toy.shards.json", "--shards", 3)
     run(*inputs, "--out", folder / "head.h5", "--unfreeze-blocks", 0)
-    run("sweep", folder / "toy.h5", "--out", folder / "run", *SWEEP)
+    run("sweep", folder / "toy.h5", "--out", folder / "run", *SWEEP, *RATE)
     (folder / "reviewed").mkdir()
     shutil.copytree(folder / "run", folder / "reviewed" / "run")
     run("export", folder / "run", "--variants", "fp32", "--check", 8)

@@ -81,6 +81,7 @@ def create(path: Path, header: Header) -> None:
             _write_header(file, header)
         reserve_space(scratch)
         os.replace(scratch, target)
+        sync_folder(target.parent)
     except OSError as error:
         raise InputError(f"--out: cannot write {target}: {error.strerror or error}.") from error
     finally:
@@ -217,6 +218,8 @@ def reopen(path: Path) -> None:
     try:
         # Under the lock: whoever opened the file and waits for its turn sees afterwards that the name is gone.
         os.replace(path, partial_path(path))
+        # Before any row is marked as missing: a power cut may keep that mark and bring the final name back.
+        sync_folder(path.parent)
     finally:
         os.close(fd)
 

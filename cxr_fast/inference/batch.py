@@ -384,7 +384,7 @@ def _image_row(result: Result) -> Row:
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Open a file that appears when it is whole and on the disk; what a kill left of it is written over."""
-    return atomic(path, "--out", sync=True, locked=True)
+    return atomic(path, "--out", locked=True)
 
 
 @contextlib.contextmanager

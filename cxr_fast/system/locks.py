@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
-from .files import disk_reason, remove_empty
+from .files import disk_reason, make_folder, remove_empty
 
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -71,7 +71,7 @@ class FileLock:
         try:
             for folder in reversed(self.path.absolute().parents):
                 if not folder.is_dir():
-                    folder.mkdir(exist_ok=True)
+                    make_folder(folder)
                     self._made.append(folder)
             while self._fd < 0:
                 self._fd = self._try()
