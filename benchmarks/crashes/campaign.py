@@ -7,6 +7,7 @@ its exit code: every result is still there, with no further run.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -30,10 +31,12 @@ WAIT = 120  # seconds for `predict --watch` to write its table
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What an undisturbed run leaves, by name; what was there before it; its time and its recorded changes."""
+    """What an undisturbed run leaves, by name; all that a name stood for on the way, and before it; its time and its
+    recorded changes."""
 
     results: dict[str, str]
     before: dict[str, str]
+    whole: dict[str, set[str]]
     seconds: float
     records: list[Record]
     changes: int
@@ -95,11 +98,36 @@ class Bench:
             if record:
                 records = read_log(self.log)
                 self._prove_record(records)
+                whole = self._all_named(records)
             found.append(contents.results(self.out))
         if differ := describe_difference(found[0], found[1]):
             raise SystemExit(f"{self.scenario.name}: two undisturbed runs differ: {differ}")
+        for some in (before, found[0]):
+            for name, value in some.items():
+                whole.setdefault(name, set()).add(value)
         changes = sum(record.kind in CHANGES for record in records)
-        return Reference(results=found[0], before=before, seconds=min(times), records=records, changes=changes)
+        return Reference(
+            results=found[0], before=before, whole=whole, seconds=min(times), records=records, changes=changes
+        )
+
+    def _all_named(self, records: list[Record]) -> dict[str, set[str]]:
+        """The digests of everything that got a final name in a recorded run: some files are written twice."""
+        found: dict[str, set[str]] = {}
+        kept, one = self.out.with_name("kept"), self.out.with_name("one")
+        shutil.move(self.out, kept)
+        self.scenario.begin(self.inputs, self.out)
+        disk = Disk(self.out)
+        for record in records:
+            disk.play(record)
+            if record.kind == "rename" and not contents.is_unfinished(os.path.relpath(record.paths[1], self.out)):
+                shutil.rmtree(one, ignore_errors=True)
+                for path in disk.write_part(record.paths[1], one):
+                    name = os.path.join(os.path.relpath(record.paths[1], self.out), path.relative_to(one).as_posix())
+                    found.setdefault(os.path.normpath(name), set()).add(contents.digest(path, os.path.basename(name)))
+        shutil.rmtree(one, ignore_errors=True)
+        shutil.rmtree(self.out)
+        shutil.move(kept, self.out)
+        return found
 
     def _prove_record(self, records: list[Record]) -> None:
         """Play a whole record back: it must give the real folder, or writes were not seen."""
@@ -141,20 +169,18 @@ class Bench:
         found = contents.results(self.out)
         if all(found.get(name) == value for name, value in self.reference.results.items()):
             return RESULTS
-        files = {p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if not p.name.endswith(".lock")}
-        return BEFORE if found == self.reference.before and not self._unfinished(files) else DURING
-
-    def _unfinished(self, names: set[str]) -> bool:
-        return any(contents.UNFINISHED.search(part) for name in names for part in name.split("/"))
+        files = [p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if not p.name.endswith(".lock")]
+        begun = found != self.reference.before or any(map(contents.is_unfinished, files))
+        return DURING if begun else BEFORE
 
     def half(self) -> str:
         """Files with a final name that are neither whole nor as they were before; empty where there are none."""
-        now, whole, before = contents.results(self.out), self.reference.results, self.reference.before
-        wrong = [
-            f"{name} {value if value.startswith('?') else 'has other content'}"
-            for name, value in now.items()
-            if value not in (whole.get(name), before.get(name))
-        ]
+        wrong = []
+        for name, value in contents.results(self.out).items():
+            if value.startswith("?"):
+                wrong.append(f"{name} {value}")
+            elif self.reference.records and value not in self.reference.whole.get(name, ()):
+                wrong.append(f"{name} has other content")
         return "; ".join(wrong[:3])
 
     def lacking(self) -> str:
@@ -231,7 +257,8 @@ class Bench:
         self.finish(tally, about)
 
     def end_trial(self, trial: int, tally: Tally) -> None:
-        """Build the disk after a power cut right after the recorded run has ended; everything must be there."""
+        """Build the disk after a power cut right after the recorded run has ended: everything must be there, and
+        one more run must agree."""
         draw = random.Random(f"{self.seed} {self.scenario.name} end {trial}")
         self.scenario.begin(self.inputs, self.out)
         about: dict[str, Any] = {"trial": trial, "cuts": []}
@@ -240,6 +267,8 @@ class Bench:
         tally.stages[self.stage(-signal.SIGKILL)] += 1
         if wrong := self.lacking():
             tally.wrong.append({**about, "lost": self._plain(wrong)})
+        else:
+            self.finish(tally, about)
 
     def _cut(self, records: list[Record], count: int, draw: random.Random, about: dict[str, Any]) -> None:
         disk, order = self._play(records, count), draw.choice(ORDERS)

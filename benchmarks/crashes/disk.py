@@ -220,6 +220,15 @@ class Disk:
         """Write the files as programs see them: what a kill of the process leaves."""
         write_tree(self.root, out, lambda node: node.names, lambda node: bytes(node.data))
 
+    def write_part(self, path: str, out: Path) -> list[Path]:
+        """Write one file or folder as programs see it; the files."""
+        node = self.at(path)
+        if node.folder:
+            write_tree(node, out, lambda node: node.names, lambda node: bytes(node.data))
+            return [path for path in out.rglob("*") if path.is_file()]
+        out.write_bytes(node.data)
+        return [out]
+
     def write_cut(self, out: Path, order: str, draw: random.Random) -> None:
         """Write files as a power cut may leave them; `order` is one of ORDERS."""
         if order == "ordered":

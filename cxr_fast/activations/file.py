@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..config import PARTIAL, digest
 from ..errors import InputError, SchemaError
-from ..system.files import reserve_space, sync_folder, write_at
+from ..system.files import put_in_place, reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
 from ..system.text import gigabytes
 
@@ -80,8 +80,7 @@ def create(path: Path, header: Header) -> None:
         with h5py.File(scratch, "w") as file:
             _write_header(file, header)
         reserve_space(scratch)
-        os.replace(scratch, target)
-        sync_folder(target.parent)
+        put_in_place(scratch, target)
     except OSError as error:
         raise InputError(f"--out: cannot write {target}: {error.strerror or error}.") from error
     finally:
@@ -191,10 +190,8 @@ class Writer:
     def finish(self) -> None:
         """Flush and give the file its final name; every row must be done or failed."""
         assert (self.state != PENDING).all(), "unfinished rows"
-        os.fsync(self._fd)
         self.close()
-        os.replace(partial_path(self.path), self.path)
-        sync_folder(self.path.parent)
+        put_in_place(partial_path(self.path), self.path)
 
     def close(self) -> None:
         """Close the file and release its lock; done rows stay done."""

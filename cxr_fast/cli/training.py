@@ -12,14 +12,7 @@ from typing import Any
 import click
 
 from ..cluster import connection
-from ..config import (
-    NOTICE,
-    CacheSpec,
-    SweepOptions,
-    SweepSpec,
-    TrainSpec,
-    default,
-)
+from ..config import NOTICE, CacheSpec, SweepOptions, SweepSpec, TrainSpec, default
 from ..errors import InputError
 from ..models import device as cpu
 from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value, sweep_spec
@@ -117,11 +110,17 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
     if before is not None:
         cache, out = cache or before.existing_cache(), out or before.out
     from ..activations.cache import newest
+    from ..report.writer import lacks_report
 
     if cache is None:
         cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
-    with open_sweep(cache, out, spec, flags) as job:
+    left = out is not None and not flags["overwrite"] and lacks_report(out)
+    with open_sweep(cache, out, spec, flags | {"overwrite": flags["overwrite"] or left}) as job:
+        if not flags["overwrite"] and not flags["dry_run"] and _report_finished(job, flags["note"]):
+            return
+        if left:
+            raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
         plan = show_sweep_plan(job, recipe, before, flags["grid"])
         if not flags["dry_run"]:
             run_sweep(job, plan, flags)
@@ -174,6 +173,19 @@ def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
         bar.done()
         _finish(job.out, run, flags["note"])
         loggers.log_run(run, job.out)
+
+
+def _report_finished(job: Any, note: str | None) -> bool:
+    """Finish a run of this very request that only lacks its report; whether there is one."""
+    from ..report.writer import lacks_report
+    from ..training.run_folder import read_info
+
+    found: Path | None = job.find_finished()
+    if found is None or not lacks_report(found):
+        return False
+    click.echo(f"{found} is trained; it lacks its report")
+    _finish(found, read_info(found), note)
+    return True
 
 
 def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:

@@ -353,10 +353,10 @@ def test_any_other_failure_of_a_write_is_not_lost_and_hangs_nothing(
 
 
 def test_a_write_that_fails_leaves_no_scratch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: int) -> None:
+    def refuse(*_: Path) -> None:
         raise FULL
 
-    monkeypatch.setattr(checkpoints.os, "fsync", refuse)
+    monkeypatch.setattr(checkpoints, "put_in_place", refuse)
     with pytest.raises(InputError, match="make room"):
         saved(tmp_path / "run", make())
     assert list((tmp_path / "run.partial" / "states").iterdir()) == []
@@ -434,7 +434,7 @@ class Last:
         if self.saved <= self.whole:
             return False
         if self.part:
-            return name == "fsync" and self.part in os.readlink(f"/proc/self/fd/{arguments[0]}").split("/")
+            return name == "fsync" and self.part in os.readlink(f"/proc/self/fd/{arguments[0]}").split("/")[:-1]
         self.step -= 1
         return self.step < 0
 
