@@ -26,7 +26,7 @@ from .scenarios import Scenario
 MOST_KILLS = 3
 BEFORE, DURING, RESULTS, ENDED = "before anything was written", "during", "results there", "after the end"
 STAGES = (BEFORE, DURING, RESULTS, ENDED)
-WAIT = 120  # seconds for `predict --watch` to write its table
+WAIT = 120  # seconds for the first round of `predict --watch`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +72,12 @@ class Bench:
         """Run the command to its end; its exit code."""
         self.log.unlink(missing_ok=True)
         recording = Recording(root=self.out, log=self.log) if record else None
-        if self.scenario.watch is None:
+        if not self.scenario.watch:
             return self.commands.run(self.arguments, recording)
         self.commands.start(self.arguments, recording)
-        name, rows = self.scenario.watch
-        table, end = self.out / name, time.monotonic() + WAIT
-        about = table.with_suffix(".run.json")  # of this round, written last
-        while time.monotonic() < end and not self.commands.is_over():
-            whole = table.exists() and about.exists() and len(table.read_text().splitlines()) == rows + 1
-            if whole and " ".join(self.commands.text().split()).count(table.name):
+        end = time.monotonic() + WAIT
+        while self.scenario.watch not in self.commands.text():  # each round says so when it has written
+            if time.monotonic() > end or self.commands.is_over():
                 break
             time.sleep(0.02)
         self.commands.kill(signal.SIGTERM)
@@ -113,18 +110,19 @@ class Bench:
     def _all_named(self, records: list[Record]) -> dict[str, set[str]]:
         """The digests of everything that got a final name in a recorded run: some files are written twice."""
         found: dict[str, set[str]] = {}
-        kept, one = self.out.with_name("kept"), self.out.with_name("one")
+        kept, one = self.out.with_name("kept"), self.out.with_name("one") / "part"
         shutil.move(self.out, kept)
         self.scenario.begin(self.inputs, self.out)
         disk = Disk(self.out)
         for record in records:
             disk.play(record)
             if record.kind == "rename" and not contents.is_unfinished(os.path.relpath(record.paths[1], self.out)):
-                shutil.rmtree(one, ignore_errors=True)
+                shutil.rmtree(one.parent, ignore_errors=True)
+                one.parent.mkdir()
                 for path in disk.write_part(record.paths[1], one):
                     name = os.path.join(os.path.relpath(record.paths[1], self.out), path.relative_to(one).as_posix())
                     found.setdefault(os.path.normpath(name), set()).add(contents.digest(path, os.path.basename(name)))
-        shutil.rmtree(one, ignore_errors=True)
+        shutil.rmtree(one.parent, ignore_errors=True)
         shutil.rmtree(self.out)
         shutil.move(kept, self.out)
         return found
@@ -190,7 +188,10 @@ class Bench:
     def finish(self, tally: Tally, about: dict[str, Any]) -> None:
         """Run the command to its end and compare."""
         code = self.run()
-        wrong = f"exit code {code}: {last_line(self.commands.text())}" if code not in self.scenario.codes else ""
+        refused = code == 2 and self.scenario.refusal and self.scenario.refusal in self.commands.text()
+        wrong = ""
+        if not refused and code not in self.scenario.codes:
+            wrong = f"exit code {code}: {last_line(self.commands.text())}"
         if wrong := wrong or self.lacking():
             tally.wrong.append({**about, "at the end": self._plain(wrong)})
         tally.left.update(kind_of(name) for name in contents.left_over(self.out))
@@ -215,14 +216,14 @@ class Bench:
                 about["kills"].append(f"change {change}")
                 self.log.unlink(missing_ok=True)
                 self.commands.start(self.arguments, Recording(root=self.out, log=self.log, kill_at=change))
-                if self.scenario.watch is not None:  # it has fewer changes left than that, and never ends
+                if self.scenario.watch:  # it has fewer changes left than that, and never ends
                     self._wait_over(2 * self.reference.seconds)
             else:
                 moment = draw.uniform(0, self.reference.seconds)
                 about["kills"].append(f"{moment:.3f} s")
                 self.commands.start(self.arguments)
                 self._wait_over(moment)
-            if self.scenario.watch is not None or about["kills"][-1].endswith(" s"):
+            if self.scenario.watch or about["kills"][-1].endswith(" s"):
                 self.commands.kill()
             tally.stages[self.stage(self.commands.wait())] += 1
             if wrong := self.half():

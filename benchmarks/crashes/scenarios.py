@@ -20,14 +20,16 @@ class Scenario:
     """One command. Words `{in}` and `{out}` of it stand for the folder of inputs, which it only reads, and the folder
     that it writes into, which begins as a copy of the folder START of the inputs, where there is one.
 
-    `watch` is the table and its number of rows after which `predict --watch` is told to end.
+    `refusal` is what the command says, with exit code 2, once its result is there. `watch` is the table after
+    whose first round `predict --watch` is told to end.
     """
 
     name: str
     words: tuple[str, ...]
     codes: tuple[int, ...] = (0,)
     start: str = ""
-    watch: tuple[str, int] | None = None
+    refusal: str = ""
+    watch: str = ""
 
     def arguments(self, inputs: Path, out: Path) -> list[str]:
         """The command's words for these folders."""
@@ -43,17 +45,18 @@ class Scenario:
 
 
 def _sweep(name: str, cache: str, *more: str) -> Scenario:
-    return Scenario(name=name, words=("sweep", f"{{in}}/{cache}", "--out", "{out}/run", *SWEEP, *more))
+    words = ("sweep", f"{{in}}/{cache}", "--out", "{out}/run", *SWEEP, *more)
+    return Scenario(name=name, words=words, refusal="/run exists; give another --out")
 
 
-def _predict(name: str, end: str, *more: str, watch: int = 0) -> Scenario:
+def _predict(name: str, end: str, *more: str, watch: bool = False) -> Scenario:
     return Scenario(
         name=name,
         words=(
-            *("predict", "{in}/run/model.fp32.onnx", "{in}/data/images", "--out", f"{{out}}/answers.{end}"),
+            *("predict", "{in}/run/model.fp32.onnx", "{in}/films.csv", "--out", f"{{out}}/answers.{end}"),
             *("--batch-size", "2", "--threads", "1", "--workers", "1", "--device", "cpu", *more),
         ),
-        watch=(f"answers.{end}", watch) if watch else None,
+        watch=f"answers.{end}" if watch else "",
     )
 
 
@@ -85,7 +88,7 @@ ALL = (
     _predict("predict to CSV", "csv", "--decide"),
     _predict("predict to Parquet, studies", "parquet", "--study-pool", "mean"),
     _predict("predict to JSON lines", "jsonl"),
-    _predict("predict --watch", "csv", "--watch", str(EVERY), watch=24),
+    _predict("predict --watch", "csv", "--watch", str(EVERY), watch=True),
     Scenario(
         name="evaluate",
         words=("evaluate", "{in}/run/model.fp32.onnx", "{in}/data", "--out", "{out}/page", "--resamples", "20"),
@@ -114,6 +117,7 @@ def make_inputs(commands: Commands, folder: Path, say: OnStep) -> None:
 
     data = folder / "data"
     run("phantom", data, "--studies", 12, "--size", 64)
+    run("prepare", data, "--out", folder / "films.csv")
     older = folder / "older"
     older.mkdir()
     inputs = [word.replace("{in}", str(folder)) for word in CACHE]

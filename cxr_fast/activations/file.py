@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..config import PARTIAL, digest
 from ..errors import InputError, SchemaError
-from ..system.files import put_in_place, reserve_space, sync_folder, write_at
+from ..system.files import make_folders, put_in_place, reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
 from ..system.text import gigabytes
 
@@ -72,7 +72,7 @@ def create(path: Path, header: Header) -> None:
     # One name for every process: the lock keeps others away, and what a killed one left is written over.
     scratch = target.with_name(target.name + ".new")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         need = row_bytes(header.shape, header.dtype) * header.shape[0]
         free = os.statvfs(target.parent).f_bavail * os.statvfs(target.parent).f_frsize
         if need > free:

@@ -53,20 +53,21 @@ def folders_above(path: Path) -> Iterator[None]:
     """Make the folders above `path`; where the `with` block does not end well, remove those of them that are empty."""
     made: list[Path] = []
     try:
-        for folder in reversed(path.absolute().parents):
-            if not folder.is_dir():
-                make_folder(folder)
-                made.append(folder)
+        make_folders(path.parent, made)
         yield
     except BaseException:
         remove_empty(made)
         raise
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, unless it exists, and wait until its name is on the disk."""
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+def make_folders(path: Path, made: list[Path] | None = None) -> None:
+    """Make a folder and those above it that do not exist, each name on the disk before the next; add them to `made`."""
+    for folder in reversed((path := path.absolute(), *path.parents)):
+        if not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+            if made is not None:
+                made.append(folder)
 
 
 def put_in_place(scratch: Path, path: Path) -> None:

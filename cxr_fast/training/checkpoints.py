@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..errors import CxrFastError, InputError
-from ..system.files import atomic, disk_reason, put_in_place, sync_folder
+from ..system.files import atomic, disk_reason, make_folders, put_in_place, sync_folder
 from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
 from .folds.loop import Recorder
 
@@ -69,8 +69,8 @@ class Journal:
         try:
             if not self.resumed:
                 _clear(self.folder)
-            (self.folder / "states").mkdir(parents=True, exist_ok=True)
-            (self.folder / "snapshots").mkdir(exist_ok=True)
+            make_folders(self.folder / "states")
+            make_folders(self.folder / "snapshots")
             for part in ("states", "snapshots"):  # what a kill in the middle of a write left, safetensors' own too
                 for path in (self.folder / part).iterdir():
                     if path.suffix != ".safetensors":
