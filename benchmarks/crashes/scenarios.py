@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,11 @@ ALL = (
     _sweep("sweep, one block", "toy.h5", "--train-blocks", "1", *RATE),
     _sweep("sweep --grid", "head.h5", "--grid", "lr=1e-3,1e-2"),
     _sweep("sweep --final refit --retrain-head", "toy.h5", *RATE, "--final", "refit", "--retrain-head", "balanced"),
+    Scenario(
+        name="sweep --overwrite, over a run and an unfinished one",
+        words=("sweep", "{in}/head.h5", "--out", "{out}/run", *SWEEP, *RATE, "--overwrite"),
+        start="replaced",
+    ),
     _predict("predict to CSV", "csv", "--decide"),
     _predict("predict to Parquet, studies", "parquet", "--study-pool", "mean"),
     _predict("predict to JSON lines", "jsonl"),
@@ -137,3 +144,15 @@ def make_inputs(commands: Commands, folder: Path, say: OnStep) -> None:
     (folder / "reviewed").mkdir()
     shutil.copytree(folder / "run", folder / "reviewed" / "run")
     run("export", folder / "run", "--variants", "fp32", "--check", 8)
+    # A run, and an unfinished one with other settings.
+    replaced = folder / "replaced"
+    shutil.copytree(folder / "reviewed", replaced)
+    other = ("--epochs", "400", "--folds", "3", "--lr", "1e-2", "--batch-size", "4", "--device", "cpu")
+    commands.start(["sweep", str(folder / "head.h5"), "--out", str(folder / "long"), *other])
+    states = folder / "long.partial" / "states"
+    while len(list(states.glob("*.safetensors"))) < 3 and not commands.is_over():
+        time.sleep(0.01)
+    commands.kill()
+    if commands.wait() != -signal.SIGKILL:
+        raise SystemExit(f"a sweep that was to be killed has ended\n{commands.text()}")
+    shutil.move(folder / "long.partial", replaced / "run.partial")
