@@ -120,8 +120,8 @@ class Bench:
                 shutil.rmtree(one.parent, ignore_errors=True)
                 one.parent.mkdir()
                 for path in disk.write_part(record.paths[1], one):
-                    name = os.path.join(os.path.relpath(record.paths[1], self.out), path.relative_to(one).as_posix())
-                    found.setdefault(os.path.normpath(name), set()).add(contents.digest(path, os.path.basename(name)))
+                    name = os.path.normpath(os.path.relpath(record.paths[1], self.out) / path.relative_to(one))
+                    found.setdefault(name, set()).add(contents.digest(path, os.path.basename(name)))
         shutil.rmtree(one.parent, ignore_errors=True)
         shutil.rmtree(self.out)
         shutil.move(kept, self.out)
