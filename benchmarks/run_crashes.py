@@ -28,7 +28,7 @@ from typing import Any
 import common
 from crashes.campaign import ENDED, STAGES, Bench, Tally
 from crashes.processes import Commands, NoCompiler, build_recorder
-from crashes.scenarios import ALL, make_inputs
+from crashes.scenarios import ALL, Inputs
 
 HEAD = (
     "scenario",
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     with Commands(folder, folder / "said", recorder) as commands:
         (folder / "in").mkdir()
-        make_inputs(commands, folder / "in", lambda text: print(f"inputs: {text}", file=sys.stderr))
+        Inputs(commands, folder / "in", chosen, lambda text: print(f"inputs: {text}", file=sys.stderr)).make()
         for scenario in chosen:
             rows[scenario.name] = _row(Bench(commands, folder, scenario, args.seed), args)
     print("\n" + table(rows))

@@ -60,8 +60,11 @@ class Tally:
 class Bench:
     """Runs one scenario again and again in `folder`, whose `in` holds the inputs."""
 
-    def __init__(self, commands: Commands, folder: Path, scenario: Scenario, seed: int) -> None:
+    def __init__(
+        self, commands: Commands, folder: Path, scenario: Scenario, seed: int, *, by_change: float = 0.5
+    ) -> None:
         self.commands, self.scenario, self.seed = commands, scenario, seed
+        self.by_change = by_change if commands.records else 0.0  # the share of kills in place of a change
         self.inputs, self.out, self.log = folder / "in", folder / "out", folder / "log"
         self.arguments = scenario.arguments(self.inputs, self.out)
         self.reference = self._refer()
@@ -211,7 +214,7 @@ class Bench:
         about: dict[str, Any] = {"trial": trial, "kills": []}
         tally.trials += 1
         for _ in range(draw.randint(1, MOST_KILLS)):
-            if self.commands.records and draw.random() < 0.5:
+            if draw.random() < self.by_change:
                 change = draw.randint(1, self.reference.changes)
                 about["kills"].append(f"change {change}")
                 self.log.unlink(missing_ok=True)

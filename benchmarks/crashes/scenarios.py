@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,47 +112,92 @@ ALL = (
     ),
 )
 OnStep = Callable[[str], None]
+# What is made for them beside the phantoms, in this order, and what each is made of.
+MADE_OF: dict[str, tuple[str, ...]] = {
+    "films.csv": (), "older": (), "toy.h5": (), "head.h5": (), "sharded": (), "run": ("toy.h5",), "reviewed": ("run",),
+    "replaced": ("reviewed", "head.h5"),
+}  # fmt: skip
 
 
-def make_inputs(commands: Commands, folder: Path, say: OnStep) -> None:
-    """Make what the scenarios read: phantoms, two caches, a run with its model, and folders to begin with."""
+class Inputs:
+    """Makes, in `folder`, what scenarios read and begin with: only what those that are run need."""
 
-    def run(*words: object) -> None:
-        say(f"cxrfast {words[0]}")
-        if commands.run([str(word) for word in words]) not in (0, 1):
-            raise SystemExit(f"{' '.join(map(str, words))}\n{commands.text()}")
+    def __init__(self, commands: Commands, folder: Path, scenarios: Sequence[Scenario], say: OnStep) -> None:
+        self.commands, self.folder, self.say = commands, folder, say
+        text = " ".join(f"{' '.join(scenario.words)} START/{scenario.start}" for scenario in scenarios)
+        self.wanted = {name for name in MADE_OF if f"{{in}}/{name}" in text or f"START/{name}" in text}
+        for name, others in reversed(MADE_OF.items()):
+            self.wanted |= set(others if name in self.wanted else ())
 
-    data = folder / "data"
-    run("phantom", data, "--studies", 12, "--size", 64)
-    run("prepare", data, "--out", folder / "films.csv")
-    older = folder / "older"
-    older.mkdir()
-    inputs = [word.replace("{in}", str(folder)) for word in CACHE]
-    # An older cache of the same list: a quarter of its films have changed since.
-    films = sorted((data / "images").iterdir())
-    kept = {path: path.read_bytes() for path in films}
-    for one, other in zip(films[::4], films[1::4], strict=False):
-        one.write_bytes(kept[other])
-    run(*inputs, "--out", older / "toy.h5")
-    for path, content in kept.items():
-        path.write_bytes(content)
-    run(*inputs, "--out", folder / "toy.h5")
-    (folder / "sharded").mkdir()
-    run(*inputs, "--out", folder / "sharded" / "toy.shards.json", "--shards", 3)
-    run(*inputs, "--out", folder / "head.h5", "--unfreeze-blocks", 0)
-    run("sweep", folder / "toy.h5", "--out", folder / "run", *SWEEP, *RATE)
-    (folder / "reviewed").mkdir()
-    shutil.copytree(folder / "run", folder / "reviewed" / "run")
-    run("export", folder / "run", "--variants", "fp32", "--check", 8)
-    # A run, and an unfinished one with other settings.
-    replaced = folder / "replaced"
-    shutil.copytree(folder / "reviewed", replaced)
-    other = ("--epochs", "400", "--folds", "3", "--lr", "1e-2", "--batch-size", "4", "--device", "cpu")
-    commands.start(["sweep", str(folder / "head.h5"), "--out", str(folder / "long"), *other])
-    states = folder / "long.partial" / "states"
-    while len(list(states.glob("*.safetensors"))) < 3 and not commands.is_over():
-        time.sleep(0.01)
-    commands.kill()
-    if commands.wait() != -signal.SIGKILL:
-        raise SystemExit(f"a sweep that was to be killed has ended\n{commands.text()}")
-    shutil.move(folder / "long.partial", replaced / "run.partial")
+    def make(self) -> None:
+        """Make them in their order."""
+        self.run("phantom", self.folder / "data", "--studies", 12, "--size", 64)
+        steps = (
+            self.list_films, self.cache_older, self.cache, self.cache_head, self.cache_shards, self.train,
+            self.copy_run, self.leave_unfinished,
+        )  # fmt: skip
+        for name, step in zip(MADE_OF, steps, strict=True):
+            if name in self.wanted:
+                step()
+
+    def run(self, *words: object) -> None:
+        """Run a command that must end well; films that failed are no error."""
+        self.say(f"cxrfast {words[0]}")
+        if self.commands.run([str(word) for word in words]) not in (0, 1):
+            raise SystemExit(f"{' '.join(map(str, words))}\n{self.commands.text()}")
+
+    def cache_to(self, out: Path, *more: object) -> None:
+        """Encode the phantoms."""
+        self.run(*(word.replace("{in}", str(self.folder)) for word in CACHE), "--out", out, *more)
+
+    def list_films(self) -> None:
+        """A manifest."""
+        self.run("prepare", self.folder / "data", "--out", self.folder / "films.csv")
+
+    def cache_older(self) -> None:
+        """A cache of the same list from before a quarter of its films changed."""
+        films = sorted((self.folder / "data" / "images").iterdir())
+        kept = {path: path.read_bytes() for path in films}
+        for one, other in zip(films[::4], films[1::4], strict=False):
+            one.write_bytes(kept[other])
+        (self.folder / "older").mkdir()
+        self.cache_to(self.folder / "older" / "toy.h5")
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    def cache(self) -> None:
+        """Two blocks to train."""
+        self.cache_to(self.folder / "toy.h5")
+
+    def cache_head(self) -> None:
+        """The head alone to train."""
+        self.cache_to(self.folder / "head.h5", "--unfreeze-blocks", 0)
+
+    def cache_shards(self) -> None:
+        """Three shards."""
+        (self.folder / "sharded").mkdir()
+        self.cache_to(self.folder / "sharded" / "toy.shards.json", "--shards", 3)
+
+    def train(self) -> None:
+        """A run with a model file."""
+        self.run("sweep", self.folder / "toy.h5", "--out", self.folder / "run", *SWEEP, *RATE)
+        (self.folder / "reviewed").mkdir()
+        shutil.copytree(self.folder / "run", self.folder / "reviewed" / "run")
+        self.run("export", self.folder / "run", "--variants", "fp32", "--check", 8)
+
+    def copy_run(self) -> None:
+        """A run without a model file: `train` has made it."""
+
+    def leave_unfinished(self) -> None:
+        """A run, and beside it an unfinished one with other settings."""
+        out, long = self.folder / "replaced", self.folder / "long"
+        shutil.copytree(self.folder / "reviewed", out)
+        other = ("--epochs", "400", "--folds", "3", "--lr", "1e-2", "--batch-size", "4", "--device", "cpu")
+        self.commands.start(["sweep", str(self.folder / "head.h5"), "--out", str(long), *other])
+        states = long.with_name("long.partial") / "states"
+        while len(list(states.glob("*.safetensors"))) < 3 and not self.commands.is_over():
+            time.sleep(0.01)
+        self.commands.kill()
+        if self.commands.wait() != -signal.SIGKILL:
+            raise SystemExit(f"a sweep that was to be killed has ended\n{self.commands.text()}")
+        shutil.move(long.with_name("long.partial"), out / "run.partial")
