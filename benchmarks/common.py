@@ -43,8 +43,10 @@ finally:
 # A driver from its options to its result.
 
 
-def run(measure: Callable[[argparse.Namespace, Path], dict[str, Any]], name: str, doc: str, **options: Any) -> None:
-    """Write what `measure(args, scratch)` returns as `results/NAME-DEVICE-DATE.json`, or where --json says.
+def run(
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]], name: str, doc: str, **options: Any
+) -> dict[str, Any]:
+    """Write what `measure(args, scratch)` returns as `results/NAME-DEVICE-DATE.json`, or where --json says; return it.
 
     Each of `options` becomes a flag: a tuple names its choices, the first the default; a list is its default and the
     number of values; a type has no default; any other value is the default.
@@ -62,7 +64,9 @@ def run(measure: Callable[[argparse.Namespace, Path], dict[str, Any]], name: str
         parser.add_argument("--" + option.replace("_", "-"), **how)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        save({"name": name, **environment(), **measure(args, Path(scratch))}, args.json)
+        result = {"name": name, **environment(), **measure(args, Path(scratch))}
+        save(result, args.json)
+    return result
 
 
 def environment() -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..config import PARTIAL, digest
 from ..errors import InputError, SchemaError
-from ..system.files import reserve_space, sync_folder, write_at
+from ..system.files import make_folders, put_in_place, reserve_space, sync_folder, write_at
 from ..system.locks import exclude, share
 from ..system.text import gigabytes
 
@@ -72,7 +72,7 @@ def create(path: Path, header: Header) -> None:
     # One name for every process: the lock keeps others away, and what a killed one left is written over.
     scratch = target.with_name(target.name + ".new")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         need = row_bytes(header.shape, header.dtype) * header.shape[0]
         free = os.statvfs(target.parent).f_bavail * os.statvfs(target.parent).f_frsize
         if need > free:
@@ -80,7 +80,7 @@ def create(path: Path, header: Header) -> None:
         with h5py.File(scratch, "w") as file:
             _write_header(file, header)
         reserve_space(scratch)
-        os.replace(scratch, target)
+        put_in_place(scratch, target)
     except OSError as error:
         raise InputError(f"--out: cannot write {target}: {error.strerror or error}.") from error
     finally:
@@ -190,10 +190,8 @@ class Writer:
     def finish(self) -> None:
         """Flush and give the file its final name; every row must be done or failed."""
         assert (self.state != PENDING).all(), "unfinished rows"
-        os.fsync(self._fd)
         self.close()
-        os.replace(partial_path(self.path), self.path)
-        sync_folder(self.path.parent)
+        put_in_place(partial_path(self.path), self.path)
 
     def close(self) -> None:
         """Close the file and release its lock; done rows stay done."""
@@ -217,6 +215,8 @@ def reopen(path: Path) -> None:
     try:
         # Under the lock: whoever opened the file and waits for its turn sees afterwards that the name is gone.
         os.replace(path, partial_path(path))
+        # Before any row is marked as missing: a power cut may keep that mark and bring the final name back.
+        sync_folder(path.parent)
     finally:
         os.close(fd)
 

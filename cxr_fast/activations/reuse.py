@@ -20,6 +20,7 @@ from ..data.formats.dicom import other_subject
 from ..data.images import read_bytes
 from ..data.manifest import Manifest
 from ..errors import CxrFastError, ImageError, InputError
+from ..system.files import sync_folder
 from . import cache
 from . import file as store
 
@@ -101,6 +102,7 @@ def set_aside(path: Path, out: Path) -> None:
     while (aside := out.with_name(f"{out.name}{ASIDE}{number}")) in taken:
         number += 1
     os.replace(path, aside)
+    sync_folder(path.parent)
 
 
 def set_aside_others(wanted: Mapping[Path, store.Header], out: Path) -> tuple[Path, ...]:
@@ -122,6 +124,7 @@ def set_aside_others(wanted: Mapping[Path, store.Header], out: Path) -> tuple[Pa
             move.append(path)
     if move or not keep.issuperset(wanted):
         out.unlink(missing_ok=True)
+        sync_folder(out.parent)
     for path in move:
         set_aside(path, out)
     return tuple(find_asides(out))
@@ -293,7 +296,8 @@ def prepare(
 def _stale_rows(path: Path, hasher: ImageHasher, repair: bool, strict: bool) -> list[int]:
     """Rows that failed, whose image changed since, whose bytes are damaged (`repair`), or of no chest (`strict`)."""
     file = store.ActivationFile(path, partial=True)
-    stale = set(np.flatnonzero(file.state == store.FAILED).tolist())
+    # Pending ones too: files of earlier versions may lack rows under their final name, after a power cut.
+    stale = set(np.flatnonzero(file.state != store.DONE).tolist())
     rows = np.flatnonzero(file.ok).tolist()
     # An image that cannot be read now says nothing against its row: a network disk that stutters must not cost it.
     stale |= {row for row, found in hasher.hash_rows(rows) if found and found != file.sha256[row]}

@@ -10,13 +10,7 @@ from typing import Any
 import click
 
 from ..cluster import connection
-from ..config import (
-    CacheSpec,
-    SweepOptions,
-    SweepSpec,
-    TrainSpec,
-    default,
-)
+from ..config import CacheSpec, SweepOptions, SweepSpec, TrainSpec, default
 from ..errors import InputError
 from ..models import device as cpu
 from ..recipes import NOT_RESTORED, RECIPES, recipe_differences, reference_value
@@ -116,11 +110,17 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
     if before is not None:
         cache, out = cache or before.existing_cache(), out or before.out
     from ..activations.cache import newest
+    from ..report.writer import lacks_report
 
     if cache is None:
         cache = newest(Path("cache"))
         click.echo(f"newest cache: {cache}")
-    with open_sweep(cache, out, spec, flags) as job:
+    left = out is not None and not flags["overwrite"] and lacks_report(out)
+    with open_sweep(cache, out, spec, flags | {"overwrite": flags["overwrite"] or left}) as job:
+        if not flags["overwrite"] and not flags["dry_run"] and _report_finished(job, flags["note"]):
+            return
+        if left:
+            raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
         plan = show_sweep_plan(job, recipe, before)
         if not flags["dry_run"]:
             run_sweep(job, plan, flags)
@@ -175,20 +175,34 @@ def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
 
         run = job.run(on_epoch, report=False)
         bar.done()
-        _finish(job, run, flags["note"])
+        _finish(job.out, run, flags["note"])
         loggers.log_run(run, job.out)
 
 
-def _finish(job: Any, run: dict[str, Any], note: str | None) -> None:
+def _report_finished(job: Any, note: str | None) -> bool:
+    """Finish a run of this very request that only lacks its report; whether there is one."""
+    from ..report.writer import lacks_report
+    from ..training.run_folder import read_info
+
+    found: Path | None = job.find_finished()
+    if found is None or not lacks_report(found):
+        return False
+    click.echo(f"{found} is trained; it lacks its report")
+    _finish(found, read_info(found), note)
+    return True
+
+
+def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
     """Write note and report of a finished run, and show its figures."""
     from ..runs.note import write_note
+    from ..runs.sweep import report_run
 
     if lost := run.get("cluster", {}).get("lost"):
         click.echo(f"note: node {', '.join(lost)} was lost during the search; other nodes trained its folds", err=True)
     if note:
-        write_note(job.out, note)
+        write_note(out, note)
     show(describe_run(run))
-    written = job.write_report()
+    written = report_run(out)
     click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
 
 

@@ -209,7 +209,7 @@ def _existing_shards(out: Path) -> int:
 
 def _write_shard(path: Path, data: np.ndarray) -> None:
     """Write a gathered shard under its name, whole or not at all; its rows proved as they arrived."""
-    with atomic(path, "--out", sync=True) as file:
+    with atomic(path, "--out") as file:
         file.write(data.data)
         file.flush()
         if bad := list(store.ActivationFile(file.name).damaged()):

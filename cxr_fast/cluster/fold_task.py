@@ -117,7 +117,7 @@ def read_fold_files(journal: Journal, key: str) -> dict[str, np.ndarray]:
 def write_fold_files(journal: Journal, files: Mapping[str, np.ndarray]) -> None:
     """Write files of a fold to their paths in the journal, each whole or not at all."""
     for name, values in files.items():
-        with atomic(journal.folder / name, sync=True) as file:
+        with atomic(journal.folder / name) as file:
             file.write(values.data)
 
 

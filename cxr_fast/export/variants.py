@@ -27,7 +27,7 @@ from ..inference.shift.reference import KEY as HOLDOUT
 from ..inference.verify import LOOSEST
 from ..metrics import calibration, drift
 from ..metrics.drift import Drift, Yardstick
-from ..system.files import AnyPath, disk_reason, folders_above
+from ..system.files import AnyPath, disk_reason, folders_above, put_in_place
 from ..system.hardware import machine
 from ..training.operating_points import OperatingPoint
 from ..training.run_folder import Run, clean, read_run
@@ -162,7 +162,7 @@ def _export_variant(
         }
         size = _save(model, info, scratch)
         if not reason:
-            os.replace(scratch, path)
+            put_in_place(scratch, path)
     return Exported(
         variant=variant, path=path, size=size, parity=parity, drift=far, yardstick=job.yardstick, seconds=seconds,
         info=info, reason=reason,

@@ -16,6 +16,7 @@ from ..inference import hub
 from ..inference.batch import BatchSpec, OnBatch
 from ..inference.predictor import Predictor
 from ..inference.verify import Report
+from ..system.files import make_folders
 from . import improvement, recalibrated_file
 from .classes import MatchedClasses, describe_classes, match_classes
 from .comparison import compare_models
@@ -174,7 +175,7 @@ def _present(labels: np.ndarray) -> int:
 
 def _evaluate(source: Source, folder: Path, name: str, spec: ExternalSpec, on_batch: OnBatch | None) -> Evaluated:
     """Predict, judge, set thresholds where asked, and write everything of one model."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     answers = predict_films(source.predictor, source.manifest, folder / PREDICTIONS, spec.batch, on_batch)
     found = judge(source, answers, spec.figures)
     verified = None

@@ -21,7 +21,7 @@ from ..inference.shift.reference import KEY as HOLDOUT
 from ..inference.shift.reference import point_digest, summarise_holdout
 from ..metrics import calibration
 from ..report.summary import Record
-from ..system.files import disk_reason, folders_above
+from ..system.files import disk_reason, folders_above, put_in_place
 from .evaluation import Source, name_data
 from .graph_edit import PROBABILITIES, RAW, recalibrate_graph, replace_entries
 from .recalibration import KEEP, NewPoint
@@ -81,7 +81,7 @@ def write_copy(source: Source, point: NewPoint, figures: Record, out: Path, devi
                 report = verify.verify(scratch, device=device, threads=source.predictor.threads)
                 if not report.ok:
                     raise InputError(f"--recalibrate: {out} was not kept: verify finds {_wrong(report)}.")
-                os.replace(scratch, out)
+                put_in_place(scratch, out)
             finally:
                 with contextlib.suppress(OSError):
                     scratch.unlink()

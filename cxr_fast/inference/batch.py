@@ -27,7 +27,7 @@ from ..system.files import atomic, tree_sha256
 from ..system.locks import FileLock, graceful
 from ..system.tables import pyarrow
 from .checkpoint import WAL, Asked, Checkpoint, beside
-from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, pooled, run_path, shown, studies_path
+from .outputs import KEYS, STUDY_KEYS, WRITERS, Columns, Pool, Row, is_pooled, pooled, run_path, shown, studies_path
 from .predictor import BATCH, Result, changed_ns
 from .shift.comparison import ShiftWatch
 
@@ -243,8 +243,11 @@ def _earlier(out: Path, spec: BatchSpec) -> dict[str, Any]:
         found = None
     ours = found == {} or (isinstance(found, dict) and found.get("kind") == KIND)
     foreign = [] if ours else [run_path(out)]
-    if spec.pool and studies_path(out).exists() and not (ours and found.get("study_pool")):
-        foreign.append(studies_path(out))
+    studies = studies_path(out)
+    # A run killed between its tables and NAME.run.json left answers, and a table that begins as ours.
+    known = ours and (found.get("study_pool") or (beside(out).exists() and is_pooled(studies)))
+    if spec.pool and studies.exists() and not known:
+        foreign.append(studies)
     if foreign and not spec.overwrite:
         raise InputError(
             f"--out: {foreign[0]} exists and predict did not write it; give another --out, or pass --overwrite."
@@ -299,12 +302,7 @@ def _earlier_films(kept: Checkpoint, inputs: Inputs, out: Path, spec: BatchSpec)
 
 
 def _predict(
-    predictor: Answerer,
-    paths: Sequence[str],
-    kept: Checkpoint,
-    state: State,
-    spec: BatchSpec,
-    on_batch: OnBatch | None,
+    predictor: Answerer, paths: Sequence[str], kept: Checkpoint, state: State, spec: BatchSpec, on_batch: OnBatch | None
 ) -> None:
     """Answer what is not held yet, each batch kept before the next one runs.
 
@@ -384,7 +382,7 @@ def _image_row(result: Result) -> Row:
 
 def _replacing(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Open a file that appears when it is whole and on the disk; what a kill left of it is written over."""
-    return atomic(path, "--out", sync=True, locked=True)
+    return atomic(path, "--out", locked=True)
 
 
 @contextlib.contextmanager

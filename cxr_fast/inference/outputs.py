@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..errors import InputError
 from ..system.tables import pyarrow
 
 if TYPE_CHECKING:
@@ -123,6 +124,19 @@ WRITERS: dict[str, Callable[[IO[bytes], Columns, Iterable[Row]], None]] = {
     ".parquet": _parquet,
     ".jsonl": _jsonl,
 }
+
+
+def is_pooled(path: Path) -> bool:
+    """Whether a file begins as the tables of studies that `WRITERS` write."""
+    try:
+        if path.suffix == ".parquet":
+            return tuple(pyarrow("pyarrow.parquet", path).read_schema(path).names[: len(STUDY_KEYS)]) == STUDY_KEYS
+        with open(path, encoding="utf-8") as file:
+            line = file.readline()
+        names = json.loads(line) if path.suffix == ".jsonl" else line.split(",")
+        return tuple(names)[: len(STUDY_KEYS)] == STUDY_KEYS
+    except (OSError, ValueError, TypeError, InputError):  # pyarrow's errors are ValueError or OSError
+        return False
 
 
 def pooled(results: Iterable[Result], studies: Sequence[str], pool: Pool) -> Iterator[Row]:

@@ -137,6 +137,11 @@ def write_report(
     return Written(page=folder / PAGE, missing=tuple(material.missing), whole=whole, evaluation=material.evaluation)
 
 
+def lacks_report(folder: Path) -> bool:
+    """Whether a folder is a run, complete, that was killed before its page had its name, the last of all."""
+    return (folder / "run.json").is_file() and not (folder / PAGE).is_file()
+
+
 def write_films(folder: Path, run: Record) -> tuple[str, ...]:
     """Write predictions.csv, and predictions.parquet where pyarrow is installed: each film's labels, probabilities and
     decisions, as `Saved.films` gives them. The names of the files."""

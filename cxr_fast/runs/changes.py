@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import PARTIAL
 from ..errors import InputError
+from ..system.files import sync_folder
 from ..system.locks import FileLock
 
 
@@ -40,6 +41,7 @@ def rename_run(path: Path, name: str) -> Path:
             if os.path.lexists(taken) and taken != path:
                 raise InputError(f"{taken} exists; give another name.")
         os.rename(path, new)
+        sync_folder(new.parent)
     return new
 
 
@@ -54,6 +56,7 @@ def remove_run(path: Path) -> None:
     with FileLock(path.with_name(path.name.removesuffix(PARTIAL))):
         old = path.with_name(f".{path.name}.removed.{os.getpid()}")
         os.rename(path, old)
+        sync_folder(old.parent)
     shutil.rmtree(old)
 
 

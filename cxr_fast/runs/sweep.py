@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -45,7 +46,12 @@ class Sweep(SweepJob):
 
         Raises InputError where a file cannot be written; the run itself is complete.
         """
-        try:
-            return writer.write_report(self.out)
-        except InputError as error:
-            raise InputError(f"{error} The run is complete; `cxrfast report {self.out}` writes its report.") from error
+        return report_run(self.out)
+
+
+def report_run(out: Path) -> writer.Written:
+    """Write the report of a finished run into its folder. Raises InputError where a file cannot be written."""
+    try:
+        return writer.write_report(out)
+    except InputError as error:
+        raise InputError(f"{error} The run is complete; `cxrfast report {out}` writes its report.") from error

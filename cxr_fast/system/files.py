@@ -1,9 +1,10 @@
-"""Write files so that they appear whole or not at all; hash them."""
+"""Write files so that they appear whole or not at all, after a kill and after a power cut; hash them."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -15,18 +16,19 @@ from typing import IO, Any
 from ..errors import InputError
 
 AnyPath = str | os.PathLike[str]  # what a user may pass for a path
+# What a file system says that cannot wait for a folder's names, and what it says of a folder that may not be read.
+CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
 @contextlib.contextmanager
-def atomic(
-    path: Path, flag: str = "", *, sync: bool = False, folders: bool = False, locked: bool = False
-) -> Iterator[IO[bytes]]:
+def atomic(path: Path, flag: str = "", *, folders: bool = False, locked: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that gets the name `path` when the `with` block ends well, and leaves nothing where it does not.
 
-    `sync` waits until the bytes are on the disk before the name changes; `folders` makes the folders above it. What a
-    kill leaves is NAME.partial.PID; with `locked`, for a caller that holds the lock of `path`, it is NAME.partial and
-    the next writer replaces it. Raises InputError, which names `flag` if one is given, where the file cannot be
-    written. An OSError raised by the block itself counts as such.
+    Its bytes are on the disk before it gets the name, and the name is when this returns: a power cut leaves the old
+    file or the new one. `folders` makes the folders above it. What a kill leaves is NAME.partial.PID; with `locked`,
+    for a caller that holds the lock of `path`, it is NAME.partial and the next writer replaces it. Raises InputError,
+    which names `flag` if one is given, where the file cannot be written. An OSError raised by the block itself counts
+    as such.
     """
     scratch = path.with_name(f"{path.name}.partial" + ("" if locked else f".{os.getpid()}"))
     try:
@@ -34,10 +36,10 @@ def atomic(
             try:
                 with open(scratch, "wb") as file:
                     yield file
-                    if sync:
-                        file.flush()
-                        os.fsync(file.fileno())
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.replace(scratch, path)
+                sync_folder(path.parent)
             finally:
                 with contextlib.suppress(OSError):
                     scratch.unlink()
@@ -51,14 +53,42 @@ def folders_above(path: Path) -> Iterator[None]:
     """Make the folders above `path`; where the `with` block does not end well, remove those of them that are empty."""
     made: list[Path] = []
     try:
-        for folder in reversed(path.absolute().parents):
-            if not folder.is_dir():
-                folder.mkdir(exist_ok=True)
-                made.append(folder)
+        make_folders(path.parent, made)
         yield
     except BaseException:
         remove_empty(made)
         raise
+
+
+def make_folders(path: Path, made: list[Path] | None = None) -> None:
+    """Make a folder and those above it that do not exist, each name on the disk before the next; add them to `made`."""
+    for folder in reversed((path := path.absolute(), *path.parents)):
+        if not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+            if made is not None:
+                made.append(folder)
+
+
+def put_in_place(scratch: Path, path: Path) -> None:
+    """Give a file, or a folder with all that is in it, the name `path` once its bytes are on the disk, and wait until
+    the name is."""
+    sync_tree(scratch)
+    os.replace(scratch, path)
+    sync_folder(path.parent)
+    if scratch.parent != path.parent:
+        sync_folder(scratch.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until a file, or all files and names of a folder, are on the disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync_tree(child)
+        sync_folder(path)
+        return
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
@@ -139,9 +169,14 @@ def reserve_space(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until a folder's names are on the disk, so that a rename survives a power cut."""
-    fd = os.open(path, os.O_RDONLY)
+    """Wait until a folder's names are on the disk, so that a rename survives a power cut; do nothing where the file
+    system cannot."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise

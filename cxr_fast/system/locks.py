@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
-from .files import disk_reason, remove_empty
+from .files import disk_reason, make_folders, remove_empty
 
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -69,10 +69,7 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         try:
-            for folder in reversed(self.path.absolute().parents):
-                if not folder.is_dir():
-                    folder.mkdir(exist_ok=True)
-                    self._made.append(folder)
+            make_folders(self.path.parent, self._made)
             while self._fd < 0:
                 self._fd = self._try()
             os.ftruncate(self._fd, 0)

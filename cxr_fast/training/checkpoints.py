@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import FORMER, PARTIAL, SweepSpec, from_dict, to_dict
 from ..errors import CxrFastError, InputError
-from ..system.files import atomic, disk_reason
+from ..system.files import atomic, disk_reason, make_folders, put_in_place, sync_folder
 from .folds.fold import Epoch, Fold, OnEpoch, Snapshot
 from .folds.loop import Recorder
 
@@ -67,8 +67,10 @@ class Journal:
             )
         began = self.folder.exists()
         try:
-            (self.folder / "states").mkdir(parents=True, exist_ok=True)
-            (self.folder / "snapshots").mkdir(exist_ok=True)
+            if not self.resumed:
+                _clear(self.folder)
+            make_folders(self.folder / "states")
+            make_folders(self.folder / "snapshots")
             for part in ("states", "snapshots"):  # what a kill in the middle of a write left, safetensors' own too
                 for path in (self.folder / part).iterdir():
                     if path.suffix != ".safetensors":
@@ -205,7 +207,7 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the folder; the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_journal(self.folder)
 
     def _state(self, key: str) -> Path:
         return self.folder / "states" / f"{key}.safetensors"
@@ -239,6 +241,22 @@ class Journal:
             f"--out: cannot write {self.folder}: {reason}. What is saved is kept; make room and run the same command "
             "again."
         )
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove the folder of an unfinished run, its plan first: what a kill leaves of it belongs to no run."""
+    with contextlib.suppress(OSError):
+        (folder / "plan.json").unlink()
+        sync_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is of a run from a folder without a plan: a kill left it, and it may be of another plan."""
+    for name in ("states", "snapshots", "run"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in folder.glob("config*"):
+        path.unlink()
 
 
 def difference(folder: Path, plan: Mapping[str, Any]) -> str:
@@ -285,12 +303,7 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor], values: Mapping[str, 
     scratch = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.new")
     try:
         save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"values": json.dumps(values)})
-        fd = os.open(scratch, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(scratch, path)
+        put_in_place(scratch, path)
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -30,10 +31,10 @@ from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
 from ..models.heads import Custom, LossFunction, MakeHead
 from ..models.tail import count_trainable
-from ..system.files import AnyPath
+from ..system.files import AnyPath, put_in_place, sync_tree
 from ..system.locks import FileLock, graceful
 from . import operating_points, run_record
-from .checkpoints import Journal, difference
+from .checkpoints import Journal, difference, remove_journal
 from .configurations.choose import choose_configuration
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
@@ -269,7 +270,7 @@ class SweepJob:
             require_free(self.out, self.options.overwrite)
             folder = Path(f"{self.out}.partial")
             if self.options.overwrite and difference(folder, self.request()):
-                shutil.rmtree(folder)
+                remove_journal(folder)
             with Journal(self.out, self.request()) as journal:
                 try:
                     journal.write(ABOUT, self._about())
@@ -362,12 +363,13 @@ def _digest(request: dict[str, Any]) -> str:
 
 
 def _put_in_place(folder: Path, out: Path) -> None:
-    """Give a finished folder its name; one of that name is set aside first and removed last."""
-    old = out.with_name(out.name + f".old.{os.getpid()}")
+    """Give a finished folder its name, all of it on the disk; one of that name is set aside first and removed last."""
+    sync_tree(folder)
     if out.exists():
-        os.replace(out, old)
-    os.replace(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, out.with_name(f"{out.name}.old.{os.getpid()}"))
+    put_in_place(folder, out)
+    for old in out.parent.glob(f"{glob.escape(out.name)}.old.*"):  # of killed runs too
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def device_name(device: torch.device) -> str:

@@ -166,3 +166,32 @@ def test_another_pillow_of_the_same_pixels_goes_on(folder: Path) -> None:
     newer = with_check("one", [0, 1, 2])
     run(folder, replace(newer, meta={**newer.meta, "pillow": "99"}))
     assert encode(folder, [0, 1, 2], 9) == [2]
+
+
+def test_a_finished_file_has_its_unfinished_name_on_disk_before_a_row_is_marked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, order = list(range(6)), []
+    prepare(folder, images)
+    encode(folder, images, 6)
+    (folder / "3.png").write_bytes(b"another film")
+    sync, forget = store.sync_folder, store.Writer.forget
+    monkeypatch.setattr(store, "sync_folder", lambda path: (order.append(names(folder)), sync(path)))
+    monkeypatch.setattr(store.Writer, "forget", lambda *some: (order.append("forget"), forget(*some)))
+    assert prepare(folder, images)
+    assert order == [["a.h5.partial"], "forget"]
+
+
+def test_rows_that_are_missing_under_the_final_name_are_encoded_by_the_same_command(folder: Path) -> None:
+    """A power cut could leave that before the unfinished name was waited for: every command refused it for good."""
+    images = list(range(6))
+    prepare(folder, images)
+    encode(folder, images, 6)
+    store.reopen(folder / "a.h5")
+    with store.Writer(folder / "a.h5") as writer:
+        writer.forget([2, 4])
+    (folder / "a.h5.partial").rename(folder / "a.h5")
+    assert prepare(folder, images)
+    assert encode(folder, images, 6) == [2, 4]
+    assert not prepare(folder, images)
+    assert (store.ActivationFile(folder / "a.h5").activations[:, 0, 0, 0] == images).all()

@@ -816,3 +816,21 @@ def test_a_run_json_of_somebody_else_is_not_replaced(predictor: Predictor, files
     with pytest.raises(InputError, match=r"p\.run\.json exists and predict did not write it"):
         write(predictor, named(files[:1]), tmp_path / "p.csv")
     assert (tmp_path / "p.run.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("suffix", THREE)
+def test_a_run_killed_before_its_record_goes_on_over_its_own_table_of_studies(
+    predictor: Predictor, files: list[str], tmp_path: Path, suffix: str
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    wanted, out = read([str(manifest(tmp_path, files[:3], ["a", "a", "b"]))]), tmp_path / f"p{suffix}"
+    write(predictor, wanted, out, pool="mean")
+    whole = studies_path(out).read_bytes()
+    run_path(out).unlink()
+    write(predictor, wanted, out, pool="mean")
+    assert studies_path(out).read_bytes() == whole
+    run_path(out).unlink()
+    studies_path(out).write_bytes(b"study,mine\n")
+    with pytest.raises(InputError, match=r"p\.studies\..* exists and predict did not write it"):
+        write(predictor, wanted, out, pool="mean")

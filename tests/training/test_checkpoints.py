@@ -353,10 +353,10 @@ def test_any_other_failure_of_a_write_is_not_lost_and_hangs_nothing(
 
 
 def test_a_write_that_fails_leaves_no_scratch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: int) -> None:
+    def refuse(*_: Path) -> None:
         raise FULL
 
-    monkeypatch.setattr(checkpoints.os, "fsync", refuse)
+    monkeypatch.setattr(checkpoints, "put_in_place", refuse)
     with pytest.raises(InputError, match="make room"):
         saved(tmp_path / "run", make())
     assert list((tmp_path / "run.partial" / "states").iterdir()) == []
@@ -434,7 +434,7 @@ class Last:
         if self.saved <= self.whole:
             return False
         if self.part:
-            return name == "fsync" and self.part in os.readlink(f"/proc/self/fd/{arguments[0]}").split("/")
+            return name == "fsync" and self.part in os.readlink(f"/proc/self/fd/{arguments[0]}").split("/")[:-1]
         self.step -= 1
         return self.step < 0
 
@@ -549,3 +549,28 @@ def test_a_process_killed_at_any_moment_leaves_whole_files_and_loses_no_bit(
                 assert probabilities.tobytes() == straight.snapshot(budget).probabilities.tobytes()
                 assert all(torch.equal(tensor, tensors[name]) for name, tensor in straight.tail.state_dict().items())
     assert same(fold, straight)
+
+
+def test_what_a_kill_left_of_a_removed_run_is_of_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "run", more(make(), 3))
+    folder = tmp_path / "run.partial"
+    (folder / "config0.json").write_text("{}")
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed once the plan is gone
+    checkpoints.remove_journal(folder)
+    monkeypatch.undo()
+    assert [path.name for path in folder.iterdir() if path.name == "plan.json"] == []
+    assert list((folder / "states").iterdir())
+    fold, taken = restored(tmp_path / "run", make())
+    assert (fold.epoch, taken) == (0, set())
+    assert not (folder / "config0.json").exists()
+
+
+def test_a_snapshot_is_on_disk_with_its_name_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    put = checkpoints.put_in_place
+    monkeypatch.setattr(checkpoints, "put_in_place", lambda one, other: (synced.append(other), put(one, other)))
+    with Journal(tmp_path / "run", {"seed": 0}) as journal:
+        fit(make(), (2,), Recorder(snapshot=lambda _, snapshot: journal.save_snapshot(KEY, snapshot)))
+    assert [path.name for path in synced] == [f"{KEY}.epochs2.safetensors"]

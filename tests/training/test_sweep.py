@@ -36,7 +36,7 @@ from cxr_fast.training.final_models import choose
 from cxr_fast.training.folds.fold import Epoch, Fold, Snapshot
 from cxr_fast.training.run_folder import clean, read_run
 from cxr_fast.training.run_record import provenance
-from cxr_fast.training.sweep import SweepJob
+from cxr_fast.training.sweep import SweepJob, _put_in_place
 from tests.helpers import children
 from tests.helpers.runs import arrays
 
@@ -879,3 +879,12 @@ def test_a_run_json_of_another_kind_is_refused(
     with pytest.raises(error, match=match) as caught:
         read_run(tmp_path)
     assert type(caught.value) is error
+
+
+def test_a_run_set_aside_by_a_killed_sweep_goes_when_the_next_is_in_place(tmp_path: Path) -> None:
+    for name, text in (("new", "new"), ("run", "old"), ("run.old.12", "older"), ("run2.old.12", "of another")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    _put_in_place(tmp_path / "new", tmp_path / "run")
+    found = {path.name: (path / "run.json").read_text() for path in tmp_path.iterdir()}
+    assert found == {"run": "new", "run2.old.12": "of another"}

@@ -94,7 +94,7 @@ def test_the_seed_of_the_sweep_is_that_of_a_sweep_without_a_grid(seeds: Path, to
     run = json.loads((seeds / "run.json").read_text())
     assert (run["search"]["grid"], run["search"]["trials"], run["search"]["seed"]) == (list(FLAGS), None, 0)
     train = dataclasses.replace(SPEC.train, lr=run["train"]["lr"])
-    alone = Sweep(
+    alone = SweepJob(
         toy_cache, tmp_path / "alone", dataclasses.replace(SPEC, train=train), SweepOptions(device="cpu")
     ).run()
     one, two = arrays(seeds), arrays(tmp_path / "alone")
