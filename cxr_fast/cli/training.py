@@ -203,7 +203,7 @@ def _finish(out: Path, run: dict[str, Any], note: str | None) -> None:
         write_note(out, note)
     show(describe_run(run))
     written = report_run(out)
-    click.echo(f"\nrun: {job.out}   report: {written.page}   {took()}")
+    click.echo(f"\nrun: {out}   report: {written.page}   {took()}")
 
 
 def show_sweep_plan(job: Any, recipe: str, before: Any) -> Any:
