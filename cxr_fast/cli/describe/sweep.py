@@ -71,10 +71,10 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     from ...training.operating_points import describe_target, describe_two_means
 
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
-    if len(run["grid"]) > 1:
-        parts += [grid_tables.grid_table(run, 4, most=GRID_ROWS), ""]
     if run.get("seeds"):
         parts += [grid_tables.seed_table(run, 4), ""]
+    if len(run["grid"]) > 1:
+        parts += [grid_tables.grid_table(run, 4, most=GRID_ROWS), ""]
     goal = describe_target(run["spec"]["threshold_target"])
     figures = tables.run_figure_table(run, 4)
     notes = [f"thresholds from out-of-fold {goal}"]

@@ -76,7 +76,7 @@ def seed_table(run: Record, digits: int = 3) -> Table:
         title="Configurations over seeds, by mean validation AUC",
         columns=[
             *("configuration", *fields, "seeds", "epochs"),
-            *("mean AUC", "spread", "lowest", "highest", "mean mAP", "spread of mAP"),
+            *("mean AUC", "spread", "lowest", "highest", "mean mAP", "mAP spread"),
         ],
         rows=[
             [
