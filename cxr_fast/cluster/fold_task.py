@@ -65,13 +65,14 @@ class SearchSetup:
 class FoldJob:
     """Fold `fold` of configuration `number`, or with `rates` its refit, to the last of `epochs`.
 
-    `threads` is what the local run would compute with, which decides the last bits. `files` are the fold's saved ones,
+    `threads` is what the local run would compute with, and `precision` what its blocks train in: both decide the bits. `files` are the fold's saved ones,
     for nodes that do not see the journal.
     """
 
     number: int
     fold: int
     train: TrainSpec
+    precision: str
     seed: int
     epochs: tuple[int, ...]
     threads: int
@@ -144,6 +145,7 @@ def train_fold(job: FoldJob, token: str, setup: list[Any], *, report: Report, st
     with _journal(found, job) as (journal, shared):
         search = search.with_seed(job.seed)
         fold = search.fold(job.train, job.fold) if job.rates is None else search.refit(job.train, job.rates)
+        fold.kind = job.precision  # this node by itself may choose another
         _fit(fold, job, journal, report, stop)
         return FoldResult(
             history=[asdict(epoch) for epoch in fold.history],

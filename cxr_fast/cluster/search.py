@@ -58,7 +58,9 @@ class ClusterTrainers:
         found: tuple[str, bool] = next(tasks.run_tasks(self.cluster, ask_gpu, [()], TaskSize(gpus=1)))[1]
         return found
 
-    def start(self, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str) -> ClusterFolds:
+    def start(
+        self, search: Search, points: Sequence[tuple[Point, str]], out: Path, *, device: str, residency: str
+    ) -> ClusterFolds:
         """Start what trains the search's folds and refit as tasks of the cluster's nodes."""
         return ClusterFolds(self.cluster, search, points, out, device=device, residency=residency)
 
@@ -66,17 +68,25 @@ class ClusterTrainers:
 class ClusterFolds:
     """Trains a search's folds and its refit on a cluster's nodes, in place of the local `train_folds` and `refit`.
 
-    `points` are the configurations, their precision resolved. On CPUs a task computes with as many threads as are set
+    `points` are the configurations, each with the precision of its blocks. On CPUs a task computes with as many threads as are set
     here, because the last bits depend on their number, and takes as many CPUs of a node; on `cuda` it takes a GPU.
     `notes` are lines that a user must see before it starts. `close` stops what still runs.
     """
 
     def __init__(
-        self, cluster: Cluster, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str
+        self,
+        cluster: Cluster,
+        search: Search,
+        points: Sequence[tuple[Point, str]],
+        out: Path,
+        *,
+        device: str,
+        residency: str,
     ) -> None:
-        self.cluster, self.search, self.points, self.device = cluster, search, points, device
+        self.cluster, self.search, self.device = cluster, search, device
+        self.points, self.kinds = [point for point, _ in points], [kind for _, kind in points]
         self.threads = torch.get_num_threads()
-        self.heads = device == "cpu" and all(search.kind(point.train) is HeadFold for point in points)
+        self.heads = device == "cpu" and all(search.kind(point.train) is HeadFold for point in self.points)
         self.out, self.token = out.absolute(), secrets.token_hex(8)
         self.nodes = connection.check_nodes(cluster)
         self.trained: Counter[str] = Counter()
@@ -193,6 +203,7 @@ class ClusterFolds:
             number=number,
             fold=fold,
             train=self.points[number].train,
+            precision=self.kinds[number],
             seed=self.points[number].seed,
             epochs=self.search.spec.epochs,
             threads=self.threads,

@@ -86,8 +86,11 @@ class Trainers(Protocol):
         """The name of its GPU, and whether that computes in bfloat16."""
         ...
 
-    def start(self, search: Search, points: Sequence[Point], out: Path, *, device: str, residency: str) -> FoldTrainer:
-        """Make the search's folds ready to be trained; `points` are its configurations, their precision decided."""
+    def start(
+        self, search: Search, points: Sequence[tuple[Point, str]], out: Path, *, device: str, residency: str
+    ) -> FoldTrainer:
+        """Make the search's folds ready to be trained; `points` are its configurations, each with the precision of its
+        blocks."""
         ...
 
 

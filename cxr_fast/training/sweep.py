@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from ..config import SweepOptions, SweepSpec, digest, to_dict
 from ..data.manifest import Manifest
 from ..data.tables.corrections import describe_source
 from ..errors import CxrFastError, InputError, Interrupted
-from ..grid.points import Point, make_points
+from ..grid.points import make_points
 from ..models.backbone import Backbone, tower_sha256
 from ..models.device import pick_device
 from ..models.heads import Custom, LossFunction, MakeHead
@@ -110,7 +110,11 @@ class SweepJob:
         self.trainer: FoldTrainer | None = None
         if trainers is not None:
             self.trainer = trainers.start(
-                self.search, self._decided(), self.out, device=self.trained_on, residency=options.residency
+                self.search,
+                list(zip(self.points, self.kinds, strict=True)),
+                self.out,
+                device=self.trained_on,
+                residency=options.residency,
             )
             self.search.train_folds = self.trainer.train_folds
 
@@ -139,13 +143,6 @@ class SweepJob:
         cut = self.unfreeze_blocks
         trains = (point.train for point in self.points)
         return any(trained_blocks(train, cut) < cut or train.head_first for train in trains)
-
-    def _decided(self) -> list[Point]:
-        """The configurations with `auto` precision replaced by what it means on the trainers' device."""
-        return [
-            replace(point, train=replace(point.train, precision=cast(Any, kind)))
-            for point, kind in zip(self.points, self.kinds, strict=True)
-        ]
 
     def _choose_device(self, trainers: Trainers | None) -> None:
         """Choose where folds are trained, the precision of each configuration, and what this machine computes on."""

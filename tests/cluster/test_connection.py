@@ -431,6 +431,20 @@ def test_the_fields_of_a_recipe_are_trained_there_to_the_same_bits(
 
 
 @pytest.mark.ray
+def test_draws_and_seeds_are_trained_there_to_the_same_bits(cluster: Cluster, toy_cache: Path, tmp_path: Path) -> None:
+    """Each seed has folds of its own, which the nodes are told; the refit takes those of the seed that is kept."""
+    grid = ("lr=1e-4..1e-2:log", "seed=2,0")
+    spec, options = dataclasses.replace(SPEC, epochs=(1, 2)), SweepOptions(device="cpu", grid=grid, trials=2)
+    one = SweepJob(toy_cache, tmp_path / "local", spec, options).run()
+    two = SweepJob(toy_cache, tmp_path / "run", spec, options, trainers=ClusterTrainers(cluster)).run()
+    same(tmp_path / "run", tmp_path / "local")
+    assert two["seeds"] == one["seeds"]
+    with np.load(tmp_path / "run" / "grid.npz") as here, np.load(tmp_path / "local" / "grid.npz") as there:
+        np.testing.assert_array_equal(here["fold"], there["fold"])
+        np.testing.assert_array_equal(here["out_of_fold"], there["out_of_fold"])
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("device", "match"),
     [
