@@ -212,7 +212,8 @@ def _make_run(asked: FitRequest, path: Path) -> Path:
             raise InputError(f"--out: {out} is a run of other settings or films; give another --out, or --overwrite.")
         plan = show_sweep_plan(job, asked.sweep["recipe"], asked.before)
         road.expected["sweep"] = plan.seconds
-        click.echo(f"from here on: {'at most ' if plan.resumed else ''}{road.describe()}; {UNKNOWN}")
+        done = ", less what the unfinished run holds" if plan.resumed else ""
+        click.echo(f"from here on: {road.describe()}{done}; {UNKNOWN}")
         if not asked.ctx.params["dry_run"]:
             road.begin("sweep")
             run_sweep(job, plan, asked.sweep)
