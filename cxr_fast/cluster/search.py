@@ -68,9 +68,9 @@ class ClusterTrainers:
 class ClusterFolds:
     """Trains a search's folds and its refit on a cluster's nodes, in place of the local `train_folds` and `refit`.
 
-    `points` are the configurations, each with the precision of its blocks. On CPUs a task computes with as many threads as are set
-    here, because the last bits depend on their number, and takes as many CPUs of a node; on `cuda` it takes a GPU.
-    `notes` are lines that a user must see before it starts. `close` stops what still runs.
+    `points` are the configurations, each with the precision of its blocks. On CPUs a task computes with as many threads
+    as are set here, because the last bits depend on their number, and takes as many CPUs of a node; on `cuda` it takes
+    a GPU. `notes` are lines that a user must see before it starts. `close` stops what still runs.
     """
 
     def __init__(

@@ -32,7 +32,8 @@ from cxr_fast.training.sweep import SweepJob
 from tests.helpers.runs import arrays, same_numbers
 from tests.helpers.toys import keep
 
-FAST = TrainSpec(lr=1e-4, head_lr=1e-3, batch_size=4)
+# Paths are compared to rounding of float32, which a CPU that trains blocks in bfloat16 must be told.
+FAST = TrainSpec(lr=1e-4, head_lr=1e-3, batch_size=4, precision="float32")
 SPEC = SweepSpec(epochs=(2, 3), folds=2, train=FAST, retrain_head="balanced", final="retrained")
 ON_CPU = SweepOptions(device="cpu")
 # AdamW makes whole steps of a gradient that rounds to either side of 0: about one step of 1e-3 in a few weights.
