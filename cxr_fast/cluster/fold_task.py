@@ -65,8 +65,8 @@ class SearchSetup:
 class FoldJob:
     """Fold `fold` of configuration `number`, or with `rates` its refit, to the last of `epochs`.
 
-    `threads` is what the local run would compute with, and `precision` what its blocks train in: both decide the bits. `files` are the fold's saved ones,
-    for nodes that do not see the journal.
+    `threads` is what the local run would compute with, and `precision` what its blocks train in: both decide the bits.
+    `files` are the fold's saved ones, for nodes that do not see the journal.
     """
 
     number: int
