@@ -145,7 +145,11 @@ def agree(one: Fold, other: Fold) -> None:
         assert (gap > 0.02).sum() <= 1 + gap.numel() / 10_000, name
         # How far such an entry goes is chance, up to two steps apart; how many there are is not. Seen in these cases on
         # an AMD core of family 23: at most 3 of 130,811 beyond 0.05; one reached 0.504, where the limit had been 0.5.
-        assert (gap > 0.05).sum() <= 1 + gap.numel() / 50_000, name
+        # Entries of one unit count once: a film at the edge of its ReLU moves its whole row. Seen on an AMD core of
+        # family 25: 10 entries of 130,811, all in one row, at most 0.09.
+        units = torch.zeros_like(tensor, dtype=torch.bool).masked_scatter(counts, gap > 0.05)
+        units = units.flatten(1).any(1) if units.ndim > 1 else units
+        assert units.sum() <= 1 + gap.numel() / 50_000, name
         assert gap.numel() == 0 or gap.max() <= 2, name
         compared, total = compared + int(counts.sum()), total + tensor.numel()
     assert compared > 0.95 * total
