@@ -17,6 +17,7 @@ from ..system.locks import holder
 from ..training.run_folder import read_info
 from .note import read_note
 from .progress import Progress, read_progress
+from .request import read_points
 
 # Columns of their own, or not a choice of the user.
 SHOWN = frozenset({"weights", "folds", "train", "preprocess"})
@@ -85,7 +86,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         "data": run["cache"]["dataset"]["name"],
         "encoder": encoder_name(run["cache"]["weights"]),
         "random": bool(run["random_weights"]),
-        "settings": describe_settings(spec, run["cache"]["spec"]),
+        "settings": _join(describe_settings(spec, run["cache"]["spec"]), _describe_grid(run)),
         "folds": spec.folds,
         "epochs": chosen,
         "valid_auc": budget.get("mean_auc"),
@@ -105,9 +106,24 @@ def _unfinished(folder: Path) -> dict[str, Any]:
         "done": progress.share,
         "data": progress.data,
         "encoder": encoder_name(progress.weights),
-        "settings": describe_settings(progress.spec, {}),
+        "settings": _join(describe_settings(progress.spec, {}), _count(progress.configurations)),
         "folds": progress.spec.folds,
     }
+
+
+def _describe_grid(run: Mapping[str, Any]) -> str:
+    """Name what the chosen configuration of a grid changed; empty for a run of one."""
+    points = read_points(run["grid"])
+    changes = ", ".join(f"{name} {_short(value)}" for name, value in points[run["config"]].items())
+    return f"best of {_count(len(points))}: {changes}" if len(points) > 1 else ""
+
+
+def _count(configurations: int) -> str:
+    return f"{configurations:,} configurations" if configurations > 1 else ""
+
+
+def _join(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def encoder_name(weights: str) -> str:

@@ -71,7 +71,7 @@ def read_request(path: Path) -> SweepRequest:
         return SweepRequest(
             source=folder,
             spec=from_dict(SweepSpec, FORMER | run["spec"]),
-            grid=tuple(search["grid"]) if search else grid_flags(_points(run["grid"])),
+            grid=tuple(search["grid"]) if search else grid_flags(read_points(run["grid"])),
             trials=search.get("trials"),
             cache=Path(run["cache"]["path"]),
             split_from=folder if given.keys() & {LIST, EARLIER} else None,
@@ -118,8 +118,8 @@ def _unfinished(folder: Path) -> SweepRequest:
     return SweepRequest(source=folder, spec=spec, grid=flags, trials=trials, cache=cache, out=out)
 
 
-def _points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each configuration changed, in the order in which they were tried."""
+def read_points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each configuration of run.json's `grid` changed, in the order in which they were tried."""
     return [
         {name: value for name, value in row.items() if name not in _RESULTS | _RARITY}
         for row in sorted(rows, key=lambda row: row["config"])

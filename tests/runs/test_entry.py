@@ -124,3 +124,19 @@ def test_encoders_have_short_names() -> None:
     assert encoder_name("random:0:test_vit") == "random:0:test_vit"
     assert encoder_name("hf-hub:microsoft/rad-dino") == "rad-dino"
     assert encoder_name("somewhere/vit_s16/") == "vit_s16"
+
+
+def test_a_run_over_a_grid_names_what_was_chosen_and_of_how_many(toy_run: Path, stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    info = json.loads((toy_run / "run.json").read_text())
+    (row,) = info["grid"]
+    rows = [row | {"config": 1, "lr": 0.002, "seed": 4}, row | {"config": 0, "lr": 0.001, "seed": 4, "chosen": False}]
+    (run / "run.json").write_text(json.dumps(info | {"config": 1, "grid": rows}))
+    assert read_entry(run).settings.endswith(", best of 2 configurations: lr 0.002, seed 4")
+    assert "best of" not in read_entry(toy_run).settings
+    folder = tmp_path / "run.partial"
+    shutil.copytree(stopped, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"grid": [{"lr": 1e-3}, {"lr": 1e-2}]}))
+    assert read_entry(folder).settings.endswith(", 2 configurations")
