@@ -117,7 +117,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
         click.echo(f"newest cache: {cache}")
     left = out is not None and not flags["overwrite"] and lacks_report(out)
     with open_sweep(cache, out, spec, flags | {"overwrite": flags["overwrite"] or left}) as job:
-        if not flags["overwrite"] and not flags["dry_run"] and _report_finished(job, flags["note"]):
+        if not flags["overwrite"] and _report_finished(job, flags["note"], dry_run=flags["dry_run"]):
             return
         if left:
             raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
@@ -179,8 +179,9 @@ def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
         loggers.log_run(run, job.out)
 
 
-def _report_finished(job: Any, note: str | None) -> bool:
-    """Finish a run of this very request that only lacks its report; whether there is one."""
+def _report_finished(job: Any, note: str | None, *, dry_run: bool) -> bool:
+    """Finish a run of this very request that only lacks its report, or with `dry_run` only say so; whether there is
+    one."""
     from ..report.writer import lacks_report
     from ..training.run_folder import read_info
 
@@ -188,7 +189,8 @@ def _report_finished(job: Any, note: str | None) -> bool:
     if found is None or not lacks_report(found):
         return False
     click.echo(f"{found} is trained; it lacks its report")
-    _finish(found, read_info(found), note)
+    if not dry_run:
+        _finish(found, read_info(found), note)
     return True
 
 

@@ -75,6 +75,8 @@ def _read_range(name: str, text: str, hint: Any, *, drawn: bool) -> Axis:
         raise InputError(
             f"--grid: {name}={text!r} is no range; a range is A..B or A..B{LOG} of a field that is a number."
         )
+    if name == SEED and log:
+        raise InputError(f"--grid: {name}={text!r}: seeds are all trained, not drawn; leave {LOG} out.")
     low, high = (_parse(name, hint, end) for end in ends)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(f"--grid: {name}={text!r} must have a number at either end.")
@@ -83,8 +85,6 @@ def _read_range(name: str, text: str, hint: Any, *, drawn: bool) -> Axis:
     if log and low <= 0:
         raise InputError(f"--grid: {name}={text!r} must begin above 0, for it is drawn by its logarithm.")
     whole = int in kinds
-    if name == SEED and log:
-        raise InputError(f"--grid: {name}={text!r}: seeds are all trained, not drawn; leave {LOG} out.")
     if whole and not drawn and not log:
         if high - low >= MOST:
             raise InputError(f"--grid: {name}={text!r} is over {MOST:,} values; name fewer, or draw with --trials N.")

@@ -366,7 +366,8 @@ def _put_in_place(folder: Path, out: Path) -> None:
         os.replace(out, out.with_name(f"{out.name}.old.{os.getpid()}"))
     put_in_place(folder, out)
     for old in out.parent.glob(f"{glob.escape(out.name)}.old.*"):  # of killed runs too
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name.removeprefix(f"{out.name}.old.").isdecimal():  # no folder that a user called so
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def device_name(device: torch.device) -> str:

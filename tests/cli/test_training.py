@@ -23,6 +23,9 @@ def test_a_run_that_only_lacks_its_report_gets_it_from_the_same_command(toy_cach
     page, run = (out / "report.html").read_bytes(), (out / "run.json").read_bytes()
     (out / "report.html").unlink()
     shutil.copytree(out, tmp_path / "other")
+    planned = sweep(toy_cache, out, "--dry-run")
+    assert (planned.exit_code, planned.output) == (0, f"{out} is trained; it lacks its report\n")
+    assert not (out / "report.html").exists()
     again = sweep(toy_cache, out, "--note", "late")
     assert again.exit_code == 0, again.output
     assert f"{out} is trained; it lacks its report" in again.output

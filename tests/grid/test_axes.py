@@ -148,6 +148,7 @@ def test_seeds_are_never_drawn() -> None:
         ("batch_size", "2..8.5", "batch_size='8.5' is not a number"),
         ("batch_size", f"2..{MOST + 2}", "is over 10,000 values; name fewer, or draw with --trials N"),
         ("seed", "1..4:log", "seeds are all trained, not drawn; leave :log out"),
+        ("seed", "0..4:log", "seeds are all trained, not drawn; leave :log out"),
     ],
 )
 def test_what_is_no_range_is_refused_in_one_line(name: str, text: str, said: str) -> None:

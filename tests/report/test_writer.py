@@ -315,6 +315,17 @@ def test_groups_that_count_as_studies_are_told(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("unpainted")
+def test_page_and_card_name_the_seed_of_the_folds_where_a_grid_gave_another(folder: Path) -> None:
+    run = read_json(folder / "run.json")
+    assert (run["spec"]["seed"], run["search"]["seed"]) == (0, 0)
+    run["search"]["seed"] = 5
+    (folder / "run.json").write_text(json.dumps(run))
+    assert "seed 0 (the folds shown: seed 5)" in page(folder).text
+    said = "- seed 0\n- folds and draws of the chosen configuration: seed 5\n\n## Training"
+    assert said in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("unpainted")
 def test_page_and_card_count_the_classes_that_are_not_calibrated(folder: Path) -> None:
     run = read_json(folder / "run.json")
     classes = len(run["classes"])

@@ -888,3 +888,11 @@ def test_a_run_set_aside_by_a_killed_sweep_goes_when_the_next_is_in_place(tmp_pa
     _put_in_place(tmp_path / "new", tmp_path / "run")
     found = {path.name: (path / "run.json").read_text() for path in tmp_path.iterdir()}
     assert found == {"run": "new", "run2.old.12": "of another"}
+
+
+def test_a_folder_that_a_user_called_old_stays_beside_a_new_run(tmp_path: Path) -> None:
+    kept = {"run", "run.old.backup", "run.old.v2", "run.old.12.keep", "run.old.may.12"}
+    for name in ("new", *kept):
+        (tmp_path / name).mkdir()
+    _put_in_place(tmp_path / "new", tmp_path / "run")
+    assert {path.name for path in tmp_path.iterdir()} == kept

@@ -30,14 +30,16 @@ def echo_others(ctx: click.Context, work: Any, flag: str = "--reuse") -> None:
 
 
 def command_line(ctx: click.Context, *more: str) -> str:
-    """The command as it was given, with `more` at its end."""
+    """The command as it was given, with `more` at its end and without `--dry-run`, so that it does its work."""
     words = ["cxrfast", str(ctx.info_name)]
     for param in ctx.command.params:
         value = ctx.params.get(str(param.name))
         if isinstance(param, click.Argument):
             words += map(str, value if isinstance(value, tuple) else (value,))
         elif (
-            isinstance(param, click.Option) and ctx.get_parameter_source(str(param.name)) == ParameterSource.COMMANDLINE
+            isinstance(param, click.Option)
+            and param.name != "dry_run"
+            and ctx.get_parameter_source(str(param.name)) == ParameterSource.COMMANDLINE
         ):
             words += _option_words(param, value)
     return shlex.join([*words, *more])

@@ -25,9 +25,9 @@ SEED_RESULTS = (
     *("config", "seeds", "epochs", "mean_auc", "std_auc", "min_auc", "max_auc", "mean_map", "std_map", "chosen"),
 )
 SEEDS = (
-    "Each seed has other folds and other draws; the hold-out is the same. AUC is the validation macro AUC, a mean over "
-    "folds; mAP is out of fold. The spread is the standard deviation over seeds. The choice is made by the mean over "
-    "seeds, and the final model is the one of the first seed."
+    "Each seed has other draws, and other folds unless these were given; the hold-out is the same. AUC is the "
+    "validation macro AUC, a mean over folds; mAP is out of fold. The spread is the standard deviation over seeds. The "
+    "choice is made by the mean over seeds, and the final model is the one of the first seed."
 )
 
 

@@ -26,6 +26,7 @@ def seed_row(config: int, lr: float, mean: float, *, chosen: bool = False) -> di
 def test_a_table_over_seeds_has_a_row_for_each_point() -> None:
     table = grid_tables.seed_table({"seeds": [seed_row(3, 0.1, 0.7, chosen=True), seed_row(0, 0.2, 0.6)]})
     assert table.columns[:4] == ["configuration", "lr", "seeds", "epochs"]
+    assert "other folds unless these were given" in table.notes[0]
     assert next(iter(table.texts())) == ["4", "0.1", "3", "4", "0.700", "0.010", "0.680", "0.720", "0.300", "–"]
     assert table.chosen == [0]
     assert table.notes
