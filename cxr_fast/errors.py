@@ -20,6 +20,10 @@ class SchemaError(CxrFastError):
     """A file of ours that this version does not know how to read."""
 
 
+class DivergedError(InputError):
+    """Training left the finite numbers: the learning rate is too large for these films."""
+
+
 class DeviceError(CxrFastError):
     """The device asked for cannot be had; never answered by a silent CPU run."""
 

@@ -117,7 +117,7 @@ def sweep(ctx: click.Context, cache: Path | None, out: Path | None, **flags: Any
         click.echo(f"newest cache: {cache}")
     left = out is not None and not flags["overwrite"] and lacks_report(out)
     with open_sweep(cache, out, spec, flags | {"overwrite": flags["overwrite"] or left}) as job:
-        if not flags["overwrite"] and _report_finished(job, flags["note"], dry_run=flags["dry_run"]):
+        if not flags["overwrite"] and _report_finished(job, flags):
             return
         if left:
             raise InputError(f"--out: {out} exists; give another --out, or pass --overwrite.")
@@ -179,8 +179,8 @@ def run_sweep(job: Any, plan: Any, flags: Mapping[str, Any]) -> None:
         loggers.log_run(run, job.out)
 
 
-def _report_finished(job: Any, note: str | None, *, dry_run: bool) -> bool:
-    """Finish a run of this very request that only lacks its report, or with `dry_run` only say so; whether there is
+def _report_finished(job: Any, flags: Mapping[str, Any]) -> bool:
+    """Finish a run of this very request that only lacks its report, or with --dry-run only say so; whether there is
     one."""
     from ..report.writer import lacks_report
     from ..training.run_folder import read_info
@@ -189,8 +189,10 @@ def _report_finished(job: Any, note: str | None, *, dry_run: bool) -> bool:
     if found is None or not lacks_report(found):
         return False
     click.echo(f"{found} is trained; it lacks its report")
-    if not dry_run:
-        _finish(found, read_info(found), note)
+    if not flags["dry_run"]:
+        if flags["log"]:
+            echo_notes(["--log: the run was trained by an earlier call, so nothing is logged now"])
+        _finish(found, read_info(found), flags["note"])
     return True
 
 

@@ -51,7 +51,10 @@ def make_points(train: TrainSpec, flags: Sequence[str], *, seed: int = 0, trials
     names = [axis.name for axis in axes]
     points = []
     for group, changes in enumerate(found):
-        spec = replace(train, **changes)
+        try:
+            spec = replace(train, **changes)
+        except InputError as error:
+            raise InputError(f"--grid: {error}") from error
         for value in (seed,) if seeds is None else seeds:
             every = changes | ({} if seeds is None else {SEED: value})
             ordered = {name: every[name] for name in names}

@@ -114,7 +114,8 @@ def _unfinished(folder: Path) -> dict[str, Any]:
 def _describe_grid(run: Mapping[str, Any]) -> str:
     """Name what the chosen configuration of a grid changed; empty for a run of one."""
     points = read_points(run["grid"])
-    changes = ", ".join(f"{name} {_short(value)}" for name, value in points[run["config"]].items())
+    place = sorted(row["config"] for row in run["grid"]).index(run["config"])
+    changes = ", ".join(f"{name} {_short(value)}" for name, value in points[place].items())
     return f"best of {_count(len(points))}: {changes}" if len(points) > 1 else ""
 
 

@@ -72,7 +72,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     drawn, and how many images were given their part by what; `unlikeness` is what `unlikeness.record` writes,
     `corrections` how many labels a list of marks changed, with the hash of the list; `request_sha256` is the hash of
     all that decides the result but versions; `search` has the flags of the grid, the number of trials and the seed of
-    the chosen configuration, `seeds` the table over seeds where there are several. Runs of earlier versions have none
+    the chosen configuration, `seeds` the table over seeds where there are several, `lost`
+    the configurations that diverged. Runs of earlier versions have none
     of these. `custom` names a head or loss that was given in Python.
 
         >>> record: RunRecord = read_record("exports/indiana")
@@ -132,6 +133,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     request_sha256: str | msgspec.UnsetType = msgspec.UNSET
     search: Values | msgspec.UnsetType = msgspec.UNSET
     seeds: list[Values] | msgspec.UnsetType = msgspec.UNSET
+    lost: list[Values] | msgspec.UnsetType = msgspec.UNSET
     seconds: float = 0.0
 
     def to_dict(self) -> Values:

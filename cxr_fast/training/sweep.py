@@ -35,7 +35,7 @@ from ..system.files import AnyPath, put_in_place, sync_tree
 from ..system.locks import FileLock, graceful
 from . import operating_points, run_record
 from .checkpoints import Journal, difference, remove_journal
-from .configurations.choose import choose_configuration
+from .configurations.train import train_points
 from .dataset import read
 from .earlier_runs import find_trained_holdouts
 from .expected_time import EpochTimes, SweepPlan, expect, unknown_times
@@ -43,7 +43,7 @@ from .final_models import FinalModels
 from .finish import Setup, finish
 from .folds.fold import OnEpoch, require_scorable
 from .run_folder import ABOUT, read_info
-from .search import FoldTrainer, Search, Trained, Trainers, require_cached, trained_blocks
+from .search import FoldTrainer, Search, Trainers, require_cached, trained_blocks
 
 
 def backbone_for(file: Cache, weights: str | None = None) -> Backbone:
@@ -292,15 +292,9 @@ class SweepJob:
     def _run(
         self, journal: Journal, on_epoch: OnEpoch | None, stop: Callable[[], bool], began: float
     ) -> dict[str, Any]:
-        configurations: list[Trained] = []
-        for number, point in enumerate(self.points):
-            configurations.append(self.search.run(number, point, journal, on_epoch=on_epoch, stop=stop))
-            if self.points[number + 1 : number + 2] and self.points[number + 1].group == point.group:
-                continue  # a point is judged when all its seeds are trained
-            chosen = choose_configuration(configurations)
-            for other in configurations:
-                if other is not chosen.trained:
-                    journal.forget(f"config{other.number}")
+        # The tasks of a cluster stop together, so there nothing is left to be chosen.
+        found = train_points(self.search, self.points, journal, on_epoch, stop, go_on=self.trainer is None)
+        configurations, chosen = found.configurations, found.chosen
         trained = chosen.trained
         finals = FinalModels(self.search, trained, journal, chosen.budget)
         if self._with_refit and self.trainer is not None:
@@ -324,6 +318,7 @@ class SweepJob:
                 trials=self.options.trials,
             )
             record = finish(folder, configurations, chosen, finals, setup)
+            record.lost = found.lost or msgspec.UNSET
             record.cluster = msgspec.UNSET if self.trainer is None else self.trainer.describe()
             record.request_sha256 = _digest(self.request())
             record.seconds = time.perf_counter() - began

@@ -73,7 +73,7 @@ def describe_run(run: dict[str, Any]) -> list[Part]:
     parts: list[Part] = ["", tables.fold_table(run, 4), "", tables.budget_table(run, 4), ""]
     if run.get("seeds"):
         parts += [grid_tables.seed_table(run, 4), ""]
-    if len(run["grid"]) > 1:
+    if len(run["grid"]) > 1 or run.get("lost"):
         parts += [grid_tables.grid_table(run, 4, most=GRID_ROWS), ""]
     goal = describe_target(run["spec"]["threshold_target"])
     figures = tables.run_figure_table(run, 4)

@@ -39,6 +39,10 @@ def grid_table(run: Record, digits: int = 3, *, most: int | None = None) -> Tabl
     of = {name: f"{name.removesuffix('_map')} mAP ({first[name.replace('map', 'classes')]})" for name in maps}
     shown = [row for place, row in enumerate(run["grid"]) if most is None or place < most or row["chosen"]]
     notes = [RARITY] if maps else []
+    for row in run.get("lost") or []:
+        changes = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("config", "reason"))
+        whole = ", with all its seeds" if "seed" in row else ""
+        notes.append(f"Left out{whole}: configuration {row['config'] + 1} ({changes}): {row['reason']}")
     if hidden := len(run["grid"]) - len(shown):
         notes.append(f"{hidden:,} more are in grid.csv and on the page.")
     return Table(

@@ -83,7 +83,7 @@ def write_grid(folder: Path, configurations: Sequence[Trained], run: Values, ass
 
     `grid_history.csv` and `grid_folds.csv` hold history and folds. `grid.npz` has the out-of-fold predictions at the
     best budget, `out_of_fold` (configurations, N, C), the budgets, `epochs`, and the folds, `fold` (configurations, N),
-    of `assignments`; images and labels are those of `predictions.npz`.
+    of `assignments`, and the numbers, `config`; images and labels are those of `predictions.npz`.
     """
     write_table(folder / "grid.csv", run["grid"])
     write_table(folder / "seeds.csv", run.get("seeds", []))
@@ -103,7 +103,8 @@ def write_grid(folder: Path, configurations: Sequence[Trained], run: Values, ass
     write_table(folder / "grid_folds.csv", folds)
     best = np.stack([trained.probabilities[trained.best_budget] for trained in configurations])
     budgets = np.array([epochs[trained.best_budget] for trained in configurations])
-    np.savez_compressed(folder / "grid.npz", out_of_fold=best, epochs=budgets, fold=assignments)
+    numbers = np.array([trained.number for trained in configurations])
+    np.savez_compressed(folder / "grid.npz", out_of_fold=best, epochs=budgets, fold=assignments, config=numbers)
 
 
 def write_table(path: Path, rows: list[Values]) -> None:

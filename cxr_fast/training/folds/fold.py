@@ -22,7 +22,7 @@ from ...activations.forward import autocast, precision, predict, probabilities, 
 from ...activations.loader import Activations
 from ...config import TrainSpec
 from ...data.labels import UNKNOWN
-from ...errors import InputError, Interrupted
+from ...errors import DivergedError, InputError, Interrupted
 from ...metrics.figures import auc, macro
 from ...models.heads import NOTHING_OWN, Custom
 from ...models.tail import Tail, embedding_width
@@ -306,7 +306,7 @@ class Fold:
     def finish_epoch(self, train_loss: float, began: float) -> Epoch:
         """Validate after a trained epoch, step the scheduler and early stopping, add a line to the history."""
         if not math.isfinite(train_loss):
-            raise InputError(f"training diverged in epoch {self.epoch + 1} (loss {train_loss}); use a smaller --lr.")
+            raise DivergedError(f"training diverged in epoch {self.epoch + 1} (loss {train_loss}); use a smaller --lr.")
         lr, (valid_loss, score, classes) = self.lr, self.validate()
         if self.spec.scheduler == "plateau" and self.rates is None:
             self.scheduler.step(score)
@@ -336,7 +336,7 @@ class Fold:
             return math.nan, math.nan, 0
         logits = predict(self.scored, self.source, self.valid_rows)
         if not np.isfinite(logits).all():  # the last step of the epoch, which its own loss does not show
-            raise InputError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
+            raise DivergedError(f"training diverged in epoch {self.epoch + 1} (logits not finite); use a smaller --lr.")
         labels = self.labels[torch.from_numpy(self.valid_rows)]
         place = torch.device("cpu") if self.custom.loss is None else self.device  # a user's own may hold tensors there
         terms = self.terms.map(lambda t: t.to(place))
