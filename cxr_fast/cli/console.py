@@ -102,7 +102,7 @@ class ProgressBar:
     _open: ProgressBar | None = None  # rich draws one at a time
     stage = ""  # of a command of several parts, before each text
     # Of such a command: what is left of all, from what is left of the work reported and whether that is a whole part.
-    road: Callable[[float | None, bool], str] | None = None
+    part_times: Callable[[float | None, bool], str] | None = None
 
     def __init__(self, every: float = 20.0) -> None:
         self.live = sys.stderr.isatty()
@@ -137,8 +137,8 @@ class ProgressBar:
         self.last = now
         left = self.left
         said = "" if left is None else f"{duration(left)} left"
-        if ProgressBar.road is not None:
-            said = ", ".join(filter(None, [said, ProgressBar.road(left, self.whole)]))
+        if ProgressBar.part_times is not None:
+            said = ", ".join(filter(None, [said, ProgressBar.part_times(left, self.whole)]))
         text = f"{ProgressBar.stage}{text}"
         if self.live:
             self._draw(100 * done / total, text, said)

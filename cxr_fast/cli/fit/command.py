@@ -23,8 +23,8 @@ from ..options import PATH, device_option, read_prepared, recipe_option, source_
 from ..training import open_sweep, read_sweep_flags, run_sweep, show_sweep_plan, sweep
 from .flags import exit_code, part_context, part_options, stage
 from .kept import describe_request, read_kept, write_kept
+from .part_times import PartTimes
 from .plan import UNKNOWN, ExportWish, describe_fit, expect_parts
-from .road import Road
 
 if TYPE_CHECKING:
     from ...grid.points import Point
@@ -108,7 +108,7 @@ class FitRequest:
     points: list[Point]
     before: Any  # the run of --from
     export: click.Context
-    road: Road
+    part_times: PartTimes
 
     @property
     def wish(self) -> ExportWish:
@@ -154,7 +154,7 @@ def _read_asked(ctx: click.Context) -> FitRequest:
         points=points,
         before=before,
         export=export_flags,
-        road=Road({}),
+        part_times=PartTimes({}),
     )
 
 
@@ -183,24 +183,24 @@ def _make_cache(asked: FitRequest, manifest: Any) -> tuple[Path | None, int]:
         click.echo("timing a few calls of each part, for the plan", err=True)
         with stage(ctx, "sweep"):
             device = None if asked.sweep["cluster"] else asked.sweep["device"]
-            asked.road.expected |= expect_parts(work, spec, points, device, asked.wish).expected
+            asked.part_times.expected |= expect_parts(work, spec, points, device, asked.wish).expected
         click.echo()
-        show_plan(describe_fit(work, spec, points, asked.out, asked.wish, asked.road))
+        show_plan(describe_fit(work, spec, points, asked.out, asked.wish, asked.part_times))
         echo_others(ctx, work, "--cache-reuse")
         if ctx.params["dry_run"]:
             return (path if path.exists() else None), 0
         click.echo("\ncache, 2 of 5")
-        with stage(ctx, "cache", "2 of 5", asked.road):
+        with stage(ctx, "cache", "2 of 5", asked.part_times):
             return path, exit_code(lambda: run_cache_work(work))
 
 
 def _make_run(asked: FitRequest, path: Path) -> Path:
     """Train, unless a finished run of these very settings exists; the run folder."""
-    out, overwrite, road = asked.out, asked.sweep["overwrite"], asked.road
+    out, overwrite, part_times = asked.out, asked.sweep["overwrite"], asked.part_times
     taken = out is not None and (out / "run.json").is_file()
     click.echo("\nsweep, 3 of 5")
     with (
-        stage(asked.ctx, "sweep", "3 of 5", road),
+        stage(asked.ctx, "sweep", "3 of 5", part_times),
         # A finished run is first compared with what is asked for; it is replaced only by the user's own flag.
         open_sweep(path, out, asked.sweep_spec, asked.sweep | {"overwrite": overwrite or taken}) as job,
     ):
@@ -211,11 +211,11 @@ def _make_run(asked: FitRequest, path: Path) -> Path:
         if taken and not overwrite:
             raise InputError(f"--out: {out} is a run of other settings or films; give another --out, or --overwrite.")
         plan = show_sweep_plan(job, asked.sweep["recipe"], asked.before)
-        road.expected["sweep"] = plan.seconds
+        part_times.expected["sweep"] = plan.seconds
         done = ", less what the unfinished run holds" if plan.resumed else ""
-        click.echo(f"from here on: {road.describe()}{done}; {UNKNOWN}")
+        click.echo(f"from here on: {part_times.describe()}{done}; {UNKNOWN}")
         if not asked.ctx.params["dry_run"]:
-            road.begin("sweep")
+            part_times.begin("sweep")
             run_sweep(job, plan, asked.sweep)
         made: Path = job.out
         return made
@@ -236,7 +236,7 @@ def _make_models(asked: FitRequest, run: Path) -> tuple[Path, int]:
             return where, known
         click.echo("they are not as they were written, and are exported again")
     click.echo("\nexport, 4 of 5")
-    with stage(ctx, "export", "4 of 5", asked.road):
+    with stage(ctx, "export", "4 of 5", asked.part_times):
         code = exit_code(lambda: export.invoke(told))
     files = [where] if where.suffix == ".onnx" else sorted(where.glob("model.*.onnx"))
     write_report(run)
@@ -250,7 +250,7 @@ def _verify(asked: FitRequest, where: Path) -> int:
     unused = dict.fromkeys(CACHE_ONLY)
     told = part_context(asked.ctx, verify, "verify", file=where, **unused)
     try:
-        with stage(asked.ctx, "verify", "5 of 5", asked.road):
+        with stage(asked.ctx, "verify", "5 of 5", asked.part_times):
             return exit_code(lambda: verify.invoke(told))
     except CxrFastError as error:
         click.echo(f"error: {error}", err=True)

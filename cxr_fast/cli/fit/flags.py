@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from ...errors import CxrFastError
 from ..console import ProgressBar
-from .road import Road
+from .part_times import PartTimes
 
 # Flags of `fit` itself that go to every part which has one of that name, where the part's own is not given.
 SHARED = ("recipe", "device", "threads")
@@ -63,12 +63,12 @@ def is_given(ctx: click.Context, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def stage(ctx: click.Context, part: str, number: str = "", road: Road | None = None) -> Iterator[None]:
-    """Name the part in its progress, with what is left of the whole road, and its flags as those of `fit` in errors."""
+def stage(ctx: click.Context, part: str, number: str = "", part_times: PartTimes | None = None) -> Iterator[None]:
+    """Name the part in its progress, with what is left of all parts, and its flags as those of `fit` in errors."""
     ProgressBar.stage = f"{part} ({number}): " if number else ""
-    if road is not None:
-        road.begin(part)
-        ProgressBar.road = road.left
+    if part_times is not None:
+        part_times.begin(part)
+        ProgressBar.part_times = part_times.left
     try:
         yield
     except CxrFastError as error:
@@ -76,7 +76,7 @@ def stage(ctx: click.Context, part: str, number: str = "", road: Road | None = N
         raise
     finally:
         ProgressBar.close()
-        ProgressBar.stage, ProgressBar.road = "", None
+        ProgressBar.stage, ProgressBar.part_times = "", None
 
 
 def rename_flags(ctx: click.Context, part: str, text: str) -> str:

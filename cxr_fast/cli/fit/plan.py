@@ -13,7 +13,7 @@ from ...config import SweepSpec
 from ...models import device as cpu
 from ...system.text import duration, gigabytes
 from ..dataset import describe_cache_plan
-from .road import Road
+from .part_times import PartTimes
 
 if TYPE_CHECKING:
     from ...grid.points import Point
@@ -37,7 +37,9 @@ class ExportWish:
     views: int
 
 
-def expect_parts(work: Any, spec: SweepSpec, points: Sequence[Point], device: str | None, wish: ExportWish) -> Road:
+def expect_parts(
+    work: Any, spec: SweepSpec, points: Sequence[Point], device: str | None, wish: ExportWish
+) -> PartTimes:
     """Expect how long each part takes, from a few timed calls; of a sweep only where there is no whole cache yet.
 
     `device` is where folds are trained, None for a cluster, whose time is unknown.
@@ -45,14 +47,14 @@ def expect_parts(work: Any, spec: SweepSpec, points: Sequence[Point], device: st
     from ...export.expected_time import expect_export
     from ...training.expected_time import expect_before_cache
 
-    job, road = work.job, Road({"cache": work.plan.seconds})
+    job, part_times = work.job, PartTimes({"cache": work.plan.seconds})
     if device is not None and not is_whole(work):
         trains = [point.train for point in points]
-        road.expected["sweep"] = expect_before_cache(job, spec, trains, cpu.pick_device(device))
+        part_times.expected["sweep"] = expect_before_cache(job, spec, trains, cpu.pick_device(device))
     films = min(wish.films, len(job.manifest))
     times = expect_export(job.backbone, wish.variants, films, models=wish.models, views=wish.views)
-    road.expected |= {"export": times.export, "verify": times.verify}
-    return road
+    part_times.expected |= {"export": times.export, "verify": times.verify}
+    return part_times
 
 
 def is_whole(work: Any) -> bool:
@@ -61,13 +63,13 @@ def is_whole(work: Any) -> bool:
 
 
 def describe_fit(
-    work: Any, spec: SweepSpec, points: Sequence[Point], out: Path | None, wish: ExportWish, road: Road
+    work: Any, spec: SweepSpec, points: Sequence[Point], out: Path | None, wish: ExportWish, part_times: PartTimes
 ) -> str:
     """The plan of a fit, a line for each part, then what all of it needs."""
     job = work.job
     manifest = job.manifest
     many = f"{len(points):,} configurations, " if len(points) > 1 else ""
-    whole, seconds = is_whole(work), road.expected
+    whole, seconds = is_whole(work), part_times.expected
     if whole:
         known = "its plan follows"
     elif math.isnan(seconds["sweep"]):
@@ -88,7 +90,7 @@ def describe_fit(
         f"verify: expected time {duration(seconds['verify'])}",
         f"disk: cache {gigabytes(work.plan.bytes_needed)}, run and model files about {gigabytes(need)} "
         f"({gigabytes(free)} free){short}",
-        *([] if whole else [f"in all: {road.describe()}; {UNKNOWN}"]),
+        *([] if whole else [f"in all: {part_times.describe()}; {UNKNOWN}"]),
     ]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from ...system.text import duration
 PARTS = ("cache", "sweep", "export", "verify")
 
 
-class Road:
+class PartTimes:
     """The parts of a fit with their expected seconds, NaN where unknown; `begin` says which one is under way."""
 
     def __init__(self, expected: Mapping[str, float]) -> None:
@@ -34,7 +34,7 @@ class Road:
         return describe_sum(seconds, later, "of all")
 
     def describe(self) -> str:
-        """The whole road from the part under way on: `about 12 min 30 s, without the sweep`."""
+        """All parts from the part under way on: `about 12 min 30 s, without the sweep`."""
         parts = {part: self.expected[part] for part in PARTS[PARTS.index(self.part) :]}
         return describe_sum(0.0, parts, "").rstrip()
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from cxr_fast.cli import console
-from cxr_fast.cli.fit import road
-from cxr_fast.cli.fit.road import Road
+from cxr_fast.cli.fit import part_times
+from cxr_fast.cli.fit.part_times import PartTimes
 
 EXPECTED = {"cache": 100.0, "sweep": 200.0, "export": 60.0, "verify": 5.0}
 
@@ -18,13 +18,13 @@ EXPECTED = {"cache": 100.0, "sweep": 200.0, "export": 60.0, "verify": 5.0}
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Seconds that only the test moves."""
     found = SimpleNamespace(now=1000.0)
-    for module in (road, console):
+    for module in (part_times, console):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 
 def test_the_parts_to_come_are_added_to_what_is_left_of_this_one(clock: SimpleNamespace) -> None:
-    way = Road(EXPECTED)
+    way = PartTimes(EXPECTED)
     way.begin("cache")
     assert way.left(None, True) == "about 6 min 05 s of all"
     clock.now += 40
@@ -41,19 +41,19 @@ def test_the_parts_to_come_are_added_to_what_is_left_of_this_one(clock: SimpleNa
 
 
 def test_a_part_whose_time_is_unknown_is_named(clock: SimpleNamespace) -> None:
-    way = Road({**EXPECTED, "sweep": math.nan})
+    way = PartTimes({**EXPECTED, "sweep": math.nan})
     assert way.describe() == "about 2 min 45 s without the sweep"
     assert way.left(10.0, True) == "about 1 min 15 s of all without the sweep"
     way.begin("sweep")
     assert way.left(None, True) == "about 1 min 05 s of all"
-    assert Road({}).describe() == "about 0 s without the cache and the sweep and the export and the verify"
+    assert PartTimes({}).describe() == "about 0 s without the cache and the sweep and the export and the verify"
 
 
 def test_it_stands_behind_the_time_left_of_each_line(
     clock: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    way = Road(EXPECTED)
-    monkeypatch.setattr(console.ProgressBar, "road", way.left)
+    way = PartTimes(EXPECTED)
+    monkeypatch.setattr(console.ProgressBar, "part_times", way.left)
     bar = console.ProgressBar(every=0.0)
     for done in (1, 2):
         clock.now += 10
