@@ -244,4 +244,7 @@ class EpochProgress:
             which += f"fold {fold + 1}/{folds}" if fold < folds else "refit"
         score = f", validation macro AUC {epoch.valid_auc:.4f} ({epoch.classes} classes)" if epoch.classes else ""
         done = min(times.done(self.latest, at, others), times.total)
-        self.bar.show(done, times.total, f"{which} epoch {epoch.epoch}{score}", before=self.before)
+        last = "; figures and report follow" if done >= (1 - 1e-9) * times.total else ""
+        self.bar.show(
+            done, times.total, f"{which} epoch {epoch.epoch}{score}{last}", before=self.before, force=bool(last)
+        )

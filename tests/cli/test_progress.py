@@ -1,5 +1,6 @@
 """The time left that each command prints, by a clock that the test moves."""
 
+import itertools
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -105,6 +106,18 @@ def test_sweep(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     follow(clock, lasts, show)
     shares = np.cumsum([times.of(c, k)[e] for c, k, e in places]) / times.total
     require_within_two(capsys, lasts, shares.tolist())
+
+
+def test_after_the_last_epoch_it_says_what_follows(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    times = EpochTimes(each=np.array([[0.1] * 3]), refit=np.zeros(3), retrained=np.zeros(3), folds=2, in_turn=True)
+    line = training.EpochProgress(
+        console.ProgressBar(every=20.0), SimpleNamespace(times=times, configurations=1), SweepSpec(folds=2)
+    )
+    for fold, epoch in itertools.product(range(2), range(3)):
+        clock.now += 1
+        line.show(0, fold, SimpleNamespace(epoch=epoch + 1, classes=0, valid_auc=0.0))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("100.0 %  fold 2/2 epoch 3; figures and report follow")
 
 
 def test_a_long_stage_has_a_second_line_after_a_tenth(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
