@@ -255,9 +255,10 @@ def round_weight(
     """Round weight (O, I) to whole steps (O, I) for inputs whose products summed are `squares` (I, I).
 
     GPTQ: inputs in falling order of size, each one's rounding error spread over those that follow as the inverse of
-    `squares` says; without correlation it is plain rounding. -127 to 127, and two `partners` (I,) of one sign at most
-    PAIR together, so that no CPU's sums of two products overflow.
+    `squares` says; without correlation it is plain rounding. A row that plain rounding serves better has that. -127 to
+    127, and two `partners` (I,) of one sign at most PAIR together, so that no CPU's sums of two products overflow.
     """
+    plain, widths = (weight / steps).round(), steps
     size = squares.diagonal()
     damped = squares + DAMPING * size.mean().clamp_min(1e-12) * torch.eye(len(size))
     order = torch.argsort(size, descending=True, stable=True)
@@ -280,7 +281,22 @@ def round_weight(
         left[:, end:] -= lost @ upper[start:end, end:]
     out = torch.empty_like(whole)
     out[:, order] = whole
-    return out
+    better = _lost(plain * widths - weight, squares) < _lost(out * widths - weight, squares)
+    return torch.where((better & _fits(plain, partners))[:, None], plain, out)
+
+
+def _lost(error: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """The squared error of each output (O,) over the inputs whose products summed are `squares`, by weights' errors."""
+    return ((error @ squares) * error).sum(1)
+
+
+def _fits(whole: torch.Tensor, partners: np.ndarray) -> torch.Tensor:
+    """Whether the weights of each output (O,) keep to -127 to 127, and partners of one sign to PAIR together."""
+    other = whole[:, torch.from_numpy(partners)]
+    alone = torch.from_numpy(partners == np.arange(len(partners)))
+    high = torch.where(alone, whole, whole.clamp_min(0) + other.clamp_min(0))
+    low = torch.where(alone, whole, whole.clamp_max(0) + other.clamp_max(0))
+    return (whole.abs() <= 127).all(1) & (high <= PAIR).all(1) & (low >= -PAIR).all(1)
 
 
 def emulate(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch.nn import functional
@@ -263,6 +263,7 @@ def test_a_hostile_towers_file_is_kept_or_the_matrices_are_named(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), width=st.integers(2, 40), rank=st.integers(1, 12))
+@example(seed=1, rows=1, width=5, rank=11)  # a row that spreading the error serves worse than plain rounding
 def test_rounded_weights_fit_every_cpu_and_lose_less_than_plain_ones(
     seed: int, rows: int, width: int, rank: int
 ) -> None:
