@@ -12,13 +12,15 @@ from ..models.backbone import Backbone
 from .parity import BATCHES, RUNS
 
 BATCH = 8  # images of the timed call, and of most calls of an export
-# Of torch's time for an image, what ONNX Runtime's CPU takes for one of float32 or float16, and of int8: ViT-B/16 and
-# ViT-S/16, 2 cores with VNNI (94 and 34 ms against 226; without VNNI int8 is no faster).
+# Of torch's time for an image, what ONNX Runtime's CPU takes for one. Seen of ViT-B/16 on two AMD CPUs: float32 0.39
+# and 0.71, int8 0.14 and 0.24 (benchmarks/results/inference-*.json). float16 is computed as float32 there, and was not
+# timed.
 GRAPH = {"fp32": 0.45, "fp16": 0.5, "int8": 0.2}
 CHANGED = 2  # times the films are changed, for the yardstick
 LOADED = 1.0  # seconds to write or open a file, beside its calls
 VERIFIED = 4  # images that verify computes per file
-# Images in whose time the int8 weights are rounded, per unit of the tower's width: ViT-S/16, 450 images at 384.
+# Images in whose time the int8 weights are rounded, per unit of the tower's width: one export of a ViT-S/16 (width 384)
+# on a busy machine, so a guess for others.
 ROUNDED = 1.2
 
 

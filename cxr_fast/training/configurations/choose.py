@@ -14,14 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The configuration that was chosen, the place of its budget, and how many seeds the choice is a mean over.
-
-    Of a point that was trained on several seeds it is the one of the first seed.
-    """
+    """The configuration that was chosen, of the first seed where its point has several, and the place of its budget."""
 
     trained: Trained
     budget: int
-    seeds: int
 
 
 def group_by_point(configurations: Sequence[Trained]) -> list[list[Trained]]:
@@ -42,4 +38,4 @@ def choose_configuration(configurations: Sequence[Trained]) -> Chosen:
     groups = group_by_point(configurations)
     means = [score_seeds(group).mean(axis=0) for group in groups]
     best = max(range(len(groups)), key=lambda g: float(np.nanmax(means[g])))
-    return Chosen(trained=groups[best][0], budget=int(np.nanargmax(means[best])), seeds=len(groups[best]))
+    return Chosen(trained=groups[best][0], budget=int(np.nanargmax(means[best])))

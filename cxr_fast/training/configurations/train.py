@@ -42,7 +42,7 @@ def train_points(
     left: list[Trained] = []
     chosen: Chosen | None = None
     for number, point in enumerate(points):
-        found = _find_lost(journal, number)
+        found = journal.read(_lost_file(number))
         if found is None:
             try:
                 every.append(search.run(number, point, journal, on_epoch=on_epoch, stop=stop))
@@ -71,10 +71,6 @@ def train_points(
 
 def _lost_file(number: int) -> str:
     return f"config{number}.lost.json"
-
-
-def _find_lost(journal: Journal, number: int) -> dict[str, Any] | None:
-    return journal.read(_lost_file(number))
 
 
 def _name(point: Point) -> str:
